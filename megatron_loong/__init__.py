@@ -1,0 +1,43 @@
+"""megatron_loong: LoongTrain's 2D-Attention (arXiv 2406.18485) as a Megatron-Core plugin.
+
+Importing this package has no side effect and does not import torch; the public names load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from megatron_loong.config import LoongConfig
+
+if TYPE_CHECKING:
+    from megatron_loong.attention.attention_2d import attention_2d
+    from megatron_loong.sequence.sharding import shard_sequence, token_positions, unshard_sequence
+    from megatron_loong.topology.groups import LoongGroups, build_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoongConfig",
+    "LoongGroups",
+    "attention_2d",
+    "build_groups",
+    "shard_sequence",
+    "token_positions",
+    "unshard_sequence",
+]
+
+_HOME = {
+    "LoongGroups": "megatron_loong.topology.groups",
+    "attention_2d": "megatron_loong.attention.attention_2d",
+    "build_groups": "megatron_loong.topology.groups",
+    "shard_sequence": "megatron_loong.sequence.sharding",
+    "token_positions": "megatron_loong.sequence.sharding",
+    "unshard_sequence": "megatron_loong.sequence.sharding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
