@@ -1,0 +1,189 @@
+"""Process groups of one context-parallel layout. The only file that calls `torch.distributed.new_group`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_loong.config import LoongConfig
+from megatron_loong.topology.layout import (
+    Coordinates,
+    coordinates_of,
+    group_members,
+    logical_rank_of,
+    ring_rank_of,
+)
+
+# Inner and outer rings, and the rings that carry dKV home, need communicators of their own: on one, sends pair up
+# wrongly, because the order in which two neighbours post them differs.
+COMMUNICATORS = {
+    "head": "head",
+    "inner": "inner",
+    "outer": "outer",
+    "inner_dkv": "inner",
+    "outer_dkv": "outer",
+}
+"""Name of each communicator -> the axis along which it runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupHandle:
+    """One communicator as one of its members sees it."""
+
+    name: str
+    """`head`, `inner`, `outer`, `inner_dkv` or `outer_dkv`."""
+    global_ranks: tuple[int, ...]
+    """Members in the order of their coordinate, which need not be ascending."""
+    rank: int
+    """This process's coordinate."""
+    process_group: dist.ProcessGroup | None
+    """None when the axis has size 1: nothing is ever sent on it."""
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.global_ranks)
+
+    @property
+    def slots(self) -> list[int]:
+        """Where each member stands inside `process_group`: torch sorts the ranks of a group."""
+        ascending = sorted(self.global_ranks)
+        return [ascending.index(rank) for rank in self.global_ranks]
+
+
+@dataclass(eq=False)
+class LoongGroups:
+    """What one process knows of its context-parallel group: the layout, its place in it and its communicators.
+
+    A process outside `cp_global_ranks` gets one with `cp_rank=None`, which attention and sharding refuse.
+    """
+
+    config: LoongConfig
+    cp_global_ranks: tuple[int, ...]
+    """Global ranks of the group; the index into it is the cp_rank."""
+    cp_rank: int | None
+    handles: dict[str, GroupHandle] = field(default_factory=dict, repr=False)
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """(head, outer, inner) of this process."""
+        return coordinates_of(self.config, self.require_cp_rank())
+
+    @property
+    def ring_rank(self) -> int:
+        """Place in the whole ring, `outer * inner_ring_size + inner`."""
+        return ring_rank_of(self.config, self.coordinates)
+
+    @property
+    def logical_rank(self) -> int:
+        """Place that decides which tokens this process holds."""
+        return logical_rank_of(self.config, self.coordinates)
+
+    def require_cp_rank(self) -> int:
+        """The cp_rank; `ValueError` when this process does not belong to the group."""
+        if self.cp_rank is None:
+            raise ValueError(
+                f"this process is not in cp_global_ranks={list(self.cp_global_ranks)}: "
+                "only members of the context-parallel group take part in its attention"
+            )
+        return self.cp_rank
+
+    def handle(self, name: str) -> GroupHandle:
+        """The communicator called `name`; `RuntimeError` after `destroy`."""
+        self.require_cp_rank()
+        if name not in self.handles:
+            raise RuntimeError(f"these LoongGroups were destroyed: there is no {name!r} communicator any more")
+        return self.handles[name]
+
+    def destroy(self) -> None:
+        """Release every communicator. Calling it twice does nothing."""
+        handles, self.handles = self.handles, {}
+        for handle in handles.values():
+            # A group that went with `dist.destroy_process_group()` of the whole world is gone already.
+            if handle.process_group is not None and dist.is_initialized():
+                with contextlib.suppress(ValueError, AssertionError):
+                    dist.destroy_process_group(handle.process_group)
+
+
+def build_groups(
+    config: LoongConfig,
+    cp_global_ranks: Sequence[int],
+    *,
+    timeout: timedelta | None = None,
+    local_synchronization: bool = False,
+) -> LoongGroups:
+    """Make the communicators of this process's context-parallel group: head, inner and outer ring, dKV rings.
+
+    Collective: every rank of the world calls it, each with the `cp_global_ranks` of its own group (a rank outside
+    the ranks that it passes gets groups with `cp_rank=None`). With `local_synchronization=True` only the members
+    of the group call it, for users who never meet all ranks in one place; release such groups only at the end of
+    the job. `cp_global_ranks[i]` gets the coordinates of cp_rank i under `config.placement`.
+
+    `timeout` is that of each communicator (default: torch's). Raises `ValueError` on every rank alike when the
+    ranks do not fit the config, repeat, lie outside the world, or overlap another group.
+    """
+    ranks = tuple(int(rank) for rank in cp_global_ranks)
+    problem = _problem_with(config, ranks)
+    if not dist.is_initialized():
+        if problem is None and config.context_parallel_size > 1:
+            problem = "call torch.distributed.init_process_group before build_groups"
+        if problem:
+            raise ValueError(problem)
+        handles = {name: GroupHandle(name, ranks, 0, None) for name in COMMUNICATORS}
+        return LoongGroups(config, ranks, 0, handles)
+
+    requests = [(config, ranks, problem)]
+    if not local_synchronization and dist.get_world_size() > 1:
+        requests = [None] * dist.get_world_size()  # type: ignore[list-item]
+        dist.all_gather_object(requests, (config, ranks, problem))
+    _check_requests(requests)
+
+    me = dist.get_rank()
+    groups = LoongGroups(config, ranks, ranks.index(me) if me in ranks else None)
+    for request_config, request_ranks in dict.fromkeys((c, r) for c, r, _ in sorted(requests, key=lambda x: x[1])):
+        for name, axis in COMMUNICATORS.items():
+            for members in group_members(request_config, axis):
+                members_global = tuple(request_ranks[i] for i in members)
+                process_group = None
+                if len(members) > 1:
+                    process_group = dist.new_group(
+                        sorted(members_global),
+                        timeout=timeout,
+                        use_local_synchronization=local_synchronization,
+                        group_desc=f"loong_{name}",
+                    )
+                if me in members_global and request_ranks == ranks:
+                    rank = members_global.index(me)
+                    groups.handles[name] = GroupHandle(name, members_global, rank, process_group)
+    return groups
+
+
+def _problem_with(config: LoongConfig, ranks: tuple[int, ...]) -> str | None:
+    cp = config.context_parallel_size
+    if len(ranks) != cp:
+        return f"cp_global_ranks={list(ranks)} has {len(ranks)} ranks but context_parallel_size={cp}"
+    if len(set(ranks)) != len(ranks):
+        return f"cp_global_ranks={list(ranks)} names a rank twice"
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if not all(0 <= rank < world_size for rank in ranks):
+        return f"cp_global_ranks={list(ranks)} leaves the world of {world_size} ranks (0 to {world_size - 1})"
+    return None
+
+
+def _check_requests(requests: Sequence[tuple[LoongConfig, tuple[int, ...], str | None]]) -> None:
+    """Raise the same error on every rank when any rank's request is wrong or two requests contradict each other."""
+    for global_rank, (_, _, problem) in enumerate(requests):
+        if problem:
+            raise ValueError(problem if len(requests) == 1 else f"{problem} (asked for by rank {global_rank})")
+    owner: dict[int, tuple[LoongConfig, tuple[int, ...]]] = {}
+    for config, ranks, _ in requests:
+        for rank in ranks:
+            if owner.setdefault(rank, (config, ranks)) != (config, ranks):
+                raise ValueError(
+                    f"rank {rank} is asked for in two context-parallel groups, {list(owner[rank][1])} with "
+                    f"{owner[rank][0].describe()}, and {list(ranks)} with {config.describe()}; every rank belongs to one"
+                )

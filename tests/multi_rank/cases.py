@@ -1,0 +1,278 @@
+"""What the workers run. Module-level functions f(rank, ...), so that they can be pickled by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
+from megatron_loong.comm.ledger import count_bytes
+from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
+from tests.dense import dense_with_gradients
+
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def random_inputs(
+    batch: int, seq_len: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0, v_dim: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, dout in bshd, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [(heads, head_dim), (kv_heads, head_dim), (kv_heads, v_dim or head_dim), (heads, v_dim or head_dim)]
+    return tuple(
+        torch.randn(batch, seq_len, n, d, generator=generator, dtype=torch.float64).to(dtype) for n, d in widths
+    )
+
+
+def run_attention(
+    inputs: tuple[torch.Tensor, ...], groups: LoongGroups, qkv_format: str = "bshd", **options: Any
+) -> dict[str, torch.Tensor]:
+    """This rank's out, dq, dk, dv in bshd from full inputs."""
+    q, k, v, dout = (shard_sequence(x, groups) for x in inputs)
+    if qkv_format == "sbhd":
+        q, k, v, dout = (x.transpose(0, 1).contiguous() for x in (q, k, v, dout))
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attention_2d(q, k, v, groups, qkv_format=qkv_format, **options)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    results = dict(zip(NAMES, (out.detach(), *grads), strict=True))
+    return {name: x.transpose(0, 1) if qkv_format == "sbhd" else x for name, x in results.items()}
+
+
+def assert_close(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float, where: str) -> None:
+    """Each half of the local tokens apart, so that one bad half cannot hide behind a good one."""
+    for name in NAMES:
+        halves = zip(results[name].chunk(2, 1), expected[name].chunk(2, 1), strict=True)
+        for half, (found, right) in zip(("first", "second"), halves, strict=False):
+            assert found.shape == right.shape, f"{name} {where}: shape {list(found.shape)}, not {list(right.shape)}"
+            error = (found.double() - right).abs().max().item()
+            assert error <= bound, f"{name} {where}, {half} half: max abs error {error:.1e} > {bound:.0e}"
+
+
+def float64_layout(rank: int, cp: int, hp: int, w: int, placements: list[str], heads: int, formats: list[str]) -> int:
+    """Every placement, causal and full, g in {1, 2, h}, against dense attention; returns the number of comparisons."""
+    compared = 0
+    for placement in placements:
+        for layout in ("zigzag", "contiguous"):
+            if layout == "contiguous" and placement != placements[0]:
+                continue
+            config = LoongConfig(cp, hp, w, placement, layout)
+            groups = build_groups(config, range(cp))
+            for causal in (True, False):
+                for index, kv_heads in enumerate(sorted({1, 2 if heads % 2 == 0 else 1, heads})):
+                    if rank >= cp:
+                        continue
+                    qkv_format = formats[(index + compared) % len(formats)]
+                    inputs = random_inputs(2, 4 * cp, heads, kv_heads, 8, torch.float64, seed=compared)
+                    expected = dense_with_gradients(*inputs, causal)
+                    local = {name: shard_sequence(x, groups) for name, x in expected.items()}
+                    results = run_attention(inputs, groups, qkv_format, causal=causal)
+                    where = f"on rank {rank} ({config.describe()}, {kv_heads=}, {causal=}, {qkv_format})"
+                    assert_close(results, local, 1e-12, where)
+                    whole = unshard_sequence(results["out"], groups)
+                    assert (whole - expected["out"]).abs().max() <= 1e-12, f"unshard {where}"
+                    compared += 1
+            groups.destroy()
+    return compared
+
+
+def bytes_sent(rank: int, config: LoongConfig, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Any:
+    """(forward bytes, backward bytes) by communicator for (seq_len, heads, kv_heads, head_dim), batch 1."""
+    seq_len, heads, kv_heads, head_dim = shape
+    groups = build_groups(config, range(config.context_parallel_size))
+    result = None
+    if groups.cp_rank is not None:
+        inputs = random_inputs(1, seq_len, heads, kv_heads, head_dim, dtype)
+        q, k, v, dout = (shard_sequence(x, groups).requires_grad_() for x in inputs)
+        with count_bytes() as forward:
+            out = attention_2d(q, k, v, groups)
+        with count_bytes() as backward:
+            torch.autograd.grad(out, (q, k, v), dout)
+        result = dict(forward.sent_bytes), dict(backward.sent_bytes)
+    groups.destroy()
+    return result
+
+
+def replicated_kv_heads(rank: int) -> None:
+    """12 query heads, 6 KV heads, hp 4 and 12, 3 KV heads: replicas so that the head group divides them."""
+    config = LoongConfig(8, 4, 2)
+    groups = build_groups(config, range(8))
+    for heads, kv_heads in ((12, 6), (12, 3)):
+        inputs = random_inputs(1, 32, heads, kv_heads, 8, torch.float64)
+        expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+        assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}, {heads=} {kv_heads=}")
+    groups.destroy()
+
+
+def dtypes_and_value_width(rank: int, kernel: str) -> None:
+    """Loose absolute bounds per dtype; a given softmax_scale; v narrower than k."""
+    groups = build_groups(LoongConfig(8, 2, 2), range(8))
+    bounds = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+    for dtype, bound in bounds.items():
+        inputs = random_inputs(1, 32, 4, 2, 16, dtype, v_dim=8)
+        expected = dense_with_gradients(*inputs, True, 0.2)
+        local = {name: shard_sequence(x, groups) for name, x in expected.items()}
+        results = run_attention(inputs, groups, kernel=kernel, softmax_scale=0.2)
+        assert all(x.dtype == dtype for x in results.values())
+        assert_close(results, local, bound, f"on rank {rank} in {dtype}")
+    groups.destroy()
+
+
+def scattered_ranks(rank: int, cp_global_ranks: list[int]) -> None:
+    """cp_rank is the index into cp_global_ranks, whatever the order; torch sorts the ranks of a group."""
+    for placement in ("head_first", "context_first"):
+        groups = build_groups(LoongConfig(4, 2, 1, placement), cp_global_ranks)
+        if groups.cp_rank is not None:
+            assert cp_global_ranks[groups.cp_rank] == rank
+            inputs = random_inputs(1, 16, 4, 2, 8, torch.float64)
+            expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+            results = run_attention(inputs, groups)
+            assert_close(results, expected, 1e-12, f"on rank {rank}")
+            assert torch.equal(unshard_sequence(shard_sequence(inputs[0], groups), groups), inputs[0])
+        groups.destroy()
+
+
+def two_cp_groups(rank: int) -> None:
+    """Interleaved groups of four, each with its own data, as under data parallelism."""
+    mine = [r for r in range(8) if r % 2 == rank % 2]
+    groups = build_groups(LoongConfig(4, 2, 2), mine)
+    assert set(groups.handle("inner").global_ranks) <= set(mine)
+    inputs = random_inputs(1, 16, 4, 2, 8, torch.float64, seed=rank % 2)
+    expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+    assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}")
+    groups.destroy()
+
+
+def rms_error_ratios(rank: int, config: LoongConfig, dtype: torch.dtype, plant_bf16_merge: bool) -> dict[str, float]:
+    """RMS error against float64, over that of the same kernel on one device with the same inputs."""
+    from megatron_loong.attention import double_ring
+
+    groups = build_groups(config, range(config.context_parallel_size))
+    inputs = random_inputs(1, 512, 8, 4, 32, dtype)
+    truth = dense_with_gradients(*inputs, True)
+    one_device = run_attention(inputs, groups_of_one())
+    honest = double_ring.merge_
+
+    def bf16_merge(out: torch.Tensor, lse: torch.Tensor, *block: torch.Tensor) -> None:
+        honest(out, lse, *block)
+        for x in (out, lse):
+            x.copy_(x.bfloat16())
+
+    try:
+        if plant_bf16_merge:
+            double_ring.merge_ = bf16_merge
+        results = run_attention(inputs, groups)
+    finally:
+        double_ring.merge_ = honest
+    whole = {name: unshard_sequence(x, groups) for name, x in results.items()}
+    groups.destroy()
+    return {name: (_rms(whole[name], truth[name]) / _rms(one_device[name], truth[name])).item() for name in NAMES}
+
+
+def _rms(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (found.double() - right).square().mean().sqrt()
+
+
+def groups_of_one() -> LoongGroups:
+    """A context-parallel group of one inside a larger world: nothing to communicate, the kernel as it is."""
+    handles = {name: GroupHandle(name, (0,), 0, None) for name in COMMUNICATORS}
+    return LoongGroups(LoongConfig(), (0,), 0, handles)
+
+
+def kv_blocks_held(rank: int) -> tuple[int, int]:
+    """Most KV buffers alive at any tile besides the rank's own, in a single and in a double ring."""
+    import gc
+
+    from megatron_loong.kernels.registry import choose_kernel
+
+    counts = []
+    for w in (8, 4):
+        groups = build_groups(LoongConfig(8, 1, w), range(8))
+        inputs = random_inputs(1, 64, 2, 2, 24, torch.float64)
+        block_elements = 2 * (64 // 8) * 2 * 24
+        most = 0
+
+        class Spy:
+            def __init__(self, kernel: Any) -> None:
+                self.kernel, self.name = kernel, kernel.name
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.kernel, name)
+
+            def forward(self, *args: Any, **options: Any) -> Any:
+                nonlocal most
+                storages = {
+                    x.untyped_storage().data_ptr()
+                    for x in gc.get_objects()
+                    if type(x) is torch.Tensor and x.untyped_storage().nbytes() == 8 * block_elements
+                }
+                most = max(most, len(storages) - 1)
+                return self.kernel.forward(*args, **options)
+
+        request = _request(groups, inputs)
+        q, k, v, _ = (shard_sequence(x, groups) for x in inputs)
+        with torch.no_grad():
+            attention_2d(q, k, v, groups, kernel=Spy(choose_kernel(request)))  # type: ignore[arg-type]
+        counts.append(most)
+        groups.destroy()
+    return counts[0], counts[1]
+
+
+def _request(groups: LoongGroups, inputs: tuple[torch.Tensor, ...]) -> Any:
+    from megatron_loong.kernels.interface import KernelRequest
+
+    q, k, v, _ = inputs
+    hp = groups.config.head_parallel_size
+    return KernelRequest("cpu", q.dtype, q.shape[3], v.shape[3], q.shape[2] // hp, max(k.shape[2], hp) // hp)
+
+
+def error_message(rank: int, what: str) -> str:
+    """The message that this rank gets for a planted mistake."""
+    try:
+        _make_mistake(rank, what)
+    except (ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def _make_mistake(rank: int, what: str) -> None:
+    config = LoongConfig(8, 8)
+    if what == "ranks do not fit":
+        build_groups(config, range(7))
+    elif what == "rank twice":
+        build_groups(config, [0, 1, 2, 3, 4, 5, 6, 6])
+    elif what == "overlap":
+        build_groups(LoongConfig(4), [0, 1, 2, 3] if rank < 5 else [4, 5, 6, 3])
+    elif what == "one rank differs":
+        build_groups(config, range(7) if rank == 3 else range(8))
+    else:
+        groups = build_groups(config, range(8))
+        heads = 4 if what == "heads do not divide" else 8
+        kv_heads = 3 if what == "groups do not divide" else heads
+        length = 3 if what == "odd local length" else 4
+        q = torch.zeros(1, length, heads, 8)
+        k = torch.zeros(1, length, kv_heads, 8)
+        options: dict[str, Any] = {
+            "window": {"window_size": (4, 0)},
+            "packed": {"qkv_format": "thd"},
+            "dropout": {"dropout_p": 0.1},
+            "unknown kernel": {"kernel": "no_such_kernel"},
+        }.get(what, {})
+        try:
+            attention_2d(q, k, k, groups, **options)
+        finally:
+            groups.destroy()
+
+
+def still_alive(rank: int) -> int:
+    """A collective that only works when nobody is stuck elsewhere."""
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rank)
+    return gathered[rank]
+
+
+def fails_on_rank_one(rank: int) -> float:
+    """For the test of the harness."""
+    return 1 / (1 - rank)

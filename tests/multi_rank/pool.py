@@ -1,0 +1,103 @@
+"""Worker processes that stay alive between tests: one gloo world of eight ranks per test session."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+WORLD_SIZE = 8
+TASK_TIMEOUT_S = 240
+COLLECTIVE_TIMEOUT_S = 60
+
+
+class WorkerFailure(AssertionError):
+    """A task raised on at least one rank; the message has each rank's traceback."""
+
+
+def _serve(rank: int, world_size: int, rendezvous: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )
+    pipe.send(("ready", None))
+    while (task := pipe.recv()) is not None:
+        function, args = task
+        try:
+            pipe.send(("ok", function(rank, *args)))
+        except BaseException as error:  # noqa: BLE001 the parent decides what it means
+            pipe.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    dist.destroy_process_group()
+
+
+class WorkerPool:
+    """`world_size` ranks that run module-level functions `f(rank, *args)` at the same time."""
+
+    def __init__(self, world_size: int = WORLD_SIZE) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "megatron_loong.attention.attention_2d"])
+        self.world_size = world_size
+        self.directory = tempfile.TemporaryDirectory()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            rendezvous = os.path.join(self.directory.name, "rendezvous")
+            process = context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self._collect()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(rank, *args)` on every rank; results in rank order. `WorkerFailure` when any rank raised."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        return self._collect()
+
+    def _collect(self) -> list[Any]:
+        results, errors = [], []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TASK_TIMEOUT_S):
+                errors.append(f"rank {rank}: no answer within {TASK_TIMEOUT_S} s")
+                continue
+            try:
+                status, value = pipe.recv()
+            except EOFError:
+                status, value = "error", "the process died"
+            if status == "error":
+                errors.append(f"rank {rank}: {value}")
+            results.append(value)
+        if errors:
+            self.stop()
+            raise WorkerFailure("\n".join(errors))
+        return results
+
+    def stop(self) -> None:
+        """End the workers."""
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            try:
+                pipe.send(None)
+            except OSError:
+                pass
+            process.join(timeout=2)
+            if process.is_alive():
+                process.kill()
+        self.directory.cleanup()
+
+    @property
+    def alive(self) -> bool:
+        """Whether every worker is still there."""
+        return all(process.is_alive() for process in self.processes)
