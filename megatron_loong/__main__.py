@@ -47,15 +47,5 @@ def _refuse(error: ValueError) -> int:
     return 2
 
 
-def _join_as_child() -> None:
-    """In a process spawned by a CPU-mode run: the stand-ins first, then the script, as its parent's main module."""
-    from megatron_loong.integration import cpu_mode
-
-    if cpu_mode.enable_in_child():
-        globals().update(runpy.run_path(sys.argv[0], run_name="__mp_main__"))
-
-
 if __name__ == "__main__":
     sys.exit(main())
-elif __name__ == "__mp_main__":
-    _join_as_child()

@@ -11,7 +11,7 @@ out=runs/demo
 make_env 3.12
 python="$env_dir/.venv-3.12/bin/python"
 mkdir -p "$out"
-"$python" scripts/demo_data.py "$out/text"
+"$python" -W ignore scripts/demo_data.py "$out/text"
 
 training=(
     # the model: RoPE, grouped-query attention (8 query heads, 4 KV heads)
@@ -19,9 +19,9 @@ training=(
     --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear
     --untie-embeddings-and-output-weights
     # the data
-    --data-path "$out/text" --data-cache-path "$out/cache" --split 100,0,0 --num-workers 0
+    --data-path "$out/text" --data-cache-path "$out/cache" --split "100,0,0" --num-workers 0
     --tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 1
-    --seq-length 512 --max-position-embeddings 512 --no-create-attention-mask-in-dataloader
+    --seq-length 1024 --max-position-embeddings 1024 --no-create-attention-mask-in-dataloader
     # the optimizer
     --micro-batch-size 2 --global-batch-size 4 --train-iters "$steps" --lr 3e-3 --min-lr 3e-4
     --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --weight-decay 0.01 --seed 1234

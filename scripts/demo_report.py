@@ -20,7 +20,7 @@ def watch(log_path: Path) -> int:
     """Copy stdin to `log_path`, print a line per step; 1, and the end of the log, if the run stopped early."""
     last: StepRecord | None = None
     first_loss = 0.0
-    tail: deque[str] = deque(maxlen=30)
+    tail: deque[str] = deque(maxlen=60)
     with log_path.open("w") as log:
         for line in sys.stdin:
             log.write(line)
@@ -39,7 +39,7 @@ def watch(log_path: Path) -> int:
                 flush=True,
             )
     if last is None or last.step != last.steps:
-        print(f"The run stopped early; the end of {log_path}:", *tail, sep="\n", file=sys.stderr)
+        print(f"The run stopped early; the end of {log_path}:\n{''.join(tail)}", file=sys.stderr)
         return 1
     return 0
 

@@ -37,10 +37,11 @@ class Ring:
             raise self._failure(step, f"ranks {self.previous_global_rank} and {self.next_global_rank}", error) from error
 
         def wait() -> None:
-            # A second wait() on a gloo p2p work blocks until the timeout, so each is waited for once, here.
+            # A second wait() on a gloo p2p work blocks until the timeout, so each is waited for once, here; and
+            # gloo's wait() without an argument ignores the timeout of the group.
             for peer, work in works:
                 try:
-                    work.wait()
+                    work.wait(self.handle.timeout)
                 except RuntimeError as error:
                     raise self._failure(step, peer, error) from error
             works.clear()

@@ -22,6 +22,7 @@ import functools
 import importlib.util
 import multiprocessing.spawn
 import os
+import runpy
 import sys
 import sysconfig
 import time
@@ -30,8 +31,8 @@ import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
-#: Set in this process and inherited by the processes it spawns: `1`, or `2` where a GPU was knowingly ignored.
-ENVIRONMENT_VARIABLE = "MEGATRON_LOONG_CPU"
+#: Inherited by the processes that a CPU-mode run spawns: the script that is their parent's main module.
+SCRIPT_VARIABLE = "MEGATRON_LOONG_CPU_SCRIPT"
 
 #: Flags without which Megatron would call a GPU kernel, and the values they take. Only those that the Megatron at
 #: hand has, and that the user has not set, are appended.
@@ -63,9 +64,8 @@ def enable(allow_with_gpu: bool = False, argv: list[str] | None = None) -> None:
             f"--cpu was given, but this machine has {torch.cuda.device_count()} GPU(s); "
             f"leave --cpu out to train on them, or give it twice (--cpu --cpu) to train on the CPU all the same"
         )
-    os.environ[ENVIRONMENT_VARIABLE] = "2" if allow_with_gpu else "1"
     _stand_in_for_cuda()
-    _lead_children_through_the_launcher()
+    _lead_children_through_this_module()
     _stand_in_inside_megatron()
     added = _append_missing_flags(argv) if argv is not None else []
     if int(os.environ.get("RANK", "0")) == 0:
@@ -74,15 +74,6 @@ def enable(allow_with_gpu: bool = False, argv: list[str] | None = None) -> None:
             f"flags added: {' '.join(added) or 'none'}",
             flush=True,
         )
-
-
-def enable_in_child() -> bool:
-    """In a process spawned by a CPU-mode run: take on the same stand-ins, silently. False: not such a process."""
-    if ENVIRONMENT_VARIABLE not in os.environ:
-        return False
-    _stand_in_for_cuda()
-    _stand_in_inside_megatron()
-    return True
 
 
 def _append_missing_flags(argv: list[str]) -> list[str]:
@@ -344,18 +335,28 @@ def _stand_in_inside_megatron() -> None:
 # ---- child processes -----------------------------------------------------------------------------------------
 
 
-def _lead_children_through_the_launcher() -> None:
-    """Have spawned processes import `megatron_loong.__main__` first, which brings the stand-ins, then the script.
+def _lead_children_through_this_module() -> None:
+    """Have spawned processes run this module first, which brings the stand-ins, and then the script.
 
     A spawned process (Megatron's checkpoint writer) imports the parent's main module again. While a script runs,
-    that is the script itself, by its path: it would import Megatron without any stand-in.
+    that is the script itself, by its path: it would import Megatron without any stand-in. (Python never imports a
+    package's `__main__` in a child, so the launcher cannot be the place.)
     """
     original = multiprocessing.spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> dict[str, Any]:
         data = original(name)
-        if data.pop("init_main_from_path", None) is not None:
-            data["init_main_from_name"] = "megatron_loong.__main__"
+        if "init_main_from_path" in data:
+            os.environ[SCRIPT_VARIABLE] = data.pop("init_main_from_path")
+            data["init_main_from_name"] = "megatron_loong.integration.cpu_mode"
         return data
 
     multiprocessing.spawn.get_preparation_data = get_preparation_data
+
+
+if __name__ == "__mp_main__" and SCRIPT_VARIABLE in os.environ:
+    _stand_in_for_cuda()
+    _stand_in_inside_megatron()
+    _lead_children_through_this_module()
+    # What such a process is sent may have been defined in the script.
+    globals().update(runpy.run_path(os.environ[SCRIPT_VARIABLE], run_name="__mp_main__"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.topology.layout import (
@@ -42,6 +43,8 @@ class GroupHandle:
     """This process's coordinate."""
     process_group: dist.ProcessGroup | None
     """None when the axis has size 1: nothing is ever sent on it."""
+    timeout: timedelta = default_pg_timeout
+    """How long a member waits for the others."""
 
     @property
     def size(self) -> int:
@@ -123,7 +126,7 @@ def build_groups(
     of the group call it, for users who never meet all ranks in one place; release such groups only at the end of
     the job. `cp_global_ranks[i]` gets the coordinates of cp_rank i under `config.placement`.
 
-    `timeout` is that of each communicator (default: torch's). Raises `ValueError` on every rank alike when the
+    `timeout` is that of each communicator (default: torch's, 30 minutes). Raises `ValueError` on every rank alike when the
     ranks do not fit the config, repeat, lie outside the world, or overlap another group.
     """
     ranks = tuple(int(rank) for rank in cp_global_ranks)
@@ -136,6 +139,7 @@ def build_groups(
         handles = {name: GroupHandle(name, ranks, 0, None) for name in COMMUNICATORS}
         return LoongGroups(config, ranks, 0, handles)
 
+    timeout = default_pg_timeout if timeout is None else timeout
     requests = [(config, ranks, problem)]
     if not local_synchronization and dist.get_world_size() > 1:
         requests = [None] * dist.get_world_size()  # type: ignore[list-item]
@@ -158,7 +162,7 @@ def build_groups(
                     )
                 if me in members_global and request_ranks == ranks:
                     rank = members_global.index(me)
-                    groups.handles[name] = GroupHandle(name, members_global, rank, process_group)
+                    groups.handles[name] = GroupHandle(name, members_global, rank, process_group, timeout)
     return groups
 
 

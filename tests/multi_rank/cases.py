@@ -276,3 +276,42 @@ def still_alive(rank: int) -> int:
 def fails_on_rank_one(rank: int) -> float:
     """For the test of the harness."""
     return 1 / (1 - rank)
+
+
+def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> str:
+    """Rank 2 dies or hangs at its second tile; the others report what they were told and after how long."""
+    import datetime
+    import os
+    import signal
+    import time
+
+    from megatron_loong.comm.errors import CommunicationError
+    from megatron_loong.kernels.registry import choose_kernel
+
+    groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
+    inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
+    kernel, calls = choose_kernel(_request(groups, inputs)), 0
+
+    class Fatal:
+        name = kernel.name
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(kernel, name)
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if rank == 2 and calls == 2:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(3 * timeout_s)
+            return kernel.forward(*args, **options)
+
+    q, k, v, _ = (shard_sequence(x, groups) for x in inputs)
+    start = time.monotonic()
+    try:
+        for _layer in range(3):  # the rank farthest from the loss notices in the next layer
+            attention_2d(q, k, v, groups, kernel=Fatal())  # type: ignore[arg-type]
+    except CommunicationError as error:
+        return f"{time.monotonic() - start:.1f} {error}"
+    return "no error"

@@ -16,7 +16,11 @@ COLLECTIVE_TIMEOUT_S = 60
 
 
 class WorkerFailure(AssertionError):
-    """A task raised on at least one rank; the message has each rank's traceback."""
+    """A task raised on at least one rank; the message has each rank's traceback, `results` what every rank gave."""
+
+    def __init__(self, errors: list[str], results: list[Any]) -> None:
+        super().__init__("\n".join(errors))
+        self.results = results
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Any) -> None:
@@ -72,6 +76,7 @@ class WorkerPool:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(TASK_TIMEOUT_S):
                 errors.append(f"rank {rank}: no answer within {TASK_TIMEOUT_S} s")
+                results.append(None)
                 continue
             try:
                 status, value = pipe.recv()
@@ -82,7 +87,7 @@ class WorkerPool:
             results.append(value)
         if errors:
             self.stop()
-            raise WorkerFailure("\n".join(errors))
+            raise WorkerFailure(errors, results)
         return results
 
     def stop(self) -> None:
