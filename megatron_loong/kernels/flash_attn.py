@@ -1,64 +1,95 @@
-"""The flash-attn packages: FlashAttention-2 (`flash_attn`) and FlashAttention-3 (`flash_attn_interface`).
+"""flash-attn 2 (2.5 to 2.8) and flash-attn 3 (the `hopper` build), where the user has installed them.
 
-Not yet run on a GPU by this repository: the adapters bind to whatever parameters the installed version has, which
-tests hold to look-alikes of versions 2.5, 2.8 and 3.
+Proven on nothing yet: no GPU was at hand. The tests run the adapters on a CPU against stand-ins with the signatures
+of 2.5, 2.6, 2.8, of 3 as in 2.8.3, and of 3 as of 2026, whose numbers come from the reference kernel.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from megatron_loong.kernels.common import (
+    call_by_name,
+    flash_backward_fault,
+    gpu_capability,
+    gpu_fault,
+    lse_from_bhs,
+    lse_to_bhs,
+    parameter_names,
+    round_up,
+    unit_stride,
+    widen,
+)
 from megatron_loong.kernels.interface import KernelRequest
-from megatron_loong.kernels.torch_cuda import why_not_on_cuda
 
-
-def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call with the arguments that this version knows; a version that lacks a value that matters is an error.
-
-    `window_size` was a pair up to 2.6 and is two integers since; `causal` is `is_causal` in some builds of 3.
-    """
-    parameters = inspect.signature(getattr(function, "_init_fn", function)).parameters
-    known = {name: value for name, value in arguments.items() if name in parameters}
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty
-        and name not in known
-        and parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    ]
-    if missing:
-        raise NotImplementedError(f"{function.__module__}.{function.__name__} wants {missing}, which is not known here")
-    return function(**known)
+#: Features of either package that are switched off; passed only where a version insists on the argument.
+_NEUTRAL: dict[str, Any] = {
+    "dropout_p": 0.0,
+    "window_size": (-1, -1),
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "return_softmax": False,
+    **dict.fromkeys(
+        "k_new v_new qv out out_ cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q seqused_k sequed_q sequed_k "
+        "max_seqlen_q max_seqlen_k page_table kv_batch_idx leftpad_k rotary_cos rotary_sin seqlens_rotary "
+        "q_descale k_descale v_descale".split()
+    ),
+}
 
 
 class _FlashAttnKernel:
-    name: str
-    module_name: str
-    proven_on = "nothing yet"
+    """What the two packages share: [b, s, h, d] tensors, lse [b, h, s] float32, native GQA, a deterministic flag."""
 
-    def why_not(self, request: KernelRequest) -> str | None:
-        """Half precision on CUDA, when the package is installed."""
-        package = self.module_name.split(".")[0]
-        if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed"
-        return why_not_on_cuda(request, widest_head=256)
+    name: str
+    package: str
+    module: str
+    proven_on = "nothing yet"
+    dtypes = "bfloat16, float16"
+
+    def _import(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+    def _import_fault(self) -> str | None:
+        if importlib.util.find_spec(self.package) is None:
+            return "not installed"
+        try:
+            module = self._import()
+        except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA
+            return f"installed but does not import ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        missing = [x for x in ("_flash_attn_forward", "_flash_attn_backward") if not hasattr(module, x)]
+        if missing:
+            return f"this version of {self.module} lacks {', '.join(missing)}"
+        if "deterministic" not in parameter_names(module._flash_attn_backward):
+            return f"this version of {self.module} is too old (its backward has no deterministic argument)"
+        return None
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AttentionKernel.forward`."""
-        module = importlib.import_module(self.module_name)
-        arguments = {**self._common(softmax_scale, causal), "q": q, "k": k, "v": v, "return_softmax": False}
-        results = _call(module._flash_attn_forward, arguments)
-        # lse is [b, h, s] in float32; version 2 up to 2.6 returned q, k, v and the padded out before it.
-        lse = results[5] if len(results) == 8 else results[1]
-        return results[0], lse[..., : q.shape[1]].transpose(1, 2)
+        """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h] float32)."""
+        width = round_up(max(q.shape[-1], v.shape[-1]), 8)
+        padded_q, padded_k, padded_v = (unit_stride(widen(x, width)) for x in (q, k, v))
+        results = call_by_name(
+            self._import()._flash_attn_forward,
+            {
+                "q": padded_q,
+                "k": padded_k,
+                "v": padded_v,
+                "softmax_scale": softmax_scale,
+                ("causal", "is_causal"): causal,
+            },
+            _NEUTRAL,
+        )
+        # Before 2.7 the inputs came back in between: (out, q, k, v, out_padded, lse, ...).
+        out, lse = results[0], results[5] if len(results) > 5 else results[1]
+        return out[..., : v.shape[-1]], lse_from_bhs(lse, q.shape[1])
 
     def backward(
         self,
@@ -73,44 +104,62 @@ class _FlashAttnKernel:
         causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `AttentionKernel.backward`."""
-        module = importlib.import_module(self.module_name)
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        arguments = {
-            **self._common(softmax_scale, causal),
-            **dict(zip(("dout", "q", "k", "v", "out"), (dout, q, k, v, out), strict=True)),
-            **dict(zip(("dq", "dk", "dv"), grads, strict=True)),
-            "softmax_lse": lse.transpose(1, 2).contiguous(),
-            "deterministic": deterministic,
-        }
-        _call(module._flash_attn_backward, arguments)
-        return grads
-
-    @staticmethod
-    def _common(softmax_scale: float, causal: bool) -> dict[str, Any]:
-        return {
-            "dropout_p": 0.0,
-            "softmax_scale": softmax_scale,
-            "causal": causal,
-            "is_causal": causal,
-            "window_size": (-1, -1),
-            "window_size_left": -1,
-            "window_size_right": -1,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-            "rng_state": None,
-        }
+        """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
+        width = round_up(max(q.shape[-1], v.shape[-1]), 8)
+        padded = [unit_stride(widen(x, width)) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
+        # The kernels write into these; what they return differs between versions.
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in padded[1:4])
+        call_by_name(
+            self._import()._flash_attn_backward,
+            {
+                **dict(zip(("dout", "q", "k", "v", "out"), padded, strict=True)),
+                "softmax_lse": lse_to_bhs(lse),
+                "dq": dq,
+                "dk": dk,
+                "dv": dv,
+                "softmax_scale": softmax_scale,
+                ("causal", "is_causal"): causal,
+                "deterministic": deterministic,
+            },
+            _NEUTRAL,
+        )
+        return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
 class FlashAttn2Kernel(_FlashAttnKernel):
-    """FlashAttention-2."""
+    """`AttentionKernel` on flash-attn 2.5 to 2.8. Shapes: `interface.AttentionKernel`. Gradients in q's dtype."""
 
     name = "flash_attn_2"
-    module_name = "flash_attn.flash_attn_interface"
+    package = "flash_attn"
+    module = "flash_attn.flash_attn_interface"
+    devices = "CUDA, compute capability 8.0 or newer"
+    head_widths = "up to 256 (192 on sm_86, 89, 12x); k and v of different widths cost a padded copy"
+
+    def why_not(self, request: KernelRequest) -> str | None:
+        """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
+        return gpu_fault(request, max_width=256) or flash_backward_fault(request) or self._import_fault()
 
 
 class FlashAttn3Kernel(_FlashAttnKernel):
-    """FlashAttention-3 (Hopper)."""
+    """`AttentionKernel` on flash-attn 3 (module `flash_attn_interface`). Shapes: `interface.AttentionKernel`."""
 
     name = "flash_attn_3"
-    module_name = "flash_attn_interface"
+    package = "flash_attn_interface"
+    module = "flash_attn_interface"
+    devices = "CUDA, compute capability 9.0 (Hopper)"
+    head_widths = "up to 256 (192 when deterministic); k and v of different widths cost a padded copy"
+
+    def why_not(self, request: KernelRequest) -> str | None:
+        """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
+        fault = gpu_fault(request, max_width=256)
+        if fault:
+            return fault
+        capability, width = gpu_capability(), max(request.head_dim, request.value_head_dim)
+        if capability != (9, 0):
+            return "made for compute capability 9.0 (Hopper)"
+        if request.deterministic and width > 192:
+            return f"its deterministic backward takes head widths up to 192, not {width}"
+        fault = self._import_fault()
+        if fault is None and "pack_gqa" not in parameter_names(self._import()._flash_attn_forward):
+            fault = f"this version of {self.module} is a beta from before 2025"
+        return fault

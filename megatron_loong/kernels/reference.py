@@ -1,4 +1,4 @@
-"""Dense attention written out: the slow, obviously right kernel. Every device, dtype and width."""
+"""Dense softmax attention in plain PyTorch: slow, s_q x s_kv memory, obviously right; for tests and odd shapes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,38 @@ import math
 
 import torch
 
+from megatron_loong.kernels.common import request_fault
 from megatron_loong.kernels.interface import KernelRequest
 
 
 class ReferenceKernel:
-    """Holds the whole score matrix of a tile; sums in float32 (float64 for float64)."""
+    """`AttentionKernel` for every device, dtype and head width. Shapes and rules: `interface.AttentionKernel`.
+
+    Computes in float64 for float64 inputs, else in float32, whatever `torch.set_float32_matmul_precision` says of
+    matmuls on a GPU. Gradients come in that wider dtype.
+    """
 
     name = "reference"
     proven_on = "CPU"
+    devices = "any"
+    dtypes = "any floating point"
+    head_widths = "any, k and v may differ"
 
     def why_not(self, request: KernelRequest) -> str | None:
-        """Serves everything but dropout."""
-        return "has no dropout" if request.dropout_p else None
+        """None when it can serve the request, else the reason."""
+        if not request.dtype.is_floating_point:
+            return f"takes floating point, not {request.dtype}"
+        return request_fault(request)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AttentionKernel.forward`."""
-        scores = _scores(q, k, softmax_scale, causal)
-        lse = scores.logsumexp(-1)
-        out = (scores - lse.unsqueeze(-1)).exp() @ _per_query_head(v, q)
-        return out.transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
+        """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h])."""
+        wide = _compute_dtype(q)
+        scores = _scores(q.to(wide), k.to(wide), softmax_scale, causal)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = torch.einsum("bgrqk,bkgd->bqgrd", (scores - lse).exp(), v.to(wide)).flatten(2, 3)
+        return out.to(q.dtype), _heads_last(lse.squeeze(-1))
 
     def backward(
         self,
@@ -41,36 +52,38 @@ class ReferenceKernel:
         causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `AttentionKernel.backward`; the gradients stay in the dtype they were summed in."""
-        wide = _wide(q.dtype)
-        p = (_scores(q, k, softmax_scale, causal) - lse.transpose(1, 2).unsqueeze(-1)).exp()
-        dout_bhsd, out_bhsd, q_bhsd = (x.to(wide).transpose(1, 2) for x in (dout, out, q))
-        delta = (dout_bhsd * out_bhsd).sum(-1, keepdim=True)
-        dscores = p * (dout_bhsd @ _per_query_head(v, q).mT - delta) * softmax_scale
-        dq = dscores @ _per_query_head(k, q)
-        dk = _sum_over_group(dscores.mT @ q_bhsd, k.shape[2])
-        dv = _sum_over_group(p.mT @ dout_bhsd, v.shape[2])
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        """(dq, dk, dv) in float32 (float64), from `out` and `lse` of the whole row."""
+        wide, g = _compute_dtype(q), k.shape[2]
+        q, k, v, dout, out = (x.to(wide) for x in (q, k, v, dout, out))
+        p = (_scores(q, k, softmax_scale, causal) - _grouped_rows(lse.to(wide), g)).exp()
+        delta = _grouped_rows((dout * out).sum(-1), g)
+        grouped_dout = dout.unflatten(2, (g, -1))
+        ds = p * (torch.einsum("bqgrd,bkgd->bgrqk", grouped_dout, v) - delta) * softmax_scale
+        dq = torch.einsum("bgrqk,bkgd->bqgrd", ds, k).flatten(2, 3)
+        dk = torch.einsum("bgrqk,bqgrd->bkgd", ds, q.unflatten(2, (g, -1)))
+        dv = torch.einsum("bgrqk,bqgrd->bkgd", p, grouped_dout)
+        return dq, dk, dv
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _per_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """[b, s, g, d] -> [b, h, s, d], wide."""
-    return x.to(_wide(q.dtype)).transpose(1, 2).repeat_interleave(q.shape[2] // x.shape[2], dim=1)
-
-
-def _sum_over_group(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[b, h, s, d] -> [b, g, s, d]."""
-    return x.unflatten(1, (kv_heads, -1)).sum(2)
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, softmax_scale: float, causal: bool) -> torch.Tensor:
-    """[b, h, s_q, s_kv], wide."""
-    scores = (q.to(_wide(q.dtype)).transpose(1, 2) @ _per_query_head(k, q).mT) * softmax_scale
+    """[b, g, h // g, s_q, s_kv]; -inf where the causal mask forbids."""
+    scores = torch.einsum("bqgrd,bkgd->bgrqk", q.unflatten(2, (k.shape[2], -1)), k) * softmax_scale
     if causal:
+        assert q.shape[1] == k.shape[1], "causal tiles are square"
         forbidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(forbidden, -math.inf)
     return scores
+
+
+def _grouped_rows(rows: torch.Tensor, g: int) -> torch.Tensor:
+    """[b, s, h] -> [b, g, h // g, s, 1]."""
+    return rows.transpose(1, 2).unflatten(1, (g, -1)).unsqueeze(-1)
+
+
+def _heads_last(rows: torch.Tensor) -> torch.Tensor:
+    """[b, g, h // g, s] -> [b, s, h]."""
+    return rows.flatten(1, 2).transpose(1, 2)

@@ -1,89 +1,123 @@
-"""Which kernel serves a request, and in one line each why the others do not."""
+"""Which attention kernel serves a request, in order of preference, and why the others do not."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
+from dataclasses import dataclass
 
+from megatron_loong.kernels.common import dtype_name
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
 from megatron_loong.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.reference import ReferenceKernel
 from megatron_loong.kernels.torch_cuda import TorchCudnnKernel, TorchFlashKernel
 
-#: In the order of preference.
-KERNELS: tuple[AttentionKernel, ...] = (
-    FlashAttn3Kernel(),
-    FlashAttn2Kernel(),
-    TorchCudnnKernel(),
-    TorchFlashKernel(),
-    CpuFlashKernel(),
-    ReferenceKernel(),
-)
-
-
-def kernel_names() -> list[str]:
-    """Names that `kernel=` and `--loong-kernel` take besides "auto"."""
-    return [kernel.name for kernel in KERNELS]
-
-
-def choose_kernel(request: KernelRequest, kernel: str | AttentionKernel = "auto") -> AttentionKernel:
-    """The kernel for a request: the named one, or the first in `KERNELS` that can serve it.
-
-    An `AttentionKernel` object is taken as it is, if it can serve the request. Raises `ValueError` with each
-    kernel's reason when the name is unknown, the named kernel cannot serve, or none can.
-    """
-    if not isinstance(kernel, str):
-        reason = kernel.why_not(request)
-        if reason:
-            raise ValueError(f"kernel {kernel.name!r} {reason}")
-        return kernel
-    return _choose_by_name(request, kernel)
-
-
-@lru_cache(maxsize=256)
-def _choose_by_name(request: KernelRequest, name: str) -> AttentionKernel:
-    if name != "auto" and name not in kernel_names():
-        raise ValueError(f"kernel={name!r} (--loong-kernel) is unknown; use auto or one of {kernel_names()}")
-    serving = [kernel for kernel in KERNELS if kernel.why_not(request) is None]
-    for kernel in serving:
-        if name == kernel.name or (name == "auto" and not _too_slow(kernel, request)):
-            return kernel
-    able = [kernel.name for kernel in serving]
-    raise ValueError(
-        f"kernel={name!r} (--loong-kernel) cannot serve {_describe(request)}; "
-        f"by name these can: {able or 'none'}.\n{explain(request)}"
+#: Every kernel by name, the preferred first.
+KERNELS: dict[str, AttentionKernel] = {
+    kernel.name: kernel
+    for kernel in (
+        FlashAttn3Kernel(),
+        FlashAttn2Kernel(),
+        TorchCudnnKernel(),
+        TorchFlashKernel(),
+        CpuFlashKernel(),
+        ReferenceKernel(),
     )
+}
 
 
-def explain(request: KernelRequest) -> str:
-    """One line per kernel: taken by "auto", able, or why not.
+@dataclass(frozen=True)
+class SupportRow:
+    """One line of the table of kernels in README and docs, in words."""
 
-    The first line that says `taken` is what "auto" chooses.
+    name: str
+    devices: str
+    dtypes: str
+    head_widths: str
+    proven_on: str
+
+
+def support_table() -> list[SupportRow]:
+    """What each kernel takes and where this repository's tests have run it, in order of preference."""
+    return [
+        SupportRow(x.name, x.devices, x.dtypes, x.head_widths, x.proven_on)  # type: ignore[attr-defined]
+        for x in KERNELS.values()
+    ]
+
+
+def choose_kernel(request: KernelRequest, name: str | AttentionKernel = "auto") -> AttentionKernel:
+    """The kernel for a request: the first in `KERNELS` that can serve it, or the one that is named.
+
+    `name` may be a kernel object, of one's own or for tests; it is asked `why_not` like the others.
+    Raises `ValueError` with every reason when the name is unknown, when the named kernel cannot serve the request,
+    or when "auto" finds none. "auto" takes `reference` on a CPU only: on a GPU it would train, slowly, unnoticed.
+    Choices are remembered for the process; `forget_choices()` after installing or unloading a package.
     """
-    lines, taken = [], False
-    for kernel in KERNELS:
-        reason = kernel.why_not(request)
-        if reason is None and _too_slow(kernel, request):
-            reason = "holds the whole score matrix: on a GPU only when asked for by name"
-        if reason is None:
-            reason, taken = ("able, but one before it was taken" if taken else "taken"), True
-        lines.append(f"{kernel.name}: {reason}")
+    if not isinstance(name, str):
+        reason = name.why_not(request)
+        if reason:
+            raise ValueError(f"kernel={name.name}: {reason}, for {describe(request)}")
+        return name
+    return _choose(request, name)
+
+
+def forget_choices() -> None:
+    """Ask the kernels anew at the next `choose_kernel`."""
+    _choose.cache_clear()
+
+
+def explain(request: KernelRequest, name: str = "auto") -> str:
+    """One line per kernel: taken, not needed, or why not.
+
+    >>> import torch
+    >>> cpu = KernelRequest("cpu", torch.float32, head_dim=64, value_head_dim=64, query_heads=8, kv_heads=2)
+    >>> print(explain(cpu).splitlines()[-2])
+    cpu_flash: taken
+    """
+    lines, taken = [], None
+    for kernel_name, reason in _reasons(request, auto=name == "auto").items():
+        if reason is None and taken is None and name in ("auto", kernel_name):
+            taken, reason = kernel_name, "taken"
+        elif reason is None:
+            reason = f"could serve, but {taken} comes first" if name == "auto" else f"could serve, but {name} was named"
+        lines.append(f"{kernel_name}: {reason}")
     return "\n".join(lines)
 
 
-def support_table() -> list[tuple[str, str]]:
-    """(kernel, where this repository's tests have run it), for the README and `doctor`."""
-    return [(kernel.name, kernel.proven_on) for kernel in KERNELS]
-
-
-def _too_slow(kernel: AttentionKernel, request: KernelRequest) -> bool:
-    # A silent fall to the dense kernel on a GPU would look like a slow plugin.
-    return kernel.name == "reference" and request.device_type != "cpu"
-
-
-def _describe(request: KernelRequest) -> str:
+def describe(request: KernelRequest) -> str:
+    """A request in a few words."""
+    widths = f"{request.head_dim}"
+    if request.value_head_dim != request.head_dim:
+        widths += f" (v {request.value_head_dim})"
     return (
-        f"{request.dtype} on {request.device_type}, {request.query_heads} query and {request.kv_heads} KV heads of "
-        f"width {request.head_dim} (v {request.value_head_dim}), dropout {request.dropout_p}, "
-        f"deterministic {request.deterministic}"
+        f"{dtype_name(request.dtype)} on {request.device_type}, heads {request.query_heads}:{request.kv_heads}, "
+        f"width {widths}" + (", deterministic" if request.deterministic else "")
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(request: KernelRequest, name: str) -> AttentionKernel:
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"--loong-kernel / kernel={name!r} is unknown; use auto or one of {', '.join(KERNELS)}")
+    reasons = _reasons(request, auto=name == "auto")
+    serving = [x for x, reason in reasons.items() if reason is None]
+    if name == "auto":
+        if serving:
+            return KERNELS[serving[0]]
+        lines = "".join(f"\n  {x}: {reason}" for x, reason in reasons.items())
+        raise ValueError(f"--loong-kernel auto / kernel='auto': no kernel serves {describe(request)}{lines}")
+    if reasons[name] is None:
+        return KERNELS[name]
+    would_work = f"what would work: {', '.join(serving)}" if serving else "nor would any other kernel"
+    raise ValueError(
+        f"--loong-kernel {name} / kernel={name!r} cannot serve {describe(request)}: {reasons[name]}; {would_work}"
+    )
+
+
+def _reasons(request: KernelRequest, auto: bool) -> dict[str, str | None]:
+    reasons = {name: kernel.why_not(request) for name, kernel in KERNELS.items()}
+    if auto and reasons["reference"] is None and request.device_type != "cpu":
+        reasons["reference"] = (
+            f"slow, and holds whole score matrices, on {request.device_type}; ask for it by name if that is wanted"
+        )
+    return reasons

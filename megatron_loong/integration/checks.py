@@ -1,0 +1,169 @@
+"""What is refused, and how it is said: before the first collective, from numbers that every rank has alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from megatron_loong.config import LoongConfig, divisors
+from megatron_loong.integration.options import LoongOptions, fitting_head_parallel_sizes, flag_of
+
+
+def check_options(
+    options: LoongOptions,
+    *,
+    cp: int,
+    tp: int = 1,
+    num_attention_heads: int | None = None,
+    seq_length: int | None = None,
+    cp_comm_type: str | Sequence[str | None] | None = None,
+    hierarchical_context_parallel_sizes: Sequence[int] | None = None,
+) -> None:
+    """Raise `ValueError` when the options contradict each other or Megatron's own flags; None is "not known yet".
+
+    Does nothing for `native`.
+    """
+    if not options.loong:
+        return
+    if cp == 1:
+        raise ValueError(
+            "--context-parallel-impl loong needs --context-parallel-size above 1, which is 1: "
+            "set it, or leave --context-parallel-impl at native"
+        )
+    types = [cp_comm_type] if cp_comm_type is None or isinstance(cp_comm_type, str) else list(cp_comm_type)
+    contradicting = [kind for kind in types if kind not in (None, "p2p")]
+    if contradicting:
+        raise ValueError(
+            f"--cp-comm-type {' '.join(map(str, types))} chooses a form of native context parallelism and contradicts "
+            "--context-parallel-impl loong; remove it (--loong-head-parallel-size takes the place of a2a)"
+        )
+    if hierarchical_context_parallel_sizes:
+        raise ValueError(
+            f"--hierarchical-context-parallel-sizes {' '.join(map(str, hierarchical_context_parallel_sizes))} belongs "
+            "to native context parallelism and contradicts --context-parallel-impl loong; remove it, and use "
+            "--loong-head-parallel-size and --loong-inner-ring-size"
+        )
+    _check_sizes(options, cp)
+    if seq_length is not None and seq_length % (2 * cp):
+        raise ValueError(
+            f"--seq-length {seq_length} is not a multiple of {2 * cp} (2 x --context-parallel-size {cp}); "
+            f"the nearest that fit are {_nearest_multiples(seq_length, 2 * cp)}"
+        )
+    if num_attention_heads is not None:
+        check_heads(options.head_parallel_size, cp=cp, tp=tp, num_attention_heads=num_attention_heads)
+
+
+def check_heads(head_parallel_size: int | str, *, cp: int, tp: int, num_attention_heads: int) -> None:
+    """Raise `ValueError` when the query heads of one TP rank cannot be split over `head_parallel_size`."""
+    heads, rest = divmod(num_attention_heads, tp)
+    if rest:
+        raise ValueError(
+            f"--num-attention-heads {num_attention_heads} is not a multiple of --tensor-model-parallel-size {tp}"
+        )
+    if isinstance(head_parallel_size, int) and heads % head_parallel_size:
+        raise ValueError(
+            f"{flag_of('head_parallel_size')} {head_parallel_size} does not divide the {heads} query heads of one "
+            f"tensor-parallel rank (--num-attention-heads {num_attention_heads} / --tensor-model-parallel-size {tp}); "
+            f"with --context-parallel-size {cp} these work: {fitting_head_parallel_sizes(cp, heads)}"
+        )
+
+
+def _check_sizes(options: LoongOptions, cp: int) -> None:
+    hp, inner = options.head_parallel_size, options.inner_ring_size
+    flags = f"(--context-parallel-size {cp}, {flag_of('head_parallel_size')} {hp}, {flag_of('inner_ring_size')} {inner})"
+    if isinstance(hp, str):
+        # With hp still open, an inner ring only has to divide some ring: one whose size divides cp.
+        if isinstance(inner, int) and cp % inner:
+            raise ValueError(f"inner_ring_size={inner} does not divide any ring of {cp} ranks; try one of {divisors(cp)} {flags}")
+        return
+    try:
+        LoongConfig(cp, hp, inner if isinstance(inner, int) else None, options.placement)
+    except ValueError as error:
+        raise ValueError(f"{error} {flags}") from None
+
+
+def _nearest_multiples(n: int, multiple: int) -> str:
+    below = n // multiple * multiple
+    return f"{below} and {below + multiple}" if below else str(multiple)
+
+
+class Refusal(NamedTuple):
+    """One feature that does not work yet: an attribute of TransformerConfig or of Megatron's args."""
+
+    attribute: str
+    refused: Callable[[Any], bool]
+    flag: str
+    instead: str
+
+
+def _is_set(value: Any) -> bool:
+    return bool(value)
+
+
+#: Looked up on the args before anything starts, and on each layer's TransformerConfig. An attribute that the version
+#: at hand lacks is not set.
+REFUSALS = (
+    Refusal("attention_dropout", _is_set, "--attention-dropout {value} (Megatron's default is 0.1)", "--attention-dropout 0"),
+    Refusal("window_size", _is_set, "--window-size {value}", "full causal attention: leave it out"),
+    Refusal("softmax_type", lambda v: v not in (None, "vanilla"), "--softmax-type {value}", "--softmax-type vanilla"),
+    Refusal("fp8", _is_set, "--fp8-format {value}", "--bf16"),
+    Refusal("fp4", _is_set, "--fp4-format {value}", "--bf16"),
+    Refusal("qk_clip", _is_set, "--qk-clip", "training without it"),
+    Refusal("log_max_attention_logit", _is_set, "--log-max-attention-logit", "training without it"),
+    Refusal("hybrid_context_parallel", _is_set, "--hybrid-context-parallel", "one context-parallel size for all batches"),
+    Refusal("dynamic_context_parallel", _is_set, "--dynamic-context-parallel", "one context-parallel size for all batches"),
+    Refusal("batch_invariant_mode", _is_set, "--batch-invariant-mode", "training without it"),
+    Refusal(
+        "experimental_attention_variant",
+        lambda v: v not in (None, "gated_delta_net"),
+        "--experimental-attention-variant {value}",
+        "dot-product attention or multi-latent attention",
+    ),
+    Refusal("cache_mla_latents", _is_set, "--cache-mla-latents (absorbed MLA)", "multi-latent attention without it"),
+    Refusal("attention_cp_layout", lambda v: v not in (None, "zigzag"), "attention_cp_layout={value}", "zigzag"),
+    Refusal("reset_attention_mask", _is_set, "--reset-attention-mask", "one document per sequence, or attention across them"),
+    Refusal(
+        "dataloader_inter_document_masking",
+        _is_set,
+        "--dataloader-inter-document-masking",
+        "one document per sequence, or attention across them",
+    ),
+    Refusal("sft", _is_set, "--sft (packed sequences)", "sequences of one length, without packing"),
+)
+
+
+def refuse(holder: object) -> None:
+    """Raise `NotImplementedError` for the first feature of `REFUSALS` that `holder` (args or a config) asks for."""
+    for refusal in REFUSALS:
+        value = getattr(holder, refusal.attribute, None)
+        if refusal.refused(value):
+            raise NotImplementedError(
+                f"{refusal.flag.format(value=value)} does not work with --context-parallel-impl loong yet; "
+                f"supported: {refusal.instead} (or --context-parallel-impl native)"
+            )
+
+
+def check_args(options: LoongOptions, args: object) -> None:
+    """Both checks on Megatron's parsed arguments. Heads and lengths that a checkpoint will replace are left open."""
+    if not options.loong:
+        return
+    open_yet = bool(getattr(args, "use_checkpoint_args", False)) or bool(getattr(args, "yaml_cfg", None))
+    check_options(
+        options,
+        cp=getattr(args, "context_parallel_size", 1),
+        tp=getattr(args, "tensor_model_parallel_size", 1),
+        num_attention_heads=None if open_yet else getattr(args, "num_attention_heads", None),
+        seq_length=None if open_yet else getattr(args, "seq_length", None),
+        cp_comm_type=getattr(args, "cp_comm_type", None),
+        hierarchical_context_parallel_sizes=getattr(args, "hierarchical_context_parallel_sizes", None),
+    )
+    check_kernel_name(options.kernel)
+    refuse(args)
+
+
+def check_kernel_name(name: str) -> None:
+    """Raise `ValueError` when no kernel is called `name`; whether it can serve is known at the first attention."""
+    from megatron_loong.kernels.registry import kernel_names
+
+    if name not in ("auto", *kernel_names()):
+        raise ValueError(f"{flag_of('kernel')} {name} is unknown; use auto or one of {', '.join(kernel_names())}")

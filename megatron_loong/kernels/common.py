@@ -1,0 +1,146 @@
+"""What the kernel adapters share: reasons to say no, zero padding of head widths, calls by argument name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_loong.kernels.interface import KernelRequest
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def request_fault(request: KernelRequest) -> str | None:
+    """The reason that holds for every kernel: attention dropout, or head counts that do not fit; else None."""
+    if request.dropout_p != 0:
+        return f"attention dropout must be 0, not {request.dropout_p:g}: no kernel here replays dropout in backward yet"
+    if request.kv_heads < 1 or request.query_heads % request.kv_heads:
+        return f"{request.query_heads} query heads are no multiple of {request.kv_heads} KV heads"
+    return None
+
+
+def dtype_fault(request: KernelRequest, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """None when the request's dtype is one of `dtypes`."""
+    if request.dtype in dtypes:
+        return None
+    return f"takes {', '.join(dtype_name(x) for x in dtypes)}, not {dtype_name(request.dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Compute capability of the current NVIDIA GPU, or None where there is none."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability()
+
+
+def gpu_fault(request: KernelRequest, max_width: int) -> str | None:
+    """Reasons common to the GPU kernels: device, half precision, head widths up to `max_width`, Ampere or newer."""
+    fault = request_fault(request)
+    if fault:
+        return fault
+    if request.device_type != "cuda":
+        return f"needs a CUDA device, the tensors are on {request.device_type}"
+    fault = dtype_fault(request, HALF_DTYPES)
+    if fault:
+        return fault
+    width = max(request.head_dim, request.value_head_dim)
+    if width > max_width:
+        return f"takes head widths up to {max_width}, not {width}"
+    capability = gpu_capability()
+    if capability is None:
+        return "no NVIDIA GPU here (ROCm is not supported)"
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def flash_backward_fault(request: KernelRequest) -> str | None:
+    """FlashAttention 2's backward has no room for widths over 192 in the small shared memory of sm_86, 89 and 12x."""
+    capability, width = gpu_capability(), max(request.head_dim, request.value_head_dim)
+    if capability is not None and width > 192 and capability not in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)):
+        return f"no backward for head width {width} on compute capability {capability[0]}.{capability[1]}; up to 192"
+    return None
+
+
+def round_up(n: int, multiple: int) -> int:
+    """
+    >>> round_up(20, 8)
+    24
+    """
+    return -(-n // multiple) * multiple
+
+
+def widen(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x [..., d] -> [..., width], zeros on the right; x itself when it has the width already.
+
+    Zeros change neither scores nor lse nor any gradient inside the first d columns (softmax_scale is explicit).
+    """
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous last dimension; a copy only where it has none."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def lse_to_bhs(lse: torch.Tensor) -> torch.Tensor:
+    """lse [b, s, h] -> contiguous [b, h, s], as the flash kernels read it."""
+    return lse.transpose(1, 2).contiguous()
+
+
+def lse_from_bhs(lse: torch.Tensor, s_q: int) -> torch.Tensor:
+    """lse [b, h, s] (some versions pad s) -> view [b, s_q, h]."""
+    return lse[:, :, :s_q].transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    # A torch.library.custom_op shows only (*args, **kwargs); the function it wraps has the names.
+    return inspect.signature(getattr(function, "_init_fn", function)).parameters
+
+
+def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Argument names of a function or of a `torch.library.custom_op`."""
+    return tuple(_parameters(function))
+
+
+def call_by_name(
+    function: Callable[..., Any],
+    essential: Mapping[str | tuple[str, ...], Any],
+    neutral: Mapping[str, Any],
+) -> Any:
+    """Call `function` whose arguments differ between versions, all by name.
+
+    essential: always passed; a key that is a tuple lists the names the argument has had. `NotImplementedError` when
+    the function knows none of them, for to drop `causal` or `deterministic` would be a silent wrong answer.
+    neutral: values that switch a feature off; passed only where the function insists on the argument.
+    """
+    parameters = _parameters(function)
+    where = f"{function.__module__}.{getattr(function, '__name__', function)}"
+    arguments = {}
+    for key, value in essential.items():
+        names = (key,) if isinstance(key, str) else key
+        name = next((x for x in names if x in parameters), None)
+        if name is None:
+            raise NotImplementedError(f"{where} has no argument {' or '.join(names)}; it has {', '.join(parameters)}")
+        arguments[name] = value
+    for name, parameter in parameters.items():
+        if name in arguments or parameter.default is not inspect.Parameter.empty:
+            continue
+        if name not in neutral:
+            raise NotImplementedError(f"{where} wants an argument {name}, which this adapter does not know")
+        arguments[name] = neutral[name]
+    return function(**arguments)

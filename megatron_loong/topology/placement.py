@@ -1,0 +1,65 @@
+"""Which ranks share a node, and what follows from it for the layout. Plain arithmetic, free of torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_loong.config import LoongConfig, divisors
+from megatron_loong.topology.layout import coordinates_of, group_members, logical_rank_of
+
+
+def cp_ranks_per_node(cp_global_ranks: Sequence[int], ranks_per_node: int) -> int:
+    """How many ranks of a context-parallel group share a node, the fewest over its nodes.
+
+    Global rank r is taken to run on node r // ranks_per_node, as torchrun and srun number them.
+
+    >>> cp_ranks_per_node([0, 2, 4, 6, 8, 10, 12, 14], ranks_per_node=8)    # TP 2 beside it
+    4
+    """
+    return min(Counter(rank // ranks_per_node for rank in cp_global_ranks).values())
+
+
+def largest_head_parallel_size(context_parallel_size: int, heads_per_tp_rank: int, cp_ranks_in_node: int) -> int:
+    """`auto`: the largest that divides the query heads and cp_size and whose all-to-all stays inside a node.
+
+    >>> largest_head_parallel_size(16, heads_per_tp_rank=12, cp_ranks_in_node=8)
+    4
+    """
+    fitting = [n for n in divisors(context_parallel_size) if heads_per_tp_rank % n == 0 and n <= cp_ranks_in_node]
+    return max(fitting)
+
+
+def largest_inner_ring_size(
+    context_parallel_size: int, head_parallel_size: int, placement: str, cp_ranks_in_node: int
+) -> int:
+    """`auto`: the largest inner ring of which no hop leaves a node under the placement.
+
+    >>> largest_inner_ring_size(16, 2, "head_first", cp_ranks_in_node=8)
+    4
+    >>> largest_inner_ring_size(16, 2, "context_first", cp_ranks_in_node=4)
+    4
+    """
+    for w in reversed(divisors(context_parallel_size // head_parallel_size)):
+        config = LoongConfig(context_parallel_size, head_parallel_size, w, placement)
+        rings = group_members(config, "inner")
+        if all(len({rank // cp_ranks_in_node for rank in ring}) == 1 for ring in rings):
+            return w
+    return 1
+
+
+def permuted_ranks(cp_groups: Sequence[Sequence[int]], config: LoongConfig) -> dict[int, int]:
+    """The rank that the process launched as rank r takes, so that logical rank and cp_rank are the same thing.
+
+    Inside a host that numbers context-parallel ranks itself (Megatron), a placement is a permutation of ranks:
+    the i-th process of each group stands where the placement puts cp_rank i, and takes the rank whose logical
+    place that is. `head_first` is the identity; rank 0 always keeps its place.
+
+    >>> permuted_ranks([[0, 1, 2, 3]], LoongConfig(4, 2, placement="context_first"))
+    {0: 0, 1: 2, 2: 1, 3: 3}
+    """
+    taken: dict[int, int] = {}
+    for group in cp_groups:
+        for i, launched_as in enumerate(sorted(group)):
+            taken[launched_as] = sorted(group)[logical_rank_of(config, coordinates_of(config, i))]
+    return taken

@@ -1,0 +1,145 @@
+"""`--context-parallel-impl loong` trains as one rank would: same losses, same gradient norms, whatever is beside it.
+
+Megatron's own loop, in fp32 on the CPU. Two scripts, each where it can run: the `pretrain_gpt.py` of a Megatron-LM
+checkout named by MEGATRON_LM_PATH, and our own on a megatron-core that ships the loop. LOONG_TEST_ALL=1 runs every
+case with both; without it the second script runs the first case only.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration import megatron_runs
+
+RELATIVE_TOLERANCE = 1e-5
+RUN_ALL = os.environ.get("LOONG_TEST_ALL") == "1"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run with loong and the native run without context parallelism that it must repeat."""
+
+    name: str
+    loong: str
+    """Flags of the loong run alone, `--context-parallel-impl loong` left out."""
+    world_size: int = 4
+    shared: str = ""
+    """Flags of both runs. TP and PP are shared: the initial weights may differ with them."""
+    native_world_size: int = 1
+    always: bool = True
+
+
+CASES = [
+    Case("cp4", "--context-parallel-size 4 --loong-head-parallel-size 2"),
+    Case(
+        "tp2-cp2",  # one KV head per TP rank, two head-parallel ranks: the KV head is replicated
+        "--context-parallel-size 2 --loong-head-parallel-size 2",
+        shared="--tensor-model-parallel-size 2",
+        native_world_size=2,
+    ),
+    Case(
+        "pp2-cp2",
+        "--context-parallel-size 2 --loong-head-parallel-size 1",
+        shared="--pipeline-model-parallel-size 2",
+        native_world_size=2,
+    ),
+    Case(
+        "dp2-cp2-distributed-optimizer",
+        "--context-parallel-size 2 --use-distributed-optimizer",
+        shared="--optimizer adam --lr 1e-3",  # the distributed optimizer knows no SGD
+    ),
+    Case(
+        "moe-cp2",
+        "--context-parallel-size 2 --loong-head-parallel-size 2",
+        world_size=2,
+        shared="--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01",
+    ),
+    Case("cp4-double-ring", "--context-parallel-size 4 --loong-inner-ring-size 2", always=False),
+    Case("cp4-all-heads", "--context-parallel-size 4 --loong-head-parallel-size 4", always=False),
+    Case(
+        "cp4-context-first",
+        "--context-parallel-size 4 --loong-head-parallel-size 2 --loong-placement context_first",
+        always=False,
+    ),
+    Case(
+        "cp4-full-recompute",
+        "--context-parallel-size 4 --loong-head-parallel-size 2 "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        always=False,
+    ),
+    Case(
+        "ep2-cp2",
+        "--context-parallel-size 2 --loong-head-parallel-size 2",
+        world_size=2,
+        shared="--num-experts 4 --expert-model-parallel-size 2",
+        native_world_size=2,
+        always=False,
+    ),
+]
+
+
+def script_or_skip(name: str) -> Path:
+    """The script called `name`, or a skip that says how to provide it."""
+    if name == "checkout":
+        script = megatron_runs.checkout_script()
+        if script is None:
+            pytest.skip("set MEGATRON_LM_PATH to a Megatron-LM checkout to run its pretrain_gpt.py")
+        assert script.is_file(), f"MEGATRON_LM_PATH={os.environ['MEGATRON_LM_PATH']} has no pretrain_gpt.py"
+    else:
+        script = megatron_runs.own_script()
+        if script is None:
+            pytest.skip("install megatron-core 0.17 or newer, whose wheel brings megatron.training")
+    return script
+
+
+def assert_same_steps(steps: list[megatron_runs.Step], expected: list[megatron_runs.Step]) -> None:
+    """Every loss and gradient norm within `RELATIVE_TOLERANCE`; a failure names the step and the quantity."""
+    assert len(steps) == len(expected)
+    for number, (step, wanted) in enumerate(zip(steps, expected), start=1):
+        for quantity, value in vars(step).items():
+            reference = getattr(wanted, quantity)
+            error = abs(value - reference) / abs(reference)
+            assert error <= RELATIVE_TOLERANCE, (
+                f"{quantity} of step {number}: {value} instead of {reference}, relative error {error:.1e}"
+            )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("script_name", ["checkout", "own"])
+def test_loong_trains_as_without_context_parallelism(script_name: str, case: Case) -> None:
+    script = script_or_skip(script_name)
+    is_second = script_name == "own" and megatron_runs.checkout_script() is not None
+    if not RUN_ALL and (not case.always or (is_second and case is not CASES[0])):
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    shared = case.shared.split()
+    native = megatron_runs.train(script, case.native_world_size, *shared)
+    loong_flags = ["--context-parallel-impl", "loong", *case.loong.split()]
+    assert_same_steps(megatron_runs.train(script, case.world_size, *shared, *loong_flags), native)
+
+
+@pytest.mark.parametrize("script_name", ["checkout", "own"])
+def test_data_parallel_ranks_change_nothing_natively(script_name: str) -> None:
+    """The yardstick itself: without loong, two ranks and a distributed optimizer give one rank's numbers."""
+    script = script_or_skip(script_name)
+    if script_name == "own" and not RUN_ALL and megatron_runs.checkout_script() is not None:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    adam = "--optimizer adam --lr 1e-3".split()
+    native = megatron_runs.train(script, 1, *adam)
+    assert_same_steps(megatron_runs.train(script, 2, *adam, "--use-distributed-optimizer"), native)
+
+
+@pytest.mark.parametrize("script_name", ["checkout", "own"])
+def test_a_checkpoint_continues_where_it_stopped(script_name: str, tmp_path: Path) -> None:
+    """Saved under loong with CP 2, continued natively on one rank: the layout of CP is not in a checkpoint."""
+    script = script_or_skip(script_name)
+    if not RUN_ALL:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    expected = megatron_runs.train(script, 1)
+    loong = "--context-parallel-impl loong --context-parallel-size 2 --exit-interval 2 --ckpt-format torch_dist"
+    saved = megatron_runs.train(script, 2, *loong.split(), "--save", str(tmp_path), "--save-interval", "2")
+    assert_same_steps(saved, expected[:2])
+    assert_same_steps(megatron_runs.train(script, 1, "--load", str(tmp_path)), expected[2:])
