@@ -93,10 +93,9 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exchange: _Exchange, plan: RingPlan
 ) -> tuple[torch.Tensor, torch.Tensor, KVBlock, torch.Tensor, torch.Tensor]:
     k, v = (replicate_heads(x, exchange.replicas) for x in (k, v))
-    q, k, v = split_heads([q, k, v], exchange.groups, "q, k and v")
-    kv = KVBlock.empty(k.shape, v.shape, like=k)
-    kv.k.copy_(k)
-    kv.v.copy_(v)
+    hp = exchange.groups.config.head_parallel_size
+    kv = KVBlock.empty(*((x.shape[0] * hp, x.shape[1], x.shape[2] // hp, x.shape[3]) for x in (k, v)), like=k)
+    q, _, _ = split_heads([q, k, v], exchange.groups, "q, k and v", into=[None, kv.k, kv.v])
     out_share, lse = ring_forward(q, kv, plan)
     (out,) = join_heads([out_share], exchange.groups, "the output")
     return out, q, kv, out_share, lse

@@ -40,14 +40,21 @@ def sum_replicas(x: torch.Tensor, replicas: int) -> torch.Tensor:
     return x.unflatten(2, (-1, replicas)).sum(3, dtype=wide).to(x.dtype)
 
 
-def split_heads(tensors: Sequence[torch.Tensor], groups: LoongGroups, what: str) -> list[torch.Tensor]:
+def split_heads(
+    tensors: Sequence[torch.Tensor],
+    groups: LoongGroups,
+    what: str,
+    into: Sequence[torch.Tensor | None] | None = None,
+) -> list[torch.Tensor]:
     """Shares of the sequence to shares of the heads: each [s, b, heads, d] -> [s * hp, b, heads / hp, d].
 
-    The result is in the order of `ring_runs`. Every heads must be a multiple of hp; one dtype for all.
+    The result is in the order of `ring_runs`. Every heads must be a multiple of hp; one dtype for all. `into` gives
+    contiguous tensors to write the results to; without one, and without a head group, a tensor is returned as it is.
     """
     handle, config = groups.handle("head"), groups.config
+    into = into or [None] * len(tensors)
     if handle.size == 1:
-        return list(tensors)
+        return [x if out is None else out.copy_(x) for x, out in zip(tensors, into, strict=True)]
     chunks = config.chunks_per_rank
     shapes = [_chunk_shape(x, chunks, x.shape[2] // handle.size) for x in tensors]
     send = _buffer(tensors[0], handle.size, chunks, shapes)
@@ -57,7 +64,12 @@ def split_heads(tensors: Sequence[torch.Tensor], groups: LoongGroups, what: str)
     received = all_to_all(send, handle, what)
     rows = received.flatten(0, 1)
     order = _order(groups).to(rows.device)
-    return [rows[:, span].index_select(0, order).view(-1, *shape[1:]) for shape, span in _spans(shapes)]
+    results = []
+    for (shape, span), out in zip(_spans(shapes), into, strict=True):
+        out_rows = None if out is None else out.view(rows.shape[0], -1)
+        in_order = torch.index_select(rows[:, span], 0, order, out=out_rows)
+        results.append(in_order.view(-1, *shape[1:]))
+    return results
 
 
 def join_heads(tensors: Sequence[torch.Tensor], groups: LoongGroups, what: str) -> list[torch.Tensor]:

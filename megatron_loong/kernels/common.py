@@ -96,6 +96,19 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def gpu_operand(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x [b, s, h, d] -> [b, s, h, width], contiguous in the last dimension and aligned; copied only where it is not.
+
+    The GPU kernels load 16 bytes at a time. A misaligned address is an error that ends the CUDA context.
+    """
+    x = widen(x, width)
+    per_load = 16 // x.element_size()
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    if x.stride(-1) == 1 and not any(n % per_load for n in (x.storage_offset(), *steps)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def lse_to_bhs(lse: torch.Tensor) -> torch.Tensor:
     """lse [b, s, h] -> contiguous [b, h, s], as the flash kernels read it."""
     return lse.transpose(1, 2).contiguous()
@@ -129,7 +142,8 @@ def call_by_name(
     neutral: values that switch a feature off; passed only where the function insists on the argument.
     """
     parameters = _parameters(function)
-    where = f"{function.__module__}.{getattr(function, '__name__', function)}"
+    plain = getattr(function, "_init_fn", function)
+    where = f"{plain.__module__}.{plain.__name__}"
     arguments = {}
     for key, value in essential.items():
         names = (key,) if isinstance(key, str) else key

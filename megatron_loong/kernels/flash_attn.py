@@ -18,14 +18,20 @@ from megatron_loong.kernels.common import (
     flash_backward_fault,
     gpu_capability,
     gpu_fault,
+    gpu_operand,
     lse_from_bhs,
     lse_to_bhs,
     parameter_names,
     round_up,
-    unit_stride,
-    widen,
 )
 from megatron_loong.kernels.interface import KernelRequest
+
+_ABSENT = (
+    "k_new", "v_new", "qv", "out", "out_", "kv_batch_idx", "leftpad_k", "page_table",
+    "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "max_seqlen_q", "max_seqlen_k",
+    "seqused_q", "seqused_k", "sequed_q", "sequed_k",
+    "rotary_cos", "rotary_sin", "seqlens_rotary", "q_descale", "k_descale", "v_descale",
+)  # fmt: skip
 
 #: Features of either package that are switched off; passed only where a version insists on the argument.
 _NEUTRAL: dict[str, Any] = {
@@ -36,11 +42,7 @@ _NEUTRAL: dict[str, Any] = {
     "softcap": 0.0,
     "alibi_slopes": None,
     "return_softmax": False,
-    **dict.fromkeys(
-        "k_new v_new qv out out_ cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q seqused_k sequed_q sequed_k "
-        "max_seqlen_q max_seqlen_k page_table kv_batch_idx leftpad_k rotary_cos rotary_sin seqlens_rotary "
-        "q_descale k_descale v_descale".split()
-    ),
+    **dict.fromkeys(_ABSENT),
 }
 
 
@@ -62,7 +64,7 @@ class _FlashAttnKernel:
         try:
             module = self._import()
         except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA
-            return f"installed but does not import ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            return f"installed but does not import ({(str(error).splitlines() or [type(error).__name__])[0]})"
         missing = [x for x in ("_flash_attn_forward", "_flash_attn_backward") if not hasattr(module, x)]
         if missing:
             return f"this version of {self.module} lacks {', '.join(missing)}"
@@ -75,7 +77,7 @@ class _FlashAttnKernel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h] float32)."""
         width = round_up(max(q.shape[-1], v.shape[-1]), 8)
-        padded_q, padded_k, padded_v = (unit_stride(widen(x, width)) for x in (q, k, v))
+        padded_q, padded_k, padded_v = (gpu_operand(x, width) for x in (q, k, v))
         results = call_by_name(
             self._import()._flash_attn_forward,
             {
@@ -106,7 +108,7 @@ class _FlashAttnKernel:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
         width = round_up(max(q.shape[-1], v.shape[-1]), 8)
-        padded = [unit_stride(widen(x, width)) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
+        padded = [gpu_operand(x, width) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
         # The kernels write into these; what they return differs between versions.
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in padded[1:4])
         call_by_name(

@@ -13,8 +13,7 @@ from megatron_loong.kernels.interface import KernelRequest
 class ReferenceKernel:
     """`AttentionKernel` for every device, dtype and head width. Shapes and rules: `interface.AttentionKernel`.
 
-    Computes in float64 for float64 inputs, else in float32, whatever `torch.set_float32_matmul_precision` says of
-    matmuls on a GPU. Gradients come in that wider dtype.
+    Computes in float64 for float64 inputs, else in float32; gradients come in that wider dtype.
     """
 
     name = "reference"

@@ -19,11 +19,10 @@ from megatron_loong.kernels.common import (
     flash_backward_fault,
     gpu_capability,
     gpu_fault,
+    gpu_operand,
     lse_from_bhs,
     lse_to_bhs,
     round_up,
-    unit_stride,
-    widen,
 )
 from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.reference import ReferenceKernel
@@ -189,7 +188,7 @@ def _common_width(q: torch.Tensor, v: torch.Tensor) -> int:
 
 def _operand(x: torch.Tensor, width: int) -> torch.Tensor:
     """[b, s, h, d] -> view [b, h, s, width]."""
-    return unit_stride(widen(x, width)).transpose(1, 2)
+    return gpu_operand(x, width).transpose(1, 2)
 
 
 def _narrow(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
