@@ -21,9 +21,9 @@ training=(
     # the data
     --data-path "$out/text" --data-cache-path "$out/cache" --split "100,0,0" --num-workers 0
     --tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 1
-    --seq-length 1024 --max-position-embeddings 1024 --no-create-attention-mask-in-dataloader
+    --seq-length 512 --max-position-embeddings 512 --no-create-attention-mask-in-dataloader
     # the optimizer
-    --micro-batch-size 2 --global-batch-size 4 --train-iters "$steps" --lr 3e-3 --min-lr 3e-4
+    --micro-batch-size 2 --global-batch-size 8 --train-iters "$steps" --lr 2e-3 --min-lr 2e-4
     --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --weight-decay 0.01 --seed 1234
     --attention-dropout 0 --hidden-dropout 0
     # a line of log per step, nothing else

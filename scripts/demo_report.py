@@ -28,7 +28,7 @@ def watch(log_path: Path) -> int:
             tail.append(line)
             record = parse_step(line)
             if record is None:
-                if "megatron_loong" in line or "loong:" in line:
+                if line.startswith(("megatron_loong:", "megatron_loong CPU mode:")):
                     print(line.rstrip(), flush=True)
                 continue
             last = record

@@ -1,4 +1,4 @@
-"""Pretrain a GPT with megatron.training, which megatron-core ships from 0.17 on: no Megatron-LM checkout needed.
+r"""Pretrain a GPT with megatron.training, which megatron-core ships from 0.17 on: no Megatron-LM checkout needed.
 
     torchrun --nproc-per-node 8 -m megatron_loong scripts/pretrain_gpt.py <Megatron's arguments> \
         --context-parallel-size 8 --context-parallel-impl loong --loong-head-parallel-size 4
@@ -13,17 +13,15 @@ import inspect
 import sys
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from importlib import import_module
 
 import torch
 
 try:
     from megatron import training
 except ImportError as error:
-    sys.exit(
-        f"{error}: this script needs megatron.training, which megatron-core ships from 0.17 on.\nWith an older one, "
-        f"run the pretrain_gpt.py of a Megatron-LM checkout: python -m megatron_loong path/to/pretrain_gpt.py ..."
-    )
+    needs = "this script needs megatron.training, which megatron-core ships from 0.17 on"
+    sys.exit(f"{error}: {needs}; with an older one, run the pretrain_gpt.py of a Megatron-LM checkout in the same way")
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -36,13 +34,14 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 BATCH_KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 # Arguments of megatron.training that nobody here would read.
-NOT_HERE = "sft mtp_num_layers fim_data hybrid_context_parallel dataloader_inter_document_masking spec logits_load_dir"
+NOT_HERE = """sft mtp_num_layers fim_data hybrid_context_parallel dataloader_inter_document_masking spec
+    logits_load_dir heterogeneous_layers_config_path experimental_attention_variant""".split()
 
 
 def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=None, config=None, pg_collection=None):
     """This pipeline stage's part of the model, on the layers that `--transformer-impl` names."""
     args = get_args()
-    asked = [name for name in NOT_HERE.split() if getattr(args, name, None)]
+    asked = [name for name in NOT_HERE if getattr(args, name, None)]
     if asked:
         raise NotImplementedError(f"{asked} need the pretrain_gpt.py of a Megatron-LM checkout")
     config = config or arguments.core_transformer_config_from_args(args)
@@ -52,12 +51,12 @@ def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=
             config, use_te, normalization=args.normalization, qk_l2_norm=args.qk_l2_norm, vp_stage=vp_stage
         )
     else:
-        names = ("qk_layernorm", "multi_latent_attention", "qk_l2_norm")
-        shared = {name: getattr(args, name) for name in names}
+        shared = {name: getattr(args, name) for name in ("qk_layernorm", "multi_latent_attention", "qk_l2_norm")}
         if use_te:
             spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**shared)
         else:
             spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=args.normalization, **shared)
+    same_name = ("fp16_lm_cross_entropy", "position_embedding_type", "rotary_percent", "rotary_base")
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -65,14 +64,11 @@ def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
-        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         vp_stage=vp_stage,
         pg_collection=pg_collection,
+        **{name: getattr(args, name) for name in same_name},
     )
 
 
@@ -84,14 +80,14 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None):
     values.update(random_seed=args.seed, sequence_length=args.seq_length, path_to_cache=args.data_cache_path)
     values.update(tokenizer=get_tokenizer(), create_attention_mask=args.create_attention_mask_in_dataloader)
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    is_built_here = partial(is_first_or_last_pipeline_stage, vp_stage)
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, GPTDatasetConfig(**values)).build()
+    is_read_here = partial(is_first_or_last_pipeline_stage, vp_stage)
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_read_here, GPTDatasetConfig(**values)).build()
 
 
 provide_datasets.is_distributed = True  # megatron.training then calls it on every rank, not on TP rank 0 alone
 
 
-def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Loss sum and token count of this rank; Megatron adds both up over DP and CP before it divides."""
     loss = torch.sum(losses.view(-1).float() * loss_mask.view(-1).float())
     tokens = loss_mask.sum().detach().to(torch.int)
@@ -110,16 +106,13 @@ def forward_step(data_iterator, model):
         # Megatron 0.18 asks whether CP is hybrid; it is not (NOT_HERE).
         hybrid = [False] if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else []
         batch = get_batch_on_this_cp_rank(batch, *hybrid, cp_group=mpu.get_context_parallel_group())
-    loss_mask = batch["loss_mask"]
-    losses = model(input_ids=batch.pop("tokens"), **batch)
-    return losses, partial(sum_loss, loss_mask)
+    return model(input_ids=batch.pop("tokens"), **batch), partial(sum_loss, batch["loss_mask"])
 
 
 if __name__ == "__main__":  # guarded: Megatron's checkpoint writer imports this file in a process of its own
     parts = {"model_provider": provide_model, "model_type": ModelType.encoder_or_decoder}
     parts.update(train_valid_test_dataset_provider=provide_datasets, forward_step_func=forward_step)
     if "cfg_container" in inspect.signature(training.pretrain).parameters:  # 0.18 on
-        from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-        parts["cfg_container"] = pretrain_cfg_container_from_args(arguments.parse_and_validate_args())
+        configs = import_module("megatron.training.argument_utils")
+        parts["cfg_container"] = configs.pretrain_cfg_container_from_args(arguments.parse_and_validate_args())
     training.pretrain(**parts)

@@ -72,7 +72,9 @@ class _Attention2D(torch.autograd.Function):
     """Saves and unpacks; the work is in `_forward` and `_backward`. Tensors are [s, b, heads, d]."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: LoongGroups, plan: RingPlan) -> Any:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: LoongGroups, plan: RingPlan
+    ) -> Any:
         exchange = _Exchange(groups, replicas_per_kv_head(k.shape[2], groups.config.head_parallel_size))
         out, q_share, kv, out_share, lse = _forward(q, k, v, exchange, plan)
         ctx.save_for_backward(q_share, kv.flat, out_share, lse)

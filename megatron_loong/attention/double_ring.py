@@ -214,7 +214,13 @@ def ring_backward(
 
 
 def _tile_backward(
-    dout: torch.Tensor, q: torch.Tensor, block: KVBlock, out: torch.Tensor, lse: torch.Tensor, tile: Tile, plan: RingPlan
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    block: KVBlock,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tile: Tile,
+    plan: RingPlan,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return plan.kernel.backward(
         _bshd(dout[tile.q]),

@@ -34,7 +34,9 @@ class Ring:
         try:
             works = self._post(block, incoming, group)
         except (RuntimeError, ValueError) as error:
-            raise self._failure(step, f"ranks {self.previous_global_rank} and {self.next_global_rank}", error) from error
+            raise self._failure(
+                step, f"ranks {self.previous_global_rank} and {self.next_global_rank}", error
+            ) from error
 
         def wait() -> None:
             # A second wait() on a gloo p2p work blocks until the timeout, so each is waited for once, here; and
@@ -48,7 +50,9 @@ class Ring:
 
         return incoming, wait
 
-    def _post(self, block: torch.Tensor, incoming: torch.Tensor, group: dist.ProcessGroup) -> list[tuple[str, dist.Work]]:
+    def _post(
+        self, block: torch.Tensor, incoming: torch.Tensor, group: dist.ProcessGroup
+    ) -> list[tuple[str, dist.Work]]:
         receive_from, send_to = self.previous_global_rank, self.next_global_rank
         if dist.get_backend(group) == "gloo":
             receive = dist.irecv(incoming, src=receive_from, group=group)

@@ -126,8 +126,8 @@ def build_groups(
     of the group call it, for users who never meet all ranks in one place; release such groups only at the end of
     the job. `cp_global_ranks[i]` gets the coordinates of cp_rank i under `config.placement`.
 
-    `timeout` is that of each communicator (default: torch's, 30 minutes). Raises `ValueError` on every rank alike when the
-    ranks do not fit the config, repeat, lie outside the world, or overlap another group.
+    `timeout` is that of each communicator (default: torch's, 30 minutes). Raises `ValueError` on every rank alike when
+    the ranks do not fit the config, repeat, lie outside the world, or overlap another group.
     """
     ranks = tuple(int(rank) for rank in cp_global_ranks)
     problem = _problem_with(config, ranks)
@@ -189,5 +189,5 @@ def _check_requests(requests: Sequence[tuple[LoongConfig, tuple[int, ...], str |
             if owner.setdefault(rank, (config, ranks)) != (config, ranks):
                 raise ValueError(
                     f"rank {rank} is asked for in two context-parallel groups, {list(owner[rank][1])} with "
-                    f"{owner[rank][0].describe()}, and {list(ranks)} with {config.describe()}; every rank belongs to one"
+                    f"{owner[rank][0].describe()}, and {list(ranks)} with {config.describe()}; a rank belongs to one"
                 )

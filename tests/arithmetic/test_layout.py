@@ -78,8 +78,11 @@ def test_a_head_group_holds_the_runs_of_its_ring_rank() -> None:
             joined: list[int] = []
             for head, place in head_group_chunk_order(config, ring_rank):
                 logical = ring_rank * config.head_parallel_size + head
-                positions = token_positions(LoongConfig(config.context_parallel_size, 1,
-                    sequence_layout=config.sequence_layout), logical, seq_len).tolist()
+                positions = token_positions(
+                    LoongConfig(config.context_parallel_size, 1, sequence_layout=config.sequence_layout),
+                    logical,
+                    seq_len,
+                ).tolist()
                 joined += positions[place * chunk : (place + 1) * chunk]
             assert joined == [t for a, b in ring_runs(config, ring_rank, seq_len) for t in range(a, b)], config
 
@@ -129,8 +132,13 @@ def test_tiles_compute_each_allowed_pair_once_and_no_other() -> None:
             q_runs, kv_runs = ring_runs(config, rank, seq_len), ring_runs(config, owner, seq_len)
             q = [t for a, b in q_runs for t in range(a, b)]
             kv = [t for a, b in kv_runs for t in range(a, b)]
-            found = [(x, y) for tile in tiles(q_runs, kv_runs, causal) for x in q[tile.q] for y in kv[tile.kv]
-                     if not tile.causal or y <= x]
+            found = [
+                (x, y)
+                for tile in tiles(q_runs, kv_runs, causal)
+                for x in q[tile.q]
+                for y in kv[tile.kv]
+                if not tile.causal or y <= x
+            ]
             seen += found
             work.append((rank == owner, len(found)))
         allowed = [(x, y) for x in range(seq_len) for y in range(seq_len) if not causal or y <= x]

@@ -15,7 +15,14 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def random_inputs(
-    batch: int, seq_len: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0, v_dim: int = 0
+    batch: int,
+    seq_len: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    v_dim: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v, dout in bshd, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
@@ -186,10 +193,10 @@ def kv_blocks_held(rank: int) -> tuple[int, int]:
     from megatron_loong.kernels.registry import choose_kernel
 
     counts = []
+    block_bytes = 8 * 2 * (64 // 8) * 2 * 24
     for w in (8, 4):
         groups = build_groups(LoongConfig(8, 1, w), range(8))
         inputs = random_inputs(1, 64, 2, 2, 24, torch.float64)
-        block_elements = 2 * (64 // 8) * 2 * 24
         most = 0
 
         class Spy:
@@ -204,7 +211,7 @@ def kv_blocks_held(rank: int) -> tuple[int, int]:
                 storages = {
                     x.untyped_storage().data_ptr()
                     for x in gc.get_objects()
-                    if type(x) is torch.Tensor and x.untyped_storage().nbytes() == 8 * block_elements
+                    if type(x) is torch.Tensor and x.untyped_storage().nbytes() == block_bytes
                 }
                 most = max(most, len(storages) - 1)
                 return self.kernel.forward(*args, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing as mp
 import os
@@ -40,7 +41,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Any) -> None:
         function, args = task
         try:
             pipe.send(("ok", function(rank, *args)))
-        except BaseException as error:  # noqa: BLE001 the parent decides what it means
+        except BaseException as error:  # the parent decides what it means
             pipe.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     dist.destroy_process_group()
 
@@ -93,10 +94,8 @@ class WorkerPool:
     def stop(self) -> None:
         """End the workers."""
         for pipe, process in zip(self.pipes, self.processes, strict=True):
-            try:
+            with contextlib.suppress(OSError):
                 pipe.send(None)
-            except OSError:
-                pass
             process.join(timeout=2)
             if process.is_alive():
                 process.kill()
