@@ -89,6 +89,7 @@ class LoongConfig:
         if self.inner_ring_size is None:
             object.__setattr__(self, "inner_ring_size", cp // hp)
         w, n = self.inner_ring_size, cp // hp
+        assert w is not None  # filled in just above
         if n % w:
             raise ValueError(
                 f"inner_ring_size={w} does not divide ring_size={n} "

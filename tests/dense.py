@@ -22,7 +22,12 @@ def dense_attention(
 
 
 def dense_with_gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, causal: bool, softmax_scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    causal: bool,
+    softmax_scale: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """out, dq, dk, dv of `dense_attention`, computed in float64."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))

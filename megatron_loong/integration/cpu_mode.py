@@ -17,6 +17,7 @@ What stays impossible on a CPU, because Megatron's local layers refuse it: tenso
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib.util
@@ -53,10 +54,6 @@ def enable(allow_with_gpu: bool = False, argv: list[str] | None = None) -> None:
     Call it before anything imports Megatron. Raises `ValueError` where a GPU is present, unless `allow_with_gpu`:
     a run that is slower by a factor of a thousand should not start because of a forgotten flag.
     """
-    # torch.compile would start a C++ compiler on every rank; Megatron decorates dozens of functions with it.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Megatron asserts this for TP and CP on the GPUs that it believes to see.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
     if torch.cuda.is_available() and not allow_with_gpu:
@@ -64,6 +61,10 @@ def enable(allow_with_gpu: bool = False, argv: list[str] | None = None) -> None:
             f"--cpu was given, but this machine has {torch.cuda.device_count()} GPU(s); "
             f"leave --cpu out to train on them, or give it twice (--cpu --cpu) to train on the CPU all the same"
         )
+    # torch.compile would start a C++ compiler on every rank; Megatron decorates dozens of functions with it.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Megatron asserts this for TP and CP on the GPUs that it believes to see.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _stand_in_for_cuda()
     _lead_children_through_this_module()
     _stand_in_inside_megatron()
@@ -98,6 +99,28 @@ def _append_missing_flags(argv: list[str]) -> list[str]:
 # ---- 1. torch.cuda -------------------------------------------------------------------------------------------
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for calls that only wait, or that only choose a device."""
+
+
+class _Event:
+    """Remembers when it was recorded, so that Megatron's timers print something true."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.recorded_s = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.recorded_s = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000.0 * (end.recorded_s - self.recorded_s)  # milliseconds, as torch.cuda.Event
+
+    def query(self) -> bool:
+        return True
+
+    synchronize = wait = _nothing
+
+
 class _Stream:
     """A CPU has one stream, and everything on it is already done."""
 
@@ -109,43 +132,15 @@ class _Stream:
     def __enter__(self) -> _Stream:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
     def record_event(self, event: _Event | None = None) -> _Event:
         event = event or _Event()
         event.record()
         return event
 
-    def synchronize(self) -> None:
-        pass
-
-    wait_event = wait_stream = lambda self, other: None
-
-
-class _Event:
-    """Remembers when it was recorded, so that Megatron's timers print something true."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.recorded_s = 0.0
-
-    def record(self, stream: _Stream | None = None) -> None:
-        self.recorded_s = time.perf_counter()
-
-    def elapsed_time(self, end: _Event) -> float:
-        return 1000.0 * (end.recorded_s - self.recorded_s)  # milliseconds, as torch.cuda.Event
-
     def query(self) -> bool:
         return True
 
-    def synchronize(self) -> None:
-        pass
-
-    def wait(self, stream: _Stream | None = None) -> None:
-        pass
+    __exit__ = synchronize = wait_event = wait_stream = _nothing
 
 
 def _stand_in_for_cuda() -> None:
@@ -162,9 +157,6 @@ def _stand_in_for_cuda() -> None:
         name="CPU", major=8, minor=0, total_memory=memory_bytes, multi_processor_count=os.cpu_count()
     )
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
     def returns(value: Any) -> Any:
         return lambda *args, **kwargs: value
 
@@ -173,22 +165,22 @@ def _stand_in_for_cuda() -> None:
         "is_available": returns(True),
         "device_count": returns(device_count),
         "current_device": returns(int(os.environ.get("LOCAL_RANK", "0"))),
-        "set_device": nothing,
+        "set_device": _nothing,
         "device": lambda *args: contextlib.nullcontext(),
         "get_device_properties": returns(properties),
         "get_device_capability": returns((properties.major, properties.minor)),
         "get_device_name": returns(properties.name),
         "is_current_stream_capturing": returns(False),  # torch.optim asks, once is_available() is True
-        "synchronize": nothing,
-        "ipc_collect": nothing,
-        "empty_cache": nothing,
+        "synchronize": _nothing,
+        "ipc_collect": _nothing,
+        "empty_cache": _nothing,
         # Streams and events.
         "Stream": _Stream,
         "Event": _Event,
         "stream": lambda stream: stream or _Stream(),
         "current_stream": returns(stream),
         "default_stream": returns(stream),
-        "set_stream": nothing,
+        "set_stream": _nothing,
         # Random numbers: the CPU's generator is the only one. RNG trackers save and restore it as they would the
         # GPU's; the seed is the same for every CP rank, and the same for CP 1.
         "manual_seed": generator.manual_seed,
@@ -196,16 +188,16 @@ def _stand_in_for_cuda() -> None:
         "get_rng_state": lambda device=None: generator.get_state(),
         "set_rng_state": lambda state, device=None: generator.set_state(state),
         "default_generators": [generator] * device_count,
-        "_lazy_init": nothing,
+        "_lazy_init": _nothing,
         "_lazy_call": lambda call, **kwargs: call(),  # Megatron wraps its set_rng_state in it
         # Memory reports: zeros rather than a guess.
-        "memory_stats": lambda device=None: _Zeros(),
+        "memory_stats": lambda device=None: collections.defaultdict(int),
         "memory_allocated": returns(0),
         "max_memory_allocated": returns(0),
         "memory_reserved": returns(0),
         "max_memory_reserved": returns(0),
         "device_memory_used": returns(0),
-        "reset_peak_memory_stats": nothing,
+        "reset_peak_memory_stats": _nothing,
         "mem_get_info": returns((memory_bytes, memory_bytes)),
     }
     for name, stand_in in stand_ins.items():
@@ -214,16 +206,9 @@ def _stand_in_for_cuda() -> None:
         setattr(torch.cuda.random, name, stand_ins[name])
     # torch itself asks here (a DataLoader, for pinned memory), and would go on to call the driver.
     torch.accelerator.is_available = returns(False)
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
     # Entered once and never left: it must be in force for as long as the process lives.
     _cpu_tensors_mode().__enter__()
-
-
-class _Zeros(dict):
-    """Statistics that are all 0, whatever they are called."""
-
-    def __missing__(self, key: str) -> int:
-        return 0
 
 
 def _cpu_tensors_mode() -> Any:
@@ -309,9 +294,9 @@ def _stand_in_inside_megatron() -> None:
         return  # megatron-core 0.16 alone has no training loop: the script says so itself
     # Draws random numbers of a shape that depends on the CP size, after seeding: without warm-up a CP 1 and a CP 4
     # run start from the same weights, which is what the comparison of their losses rests on.
-    initialize._warmup_jit_function = lambda *args, **kwargs: None
+    initialize._warmup_jit_function = _nothing
     if hasattr(initialize, "fused_kernels"):  # 0.16
-        initialize.fused_kernels.load = lambda args: None  # asks nvcc for its version
+        initialize.fused_kernels.load = _nothing  # asks nvcc for its version
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 without TransformerEngine compares a name it never set
         moe_utils.te_general_gemm = None

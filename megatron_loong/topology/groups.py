@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
@@ -140,9 +141,9 @@ def build_groups(
         return LoongGroups(config, ranks, 0, handles)
 
     timeout = default_pg_timeout if timeout is None else timeout
-    requests = [(config, ranks, problem)]
+    requests: list[Any] = [(config, ranks, problem)]
     if not local_synchronization and dist.get_world_size() > 1:
-        requests = [None] * dist.get_world_size()  # type: ignore[list-item]
+        requests = [None] * dist.get_world_size()
         dist.all_gather_object(requests, (config, ranks, problem))
     _check_requests(requests)
 
@@ -152,7 +153,7 @@ def build_groups(
         for name, axis in COMMUNICATORS.items():
             for members in group_members(request_config, axis):
                 members_global = tuple(request_ranks[i] for i in members)
-                process_group = None
+                process_group: Any = None
                 if len(members) > 1:
                     process_group = dist.new_group(
                         sorted(members_global),
