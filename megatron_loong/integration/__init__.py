@@ -1,23 +1,19 @@
-"""The Megatron-Core plugin. Importing this package imports neither torch nor Megatron."""
+"""The Megatron plugin. Importing it imports neither torch nor Megatron; `install` does."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from megatron_loong.integration.arguments import LoongOptions
-    from megatron_loong.integration.hooks import install, uninstall
+from megatron_loong.integration.options import LoongOptions
 
-__all__ = ["LoongOptions", "install", "uninstall"]
+if TYPE_CHECKING:
+    from megatron_loong.integration.hooks import install, place_this_process, uninstall
+
+__all__ = ["LoongOptions", "install", "place_this_process", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LoongOptions":
-        from megatron_loong.integration.arguments import LoongOptions
-
-        return LoongOptions
     if name in __all__:
-        from megatron_loong.integration import hooks
-
-        return getattr(hooks, name)
+        return getattr(import_module("megatron_loong.integration.hooks"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

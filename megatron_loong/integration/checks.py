@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.integration.options import LoongOptions, fitting_head_parallel_sizes, flag_of
+from megatron_loong.integration.options import LoongOptions, fitting_head_parallel_sizes
 
 
 def check_options(
@@ -50,7 +50,7 @@ def check_options(
             f"the nearest that fit are {_nearest_multiples(seq_length, 2 * cp)}"
         )
     if num_attention_heads is not None:
-        check_heads(options.head_parallel_size, cp=cp, tp=tp, num_attention_heads=num_attention_heads)
+        check_heads(options.loong_head_parallel_size, cp=cp, tp=tp, num_attention_heads=num_attention_heads)
 
 
 def check_heads(head_parallel_size: int | str, *, cp: int, tp: int, num_attention_heads: int) -> None:
@@ -62,22 +62,24 @@ def check_heads(head_parallel_size: int | str, *, cp: int, tp: int, num_attentio
         )
     if isinstance(head_parallel_size, int) and heads % head_parallel_size:
         raise ValueError(
-            f"{flag_of('head_parallel_size')} {head_parallel_size} does not divide the {heads} query heads of one "
+            f"--loong-head-parallel-size {head_parallel_size} does not divide the {heads} query heads of one "
             f"tensor-parallel rank (--num-attention-heads {num_attention_heads} / --tensor-model-parallel-size {tp}); "
             f"with --context-parallel-size {cp} these work: {fitting_head_parallel_sizes(cp, heads)}"
         )
 
 
 def _check_sizes(options: LoongOptions, cp: int) -> None:
-    hp, inner = options.head_parallel_size, options.inner_ring_size
-    flags = f"(--context-parallel-size {cp}, {flag_of('head_parallel_size')} {hp}, {flag_of('inner_ring_size')} {inner})"
+    hp, inner = options.loong_head_parallel_size, options.loong_inner_ring_size
+    flags = f"(--context-parallel-size {cp}, --loong-head-parallel-size {hp}, --loong-inner-ring-size {inner})"
     if isinstance(hp, str):
         # With hp still open, an inner ring only has to divide some ring: one whose size divides cp.
         if isinstance(inner, int) and cp % inner:
-            raise ValueError(f"inner_ring_size={inner} does not divide any ring of {cp} ranks; try one of {divisors(cp)} {flags}")
+            raise ValueError(
+                f"inner_ring_size={inner} does not divide any ring of {cp} ranks; try one of {divisors(cp)} {flags}"
+            )
         return
     try:
-        LoongConfig(cp, hp, inner if isinstance(inner, int) else None, options.placement)
+        LoongConfig(cp, hp, inner if isinstance(inner, int) else None, options.loong_placement)
     except ValueError as error:
         raise ValueError(f"{error} {flags}") from None
 
@@ -103,15 +105,21 @@ def _is_set(value: Any) -> bool:
 #: Looked up on the args before anything starts, and on each layer's TransformerConfig. An attribute that the version
 #: at hand lacks is not set.
 REFUSALS = (
-    Refusal("attention_dropout", _is_set, "--attention-dropout {value} (Megatron's default is 0.1)", "--attention-dropout 0"),
+    Refusal(
+        "attention_dropout", _is_set, "--attention-dropout {value} (Megatron's default is 0.1)", "--attention-dropout 0"
+    ),
     Refusal("window_size", _is_set, "--window-size {value}", "full causal attention: leave it out"),
     Refusal("softmax_type", lambda v: v not in (None, "vanilla"), "--softmax-type {value}", "--softmax-type vanilla"),
     Refusal("fp8", _is_set, "--fp8-format {value}", "--bf16"),
     Refusal("fp4", _is_set, "--fp4-format {value}", "--bf16"),
     Refusal("qk_clip", _is_set, "--qk-clip", "training without it"),
     Refusal("log_max_attention_logit", _is_set, "--log-max-attention-logit", "training without it"),
-    Refusal("hybrid_context_parallel", _is_set, "--hybrid-context-parallel", "one context-parallel size for all batches"),
-    Refusal("dynamic_context_parallel", _is_set, "--dynamic-context-parallel", "one context-parallel size for all batches"),
+    Refusal(
+        "hybrid_context_parallel", _is_set, "--hybrid-context-parallel", "one context-parallel size for all batches"
+    ),
+    Refusal(
+        "dynamic_context_parallel", _is_set, "--dynamic-context-parallel", "one context-parallel size for all batches"
+    ),
     Refusal("batch_invariant_mode", _is_set, "--batch-invariant-mode", "training without it"),
     Refusal(
         "experimental_attention_variant",
@@ -121,7 +129,9 @@ REFUSALS = (
     ),
     Refusal("cache_mla_latents", _is_set, "--cache-mla-latents (absorbed MLA)", "multi-latent attention without it"),
     Refusal("attention_cp_layout", lambda v: v not in (None, "zigzag"), "attention_cp_layout={value}", "zigzag"),
-    Refusal("reset_attention_mask", _is_set, "--reset-attention-mask", "one document per sequence, or attention across them"),
+    Refusal(
+        "reset_attention_mask", _is_set, "--reset-attention-mask", "one document per sequence, or attention across them"
+    ),
     Refusal(
         "dataloader_inter_document_masking",
         _is_set,
@@ -143,11 +153,11 @@ def refuse(holder: object) -> None:
             )
 
 
-def check_args(options: LoongOptions, args: object) -> None:
-    """Both checks on Megatron's parsed arguments. Heads and lengths that a checkpoint will replace are left open."""
+def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
+    """Both checks on Megatron's arguments; unless `final`, what a checkpoint may still replace is left open."""
     if not options.loong:
         return
-    open_yet = bool(getattr(args, "use_checkpoint_args", False)) or bool(getattr(args, "yaml_cfg", None))
+    open_yet = not final and bool(getattr(args, "use_checkpoint_args", False))
     check_options(
         options,
         cp=getattr(args, "context_parallel_size", 1),
@@ -157,13 +167,13 @@ def check_args(options: LoongOptions, args: object) -> None:
         cp_comm_type=getattr(args, "cp_comm_type", None),
         hierarchical_context_parallel_sizes=getattr(args, "hierarchical_context_parallel_sizes", None),
     )
-    check_kernel_name(options.kernel)
+    check_kernel_name(options.loong_kernel)
     refuse(args)
 
 
 def check_kernel_name(name: str) -> None:
     """Raise `ValueError` when no kernel is called `name`; whether it can serve is known at the first attention."""
-    from megatron_loong.kernels.registry import kernel_names
+    from megatron_loong.kernels.registry import KERNELS
 
-    if name not in ("auto", *kernel_names()):
-        raise ValueError(f"{flag_of('kernel')} {name} is unknown; use auto or one of {', '.join(kernel_names())}")
+    if name not in ("auto", *KERNELS):
+        raise ValueError(f"--loong-kernel {name} is unknown; use auto or one of {', '.join(KERNELS)}")

@@ -1,131 +1,181 @@
-"""Every difference between Megatron versions, found by probing features. Nothing else here asks for a version."""
+"""Every difference between Megatron versions, and the few places where this plugin holds on to Megatron.
+
+Features are probed, versions are never compared. A place that is missing is an error when the plugin is installed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 
-class MissingSeam(RuntimeError):
-    """Megatron has no longer, or not yet, what the plugin hooks into."""
+@dataclass(frozen=True)
+class Megatron:
+    """What the plugin needs of the Megatron at hand."""
+
+    version: str
+    parallel_state: ModuleType
+    attention_class: type
+    mla_class: type
+    absorbed_mla_class: type | None
+    """From 0.19 on; it builds a core attention of its own."""
+    stock_core_attentions: tuple[Any, ...]
+    """DotProductAttention and TEDotProductAttention; the second is a mock without TransformerEngine, hence Any."""
+    arguments: ModuleType | None
+    """`megatron.training.arguments`; None where there is no training loop (the 0.16.1 wheel)."""
+    why_no_arguments: str | None
 
 
 @dataclass(frozen=True)
 class Seam:
-    """An attribute of a module or class of Megatron that the plugin replaces: `getattr(owner, name)`."""
+    """An attribute of a module or class object that `install` replaces and `uninstall` puts back."""
 
     owner: Any
     name: str
 
-    def get(self) -> Any:
-        """What stands there now."""
-        return getattr(self.owner, self.name)
+    def __str__(self) -> str:
+        where = self.owner.__name__
+        return (
+            f"{self.owner.__module__}.{where}.{self.name}" if isinstance(self.owner, type) else f"{where}.{self.name}"
+        )
 
-    def set(self, value: Any) -> None:
-        """Put `value` there."""
-        setattr(self.owner, self.name, value)
-
-
-def _seam(module_name: str, *path: str) -> Seam:
-    try:
-        owner: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise _missing(module_name, error) from error
-    for name in path[:-1]:
-        if not hasattr(owner, name):
-            raise _missing(f"{module_name}.{name}")
-        owner = getattr(owner, name)
-    if not callable(getattr(owner, path[-1], None)):
-        raise _missing(".".join((module_name, *path)))
-    return Seam(owner, path[-1])
+    def original(self) -> Any:
+        """The attribute as it stands on the owner itself; `NotImplementedError` when it is missing."""
+        if self.name not in vars(self.owner):
+            raise _unsupported(str(self))
+        return vars(self.owner)[self.name]
 
 
-def _missing(what: str, cause: Exception | None = None) -> MissingSeam:
-    found = importlib.import_module("megatron.core").__version__ if importlib.util.find_spec("megatron") else "none"
-    return MissingSeam(
-        f"megatron_loong hooks into {what}, which this Megatron-Core ({found}) does not have; "
-        f"tested versions: {', '.join(TESTED_VERSIONS)}" + (f". Cause: {cause}" if cause else "")
+def find_megatron() -> Megatron:
+    """Import what is needed; `NotImplementedError` names what is missing and the versions that were tested."""
+    core = _module("megatron.core")
+    arguments, why_no_arguments = _training_arguments()
+    parallel_state = _module("megatron.core.parallel_state")
+    for needed in ("get_context_parallel_group", "RankGenerator"):
+        _attribute(parallel_state, needed)
+    return Megatron(
+        version=getattr(core, "__version__", "unknown"),
+        parallel_state=parallel_state,
+        attention_class=_attribute(_module("megatron.core.transformer.attention"), "Attention"),
+        mla_class=_attribute(_module("megatron.core.transformer.multi_latent_attention"), "MultiLatentAttention"),
+        absorbed_mla_class=_absorbed_mla_class(),
+        stock_core_attentions=tuple(_stock_core_attentions()),
+        arguments=arguments,
+        why_no_arguments=why_no_arguments,
     )
 
 
-def core_seams() -> dict[str, Seam]:
-    """The seams in megatron.core; `MissingSeam` names the first that is not there."""
-    return {
-        "initialize_model_parallel": _seam("megatron.core.parallel_state", "initialize_model_parallel"),
-        "destroy_model_parallel": _seam("megatron.core.parallel_state", "destroy_model_parallel"),
-        "attention": _seam("megatron.core.transformer.attention", "Attention", "__init__"),
-        "mla": _seam("megatron.core.transformer.multi_latent_attention", "MultiLatentAttention", "__init__"),
+def seams(megatron: Megatron) -> dict[str, Seam]:
+    """The places to hook into, by the name that `install` uses; each is known to exist."""
+    found = {
+        "initialize_model_parallel": Seam(megatron.parallel_state, "initialize_model_parallel"),
+        "destroy_model_parallel": Seam(megatron.parallel_state, "destroy_model_parallel"),
+        "attention_init": Seam(megatron.attention_class, "__init__"),
+        "mla_init": Seam(megatron.mla_class, "__init__"),
     }
+    if megatron.arguments is not None:
+        found["add_megatron_arguments"] = Seam(megatron.arguments, "add_megatron_arguments")
+    for seam in found.values():
+        seam.original()
+    for name in ("attention_init", "mla_init"):
+        parameters = list(inspect.signature(found[name].original()).parameters)
+        if parameters[1:3] != ["config", "submodules"]:
+            raise _unsupported(f"{found[name]}(self, config, submodules, ...)")
+    if "context_parallel_size" not in inspect.signature(found["initialize_model_parallel"].original()).parameters:
+        raise _unsupported("initialize_model_parallel(context_parallel_size=...)")
+    return found
 
 
-def argument_seam() -> Seam | None:
-    """Megatron's argument registration; None where `megatron.training` is not installed (0.16's wheel)."""
-    importlib.import_module("megatron.core")
-    if "megatron.training" not in sys.modules and importlib.util.find_spec("megatron.training") is None:
-        return None
-    return _seam("megatron.training.arguments", "add_megatron_arguments")
+def _unsupported(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"this megatron-core has no {what}, which megatron_loong holds on to; it is tested with "
+        f"{', '.join(TESTED_VERSIONS)}"
+    )
 
 
-def stock_core_attentions() -> tuple[Any, ...]:
-    """The core attentions that the plugin takes the place of. Compare with `is`: without TransformerEngine the
-    second is a mock, of which everything would be a subclass."""
-    local = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+def _module(name: str) -> ModuleType:
     try:
-        te = importlib.import_module("megatron.core.extensions.transformer_engine").TEDotProductAttention
-    except (ImportError, AttributeError):
-        return (local,)
-    return (local, te)
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only Megatron's own modules are ours to explain; a missing dependency speaks for itself.
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise _unsupported(name) from error
 
 
-def cp_groups_before_init(args: Any) -> list[list[int]]:
-    """Context-parallel groups that `initialize_model_parallel` will make of these arguments, as global ranks."""
-    generator = importlib.import_module("megatron.core.parallel_state").RankGenerator
-    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
-    sizes: dict[str, int] = {"tp": tp, "pp": pp, "cp": cp, "ep": 1}
-    gtp_remat = getattr(args, "gtp_remat_size", None) or getattr(args, "gtp_remat", None) or 1
-    if isinstance(gtp_remat, int) and gtp_remat > 1 and "gtp_remat" in inspect.signature(generator).parameters:
-        raise NotImplementedError(
-            f"--loong-placement other than head_first is not supported with a gtp_remat size of {gtp_remat}; "
-            "use --loong-placement head_first"
-        )
-    order = "tp-cp-ep-pp-dp" if getattr(args, "use_tp_pp_dp_mapping", False) else "tp-cp-ep-dp-pp"
-    world_size = world_size_of_launch()
-    return generator(dp=world_size // (tp * pp * cp), order=order, **sizes).get_ranks("cp")
+def _attribute(module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        raise _unsupported(f"{module.__name__}.{name}")
+    return getattr(module, name)
 
 
-def world_size_of_launch() -> int:
-    """WORLD_SIZE of the launcher; 1 without one."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def ranks_per_node() -> int:
-    """LOCAL_WORLD_SIZE of the launcher, else the GPUs of this machine, else the whole world."""
-    import os
-
-    import torch
-
-    given = os.environ.get("LOCAL_WORLD_SIZE")
-    return int(given) if given else torch.cuda.device_count() or world_size_of_launch()
+def _stock_core_attentions() -> list[Any]:
+    found = [_attribute(_module("megatron.core.transformer.dot_product_attention"), "DotProductAttention")]
+    # The module itself copes with an absent TransformerEngine; then its class is a mock that no spec runs with.
+    found.append(_attribute(_module("megatron.core.extensions.transformer_engine"), "TEDotProductAttention"))
+    return found
 
 
-def device_type() -> str:
-    """Where Megatron puts tensors: asks a tensor, because CPU mode answers for `torch.cuda`."""
-    import torch
+def _absorbed_mla_class() -> type | None:
+    name = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
+    try:
+        if importlib.util.find_spec(name) is None:
+            return None
+        return getattr(importlib.import_module(name), "AbsorbedMLASelfAttention", None)
+    except ImportError:
+        return None  # experimental, and needs packages of its own: who cannot import it cannot build it
 
-    return torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device.type
+
+def _training_arguments() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("megatron.training.arguments"), None
+    except ImportError as error:
+        # The 0.16.1 wheel has no megatron.training, and later ones need packages that core alone does not.
+        # Who trains with it will meet the same ImportError; who brings config objects needs none of it.
+        return None, str(error)
 
 
-def argument_of(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value that a call `function(*args, **kwargs)` gives to parameter `name`, defaults included."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments.get(name)
+# ---- what Megatron knows at run time --------------------------------------------------------------------------
+
+
+def training_args(megatron: Megatron) -> argparse.Namespace | None:
+    """The global args of `megatron.training`, or None when there are none (yet)."""
+    if megatron.arguments is None:
+        return None
+    global_vars = importlib.import_module("megatron.training.global_vars")
+    try:
+        return global_vars.get_args()
+    except AssertionError:  # how Megatron says "not initialized"
+        return None
+
+
+def group_of(pg_collection: object, name: str) -> Any:
+    """A process group of a `ProcessGroupCollection`, or None; 0.19 answers `hasattr` with yes for every name."""
+    return None if pg_collection is None else vars(pg_collection).get(name)
+
+
+def context_parallel_groups(
+    megatron: Megatron, *, world_size: int, tp: int, cp: int, pp: int, order: str
+) -> list[list[int]]:
+    """Global ranks of every context-parallel group that Megatron will make, by its own generator, before it does."""
+    generator = megatron.parallel_state.RankGenerator(
+        tp=tp, ep=1, dp=world_size // (tp * cp * pp), pp=pp, cp=cp, order=order
+    )
+    return [[int(rank) for rank in ranks] for ranks in generator.get_ranks("cp")]
+
+
+def uses_weight_rematerialization(args: object) -> bool:
+    """0.19 puts a `gtp_remat` axis between tp and cp; `context_parallel_groups` does not know it."""
+    return any((getattr(args, name, 1) or 1) > 1 for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"))
+
+
+def rank_order(args: object) -> str:
+    """The order of axes that `megatron.training` hands to `initialize_model_parallel`."""
+    return "tp-cp-ep-pp-dp" if getattr(args, "use_tp_pp_dp_mapping", False) else "tp-cp-ep-dp-pp"

@@ -1,62 +1,32 @@
-"""The core attention that takes the place of Megatron's when context parallelism is ours."""
+"""`LoongCoreAttention`: Megatron's core-attention contract on one side, `attention_2d` on the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.attention.head_exchange import replicas_per_kv_head
-from megatron_loong.integration import compat
-from megatron_loong.integration.hooks import installed_plugin
+from megatron_loong.integration import compat, runtime
+from megatron_loong.integration.checks import check_options, refuse
 from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain
+from megatron_loong.topology.groups import LoongGroups
 
-
-@dataclass(frozen=True)
-class Refusal:
-    """A feature of Megatron that the plugin does not offer yet: found on the config, refused at construction."""
-
-    asked_for: Callable[[Any], bool]
-    message: str
-
-
-def _is_set(name: str, *harmless: Any) -> Callable[[Any], bool]:
-    return lambda config: getattr(config, name, None) not in (None, False, *harmless)
-
-
-REFUSALS = (
-    Refusal(_is_set("attention_dropout", 0, 0.0), "--attention-dropout above 0 (Megatron's default is 0.1); "
-            "use --attention-dropout 0"),
-    Refusal(_is_set("window_size", (-1, -1)), "--window-size; leave it out"),
-    Refusal(_is_set("softmax_type", "vanilla"), "--softmax-type other than vanilla; use --softmax-type vanilla"),
-    Refusal(_is_set("qk_clip"), "--qk-clip; leave it out"),
-    Refusal(_is_set("log_max_attention_logit"), "--log-max-attention-logit; leave it out"),
-    Refusal(_is_set("fp8_dot_product_attention"), "fp8_dot_product_attention; leave attention in bf16"),
-    Refusal(_is_set("fp8_multi_head_attention"), "fp8_multi_head_attention; leave attention in bf16"),
-    Refusal(_is_set("batch_invariant_mode"), "--batch-invariant-mode; leave it out"),
-    Refusal(_is_set("hybrid_context_parallel"), "--hybrid-context-parallel; leave it out"),
-    Refusal(_is_set("dynamic_context_parallel"), "--dynamic-context-parallel; leave it out"),
-    Refusal(_is_set("attention_cp_layout", "zigzag"), "attention_cp_layout other than zigzag; use zigzag"),
-    Refusal(lambda config: getattr(config, "experimental_attention_variant", None) == "dsa",
-            "--experimental-attention-variant dsa; leave it out"),
-    Refusal(_is_set("cache_mla_latents"), "--cache-mla-latents (absorbed MLA); leave it out"),
-)  # fmt: skip
-
-_CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
+#: Mask types whose meaning does not depend on a mask tensor: what `attention_2d(causal=...)` is given for each.
+#: `causal_bottom_right` differs from `causal` only where queries and keys differ in number, which is refused later.
+CAUSAL_OF = {AttnMaskType.causal: True, AttnMaskType.causal_bottom_right: True, AttnMaskType.no_mask: False}
 
 
 class LoongCoreAttention(MegatronModule):
-    """`CoreAttentionInterface` over `attention_2d`: this rank's tokens in, this rank's tokens out.
+    """2D-Attention in the place of `DotProductAttention` / `TEDotProductAttention`. No parameters, no state.
 
-    Constructor arguments are those of Megatron's core attentions. Raises `NotImplementedError` for what
-    `REFUSALS` lists and `ValueError` for heads that the layout does not divide, both when the model is built.
+    Not a subclass of either: the local one refuses context parallelism in its constructor, the other is a mock
+    where TransformerEngine is missing. All layers share one `LoongGroups`.
     """
 
     def __init__(
@@ -67,29 +37,42 @@ class LoongCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
-        **extra: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        num_splits: int | None = None,
+        *,
+        groups: LoongGroups | None = None,
+        **unknown: Any,
     ) -> None:
+        """Megatron's constructor contract; `groups` in place of those that the installed plugin would build.
+
+        `k_channels` and `v_channels` (MLA) are the head widths of k and v. `num_splits` tunes one of
+        TransformerEngine's kernels and changes no result. Collective over the context-parallel group at the first
+        layer, unless Megatron's `initialize_model_parallel` has built the groups. Raises `ValueError` and
+        `NotImplementedError` as `checks` says, on every rank alike.
+        """
         super().__init__(config=config)
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
-        self.softmax_scale = softmax_scale
-        # Read from checkpoints and by layers around this one; sinks are refused above.
-        self.softmax_offset = None
-        self._refuse(attention_type, attention_dropout, extra)
-        cp_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
-        tp_group = getattr(pg_collection, "tp", None) or parallel_state.get_tensor_model_parallel_group()
-        plugin = installed_plugin()
-        heads = config.num_attention_heads // tp_group.size()
-        kv_heads = max(1, (config.num_query_groups or config.num_attention_heads) // tp_group.size())
-        if getattr(config, "multi_latent_attention", False):
-            kv_heads = heads
-        self.groups = plugin.groups_for(cp_group, heads, config)
-        self.options = plugin.options_for(config)
-        self._announce(plugin, heads, kv_heads, k_channels or config.kv_channels, v_channels or config.kv_channels)
+        self.attention_type = attention_type
+        self.v_channels = v_channels
+        _refuse_construction(config, attention_type, attention_dropout, unknown)
+        chosen = runtime.active().options(config) if groups is None else None
+        if chosen is not None:
+            check_options(chosen, cp=config.context_parallel_size, cp_comm_type=cp_comm_type)
+            groups = _groups_for(config, pg_collection, chosen)
+        assert groups is not None
+        self.groups = groups
+        self.kernel = "auto" if chosen is None else chosen.loong_kernel
+        self._kernel_said = chosen is None  # without the plugin, nobody logs
+        # `apply_query_key_layer_scaling` divides by the layer number before a half-precision softmax and multiplies
+        # again inside it. Scores are float32 here, so there is nothing to divide.
+        self.softmax_scale = 1 / math.sqrt(k_channels or config.kv_channels) if softmax_scale is None else softmax_scale
+        self.deterministic = bool(getattr(config, "deterministic_mode", False))
+        self.softmax_offset = None  # read by Megatron where sinks are in use
+        self.current_max_attn_logits = None  # read by --qk-clip
 
     def forward(
         self,
@@ -100,61 +83,109 @@ class LoongCoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
-        **extra: Any,
+        **unknown: Any,
     ) -> torch.Tensor:
-        """query [s, b, h, d], key [s, b, g, d], value [s, b, g, dv], local tokens -> [s, b, h * dv].
+        """Attention over the whole sequence for this rank's tokens.
 
-        A causal mask is applied from the token positions; `attention_mask` is then not looked at.
+        Shapes: query [s, b, h, d], key [s, b, g, d], value [s, b, g, dv] with s = S / cp_size; returns
+        [s, b, h * dv]. As with TransformerEngine, a causal mask type ignores `attention_mask`. Raises
+        `NotImplementedError` for packed sequences, biases and masks that only a tensor can describe.
         """
-        if packed_seq_params is not None:
-            raise NotImplementedError(
-                "packed sequences (packed_seq_params) are not supported by --context-parallel-impl loong yet; "
-                "train with one document per sequence, or with --context-parallel-impl native"
-            )
-        if attention_bias is not None:
-            raise NotImplementedError("an attention bias is not supported by --context-parallel-impl loong yet")
-        mask_type = attn_mask_type or self.attn_mask_type
-        if mask_type not in _CAUSAL or (mask_type == AttnMaskType.no_mask and attention_mask is not None):
-            raise NotImplementedError(
-                f"attention masks of type {mask_type} are not supported by --context-parallel-impl loong yet; "
-                f"use {' or '.join(kind.name for kind in _CAUSAL)}"
-            )
+        causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
+        _refuse_inputs(attention_bias, packed_seq_params, unknown)
+        self._say_kernel(query, key, value)
         out = attention_2d(
             query,
             key,
             value,
             self.groups,
             qkv_format="sbhd",
-            causal=_CAUSAL[mask_type],
+            causal=causal,
             softmax_scale=self.softmax_scale,
-            kernel=self.options.loong_kernel,
-            deterministic=bool(getattr(self.config, "deterministic_mode", False)),
+            kernel=self.kernel,
+            deterministic=self.deterministic,
         )
-        return out.flatten(2)
+        return out.reshape(*out.shape[:2], -1)
 
-    def _refuse(self, attention_type: str, attention_dropout: float | None, extra: dict[str, Any]) -> None:
-        asked_for = [refusal.message for refusal in REFUSALS if refusal.asked_for(self.config)]
-        if attention_type != "self":
-            asked_for.append(f"{attention_type}-attention; only self-attention")
-        if attention_dropout:
-            asked_for.append(f"an attention dropout of {attention_dropout}; use 0")
-        asked_for += [f"{name}={value!r}" for name, value in extra.items() if value not in (None, False, 1)]
-        if asked_for:
-            raise NotImplementedError(
-                "--context-parallel-impl loong does not support yet: " + "; and: ".join(asked_for)
-            )
-
-    def _announce(self, plugin: Any, heads: int, kv_heads: int, head_dim: int, value_head_dim: int) -> None:
+    def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Log once which kernel serves, and why not the others; known only now that there are tensors."""
+        if self._kernel_said:
+            return
+        self._kernel_said = True
         hp = self.groups.config.head_parallel_size
         request = KernelRequest(
-            device_type=compat.device_type(),
-            dtype=self.config.params_dtype,
-            head_dim=head_dim,
-            value_head_dim=value_head_dim,
-            query_heads=heads // hp,
-            kv_heads=kv_heads * replicas_per_kv_head(kv_heads, hp) // hp,
-            deterministic=bool(getattr(self.config, "deterministic_mode", False)),
+            device_type=query.device.type,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            value_head_dim=value.shape[-1],
+            query_heads=query.shape[2] // hp,
+            kv_heads=math.lcm(key.shape[2], hp) // hp,  # KV heads are replicated until hp divides them
+            deterministic=self.deterministic,
         )
-        kernel = choose_kernel(request, self.options.loong_kernel)
-        others = [line for line in explain(request).splitlines() if not line.startswith(f"{kernel.name}:")]
-        plugin.announce_once(self.groups, self.options, f"{kernel.name} (not taken: {'; '.join(others)})")
+        taken = choose_kernel(request, self.kernel).name
+        others = [line for line in explain(request, self.kernel).splitlines() if not line.startswith(f"{taken}:")]
+        runtime.active().say(f"attention kernel {taken} (--loong-kernel {self.kernel}); " + "; ".join(others))
+
+
+def causal_of(mask_type: AttnMaskType, attention_mask: torch.Tensor | None) -> bool:
+    """Whether a mask type is causal (True) or full (False); `NotImplementedError` when it needs the mask tensor."""
+    if mask_type in CAUSAL_OF:
+        return CAUSAL_OF[mask_type]
+    # "causal, and the mask says what is padding": without a mask, only causal is left.
+    if mask_type is AttnMaskType.padding_causal and attention_mask is None:
+        return True
+    raise NotImplementedError(
+        f"attention mask type {getattr(mask_type, 'name', mask_type)} does not work with --context-parallel-impl loong "
+        f"yet; supported: {', '.join(kind.name for kind in CAUSAL_OF)} (or --context-parallel-impl native)"
+    )
+
+
+def _groups_for(config: Any, pg_collection: Any, chosen: Any) -> LoongGroups:
+    plugin = runtime.active()
+    cp_group = compat.group_of(pg_collection, "cp")
+    if cp_group is None:
+        cp_group = plugin.megatron.parallel_state.get_context_parallel_group()
+    tp_group = compat.group_of(pg_collection, "tp")
+    cp_ranks = dist.get_process_group_ranks(cp_group)
+    if len(cp_ranks) != config.context_parallel_size:
+        raise ValueError(
+            f"context_parallel_size={config.context_parallel_size} in the TransformerConfig, but the context-parallel "
+            f"group has {len(cp_ranks)} ranks; make them equal"
+        )
+    tp = config.tensor_model_parallel_size if tp_group is None else tp_group.size()
+    return plugin.groups_of_layer(chosen, cp_ranks, heads=config.num_attention_heads, tp=tp)
+
+
+def _refuse_construction(
+    config: Any, attention_type: str, attention_dropout: float | None, unknown: dict[str, Any]
+) -> None:
+    refuse(config)
+    supported = "supported: self-attention with Megatron's own arguments (or --context-parallel-impl native)"
+    if attention_type != "self":
+        raise NotImplementedError(
+            f"attention_type={attention_type!r} does not work with --context-parallel-impl loong yet; {supported}"
+        )
+    if attention_dropout:
+        raise NotImplementedError(
+            f"attention_dropout={attention_dropout} does not work with --context-parallel-impl loong yet; "
+            "supported: --attention-dropout 0"
+        )
+    given = sorted(name for name, value in unknown.items() if value is not None)
+    if given:
+        raise NotImplementedError(f"LoongCoreAttention does not know {', '.join(given)} yet; {supported}")
+
+
+def _refuse_inputs(attention_bias: object, packed_seq_params: object, unknown: dict[str, Any]) -> None:
+    given = sorted(name for name, value in unknown.items() if value is not None)
+    reason = None
+    if attention_bias is not None:
+        reason, instead = "an attention bias", "rotary or no position embedding"
+    elif packed_seq_params is not None:
+        reason, instead = "packed sequences (packed_seq_params)", "sequences of one length, without packing"
+    elif given:
+        reason, instead = f"core attention with {', '.join(given)}", "dot-product attention or multi-latent attention"
+    if reason:
+        raise NotImplementedError(
+            f"{reason} does not work with --context-parallel-impl loong yet; "
+            f"supported: {instead} (or --context-parallel-impl native)"
+        )

@@ -1,152 +1,160 @@
-"""`install()` and `uninstall()`: four seams of Megatron, replaced as attributes and put back as they were."""
+"""`install` and `uninstall`: hooks at the four seams of `compat`, and nothing else."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
+import inspect
+import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import compat
-from megatron_loong.integration.arguments import LoongOptions, add_flags
-from megatron_loong.integration.plugin import Plugin
+from megatron_loong.integration import arguments, compat, placement, runtime
+from megatron_loong.integration.checks import check_args, check_options
+from megatron_loong.integration.options import LoongOptions, fields_of
+from megatron_loong.integration.runtime import Runtime
+from megatron_loong.integration.spec import swapped_submodules
 
-_installed: Plugin | None = None
-_originals: dict[str, tuple[compat.Seam, Any]] = {}
+_hooked: dict[compat.Seam, tuple[Any, Any]] = {}
+"""Seam -> (the original, what stands in its place)."""
 
 
-def install(options: LoongOptions | Mapping[str, Any] | str | Path | None = None) -> None:
-    """Hook megatron_loong into Megatron-Core. Nothing changes for who does not ask for `loong`.
+def install(options: LoongOptions | Mapping[str, Any] | str | os.PathLike[str] | None = None) -> None:
+    """Hook into the Megatron that `import megatron.core` finds; with `native` (the default) nothing changes in it.
 
-    `options`: None, to take them from Megatron's command line or from attributes of the TransformerConfig; or
-    `LoongOptions`, a mapping or the path of a YAML file, for users who build configs without argparse. A second
-    call replaces the options. Raises `MissingSeam` for a Megatron without what the plugin hooks into, `ValueError`
-    for options that make no sense.
+    `options`: a `LoongOptions`, a mapping, or the path of a YAML file with such a mapping, for programs without
+    Megatron's argument parser; they are merged with the command line and with attributes of a TransformerConfig,
+    and two sources that set one option differently are a `ValueError`. A misspelt key is a `ValueError`.
+    Installing again does nothing, except that `options`, if given, take the place of the earlier ones.
+    Raises `NotImplementedError` when this Megatron lacks a place to hook into.
     """
-    global _installed
-    given = _as_options(options)
-    if _installed is not None:
-        _installed.given = given
+    fields = fields_of(options)
+    if _hooked:
+        if options is not None:
+            runtime.active().installed_fields = dict(fields)
         return
-    plugin = Plugin(given)
-    seams: dict[str, compat.Seam] = compat.core_seams()
-    # Who gives options here builds configs without Megatron's parser and need not have what it imports.
-    arguments = compat.argument_seam() if given is None else None
-    if arguments is not None:
-        seams["arguments"] = arguments
+    megatron = compat.find_megatron()
+    seams = compat.seams(megatron)
+    state = Runtime(megatron, fields)
+    runtime.activate(state)
     for name, seam in seams.items():
-        original = seam.get()
-        _originals[name] = (seam, original)
-        seam.set(_HOOKS[name](original, plugin))
-    _installed = plugin
+        original = seam.original()
+        replacement = _HOOKS[name](state, original)
+        setattr(seam.owner, seam.name, replacement)
+        _hooked[seam] = (original, replacement)
 
 
 def uninstall() -> None:
-    """Put Megatron back as it was and release the groups. Does nothing when not installed."""
-    global _installed
-    if _installed is None:
-        return
-    _installed.release_groups()
-    for seam, original in _originals.values():
-        seam.set(original)
-    _originals.clear()
-    _installed = None
+    """Put back what `install` replaced, the very objects, and release all groups. Without `install`, nothing.
+
+    `RuntimeError`, and nothing is changed, when someone else has replaced a hook since: they would be cut off.
+    """
+    for seam, (_, replacement) in _hooked.items():
+        if vars(seam.owner).get(seam.name) is not replacement:
+            raise RuntimeError(f"{seam} was replaced after megatron_loong was installed; undo that first")
+    for seam, (original, _) in _hooked.items():
+        setattr(seam.owner, seam.name, original)
+    if _hooked:
+        _hooked.clear()
+        runtime.active().release()
+        runtime.activate(None)
 
 
-def installed_plugin() -> Plugin:
-    """The plugin in force; `RuntimeError` when there is none."""
-    if _installed is None:
-        raise RuntimeError("megatron_loong is not installed; call megatron_loong.integration.install() first")
-    return _installed
+def place_this_process(
+    *,
+    world_size: int,
+    context_parallel_size: int,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    num_attention_heads: int | None = None,
+    order: str = "tp-cp-ep-dp-pp",
+) -> None:
+    """Set RANK to where `placement` puts this process, for programs that do not use Megatron's argument parser.
+
+    Call it after `install(options)` and before `torch.distributed.init_process_group`, which then reads RANK.
+    """
+    state = runtime.active()
+    chosen = state.options()
+    tp = tensor_model_parallel_size
+    check_options(chosen, cp=context_parallel_size, tp=tp, num_attention_heads=num_attention_heads)
+    plan = chosen.loong and state.plan_placement(
+        chosen,
+        world_size=world_size,
+        tp=tp,
+        cp=context_parallel_size,
+        pp=pipeline_model_parallel_size,
+        num_attention_heads=num_attention_heads,
+        order=order,
+    )
+    if plan:
+        placement.take_rank(os.environ, *plan)
 
 
-def _as_options(options: LoongOptions | Mapping[str, Any] | str | Path | None) -> LoongOptions | None:
-    if isinstance(options, (str, Path)):
-        return LoongOptions.from_yaml(options)
-    if isinstance(options, Mapping):
-        return LoongOptions.from_mapping(options)
-    return options
+# ---- the hooks; each takes the original and returns what stands in its place -----------------------------------
 
 
-def _hook_arguments(original: Callable[..., Any], plugin: Plugin) -> Callable[..., Any]:
+def _hook_add_megatron_arguments(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
-        parser = original(parser, *args, **kwargs)
-        add_flags(parser)
-        parse_known_args = parser.parse_known_args
-
-        def parse_and_check(*a: Any, **k: Any) -> Any:
-            # parse_args of argparse comes through here too. Megatron reads RANK only after it.
-            parsed, rest = parse_known_args(*a, **k)
-            plugin.on_arguments(parsed)
-            return parsed, rest
-
-        parser.parse_known_args = parse_and_check  # type: ignore[method-assign]
+    def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
+        parser = original(*args, **kwargs)
+        arguments.add_loong_arguments(parser)
+        arguments.listen(parser, state.on_parsed)
         return parser
 
     return add_megatron_arguments
 
 
-def _hook_initialize(original: Callable[..., Any], plugin: Plugin) -> Callable[..., Any]:
+def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+        chosen = state.options()
+        if not chosen.loong:
+            return original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        megatron_args = state.args()
+        if megatron_args is not None:
+            check_args(chosen, megatron_args, final=True)
+        check_options(
+            chosen,
+            cp=given.arguments["context_parallel_size"],
+            hierarchical_context_parallel_sizes=given.arguments.get("hierarchical_context_parallel_sizes"),
+        )
         result = original(*args, **kwargs)
-        from megatron.core import parallel_state
-
-        minutes = compat.argument_of(original, "distributed_timeout_minutes", args, kwargs)
-        ranks = dist.get_process_group_ranks(parallel_state.get_context_parallel_group())
-        plugin.on_model_parallel(ranks, timedelta(minutes=minutes) if minutes else None)
+        cp_group = state.megatron.parallel_state.get_context_parallel_group()
+        minutes = given.arguments.get("distributed_timeout_minutes")
+        timeout = timedelta(minutes=minutes) if minutes else None
+        state.build_with_the_world(dist.get_process_group_ranks(cp_group), timeout)
         return result
 
     return initialize_model_parallel
 
 
-def _hook_destroy(original: Callable[..., Any], plugin: Plugin) -> Callable[..., Any]:
+def _hook_destroy(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_model_parallel(*args: Any, **kwargs: Any) -> Any:
-        plugin.release_groups()
+        state.groups.release()
         return original(*args, **kwargs)
 
     return destroy_model_parallel
 
 
-def _hook_attention(original: Callable[..., Any], plugin: Plugin) -> Callable[..., Any]:
+def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, config, _with_our_core_attention(config, submodules, plugin), *args, **kwargs)
+        original(self, config, swapped_submodules(state, self, config, submodules), *args, **kwargs)
 
     return __init__
 
 
-def _with_our_core_attention(config: Any, submodules: Any, plugin: Plugin) -> Any:
-    """`submodules` with `core_attention` swapped, when this model's context parallelism is ours."""
-    if config.context_parallel_size <= 1 or not plugin.options_for(config).enabled:
-        return submodules
-    from megatron_loong.integration.core_attention import LoongCoreAttention
-
-    spec = submodules.core_attention
-    module = getattr(spec, "module", spec)  # a ModuleSpec, or the class itself
-    if module is LoongCoreAttention:
-        return submodules
-    if not any(module is stock for stock in compat.stock_core_attentions()):
-        raise NotImplementedError(
-            f"--context-parallel-impl loong takes the place of Megatron's DotProductAttention and "
-            f"TEDotProductAttention, not of {getattr(module, '__name__', module)}; "
-            "use one of them in the layer spec, or --context-parallel-impl native"
-        )
-    ours = dataclasses.replace(spec, module=LoongCoreAttention) if spec is not module else LoongCoreAttention
-    return dataclasses.replace(submodules, core_attention=ours)
-
-
-_HOOKS = {
-    "arguments": _hook_arguments,
+_HOOKS: dict[str, Callable[[Runtime, Callable[..., Any]], Callable[..., Any]]] = {
+    "add_megatron_arguments": _hook_add_megatron_arguments,
     "initialize_model_parallel": _hook_initialize,
     "destroy_model_parallel": _hook_destroy,
-    "attention": _hook_attention,
-    "mla": _hook_attention,
+    "attention_init": _hook_attention_init,
+    "mla_init": _hook_attention_init,
 }

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_loong.config import LoongConfig, divisors, placement_axes
+from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
 
 IMPLEMENTATIONS = ("native", "loong")
 
@@ -21,38 +22,39 @@ Source = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class LoongOptions:
-    """The unresolved options. `ValueError` from the constructor names the flag and what it takes."""
+    """The unresolved options; each field is a flag. `ValueError` from the constructor names the flag."""
 
     context_parallel_impl: str = "native"
-    """`--context-parallel-impl`: `native` leaves Megatron as it is, `loong` is 2D-Attention."""
+    """`native` leaves Megatron as it is, `loong` is 2D-Attention."""
 
-    head_parallel_size: int | str = "auto"
-    """`--loong-head-parallel-size`: a divisor of the context-parallel size, or `auto`."""
+    loong_head_parallel_size: int | str = "auto"
+    """A divisor of the context-parallel size, or `auto`: the largest that divides the query heads of one TP rank
+    and the context-parallel size and keeps the all-to-all inside a node."""
 
-    inner_ring_size: int | str = "auto"
-    """`--loong-inner-ring-size`: a divisor of the ring size, or `auto`: the ring ranks inside a node."""
+    loong_inner_ring_size: int | str = "auto"
+    """A divisor of the ring size, or `auto`: the largest inner ring that stays inside a node."""
 
-    placement: str = "head_first"
-    """`--loong-placement`: `head_first`, `context_first` or an order of head, inner and outer, fastest first."""
+    loong_placement: str = "head_first"
+    """`head_first`, `context_first`, or an order of head, inner and outer such as `inner-head-outer`."""
 
-    kernel: str = "auto"
-    """`--loong-kernel`: a name of `kernels.registry`, or `auto`."""
+    loong_kernel: str = "auto"
+    """A name of `kernels.registry`, or `auto`."""
 
     def __post_init__(self) -> None:
         if self.context_parallel_impl not in IMPLEMENTATIONS:
             raise ValueError(
                 f"--context-parallel-impl {self.context_parallel_impl!r} is unknown; use {' or '.join(IMPLEMENTATIONS)}"
             )
-        for name in ("head_parallel_size", "inner_ring_size"):
+        for name in ("loong_head_parallel_size", "loong_inner_ring_size"):
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{flag_of(name)} {value!r} must be a whole number of at least 1, or auto")
         try:
-            placement_axes(self.placement)
+            placement_axes(self.loong_placement)
         except ValueError as error:
-            raise ValueError(f"{flag_of('placement')}: {error}") from None
-        if not isinstance(self.kernel, str):
-            raise ValueError(f"{flag_of('kernel')} {self.kernel!r} must be the name of a kernel, or auto")
+            raise ValueError(f"--loong-placement: {error}") from None
+        if not isinstance(self.loong_kernel, str):
+            raise ValueError(f"--loong-kernel {self.loong_kernel!r} must be the name of a kernel, or auto")
 
     @property
     def loong(self) -> bool:
@@ -64,41 +66,32 @@ FIELDS = tuple(field.name for field in dataclasses.fields(LoongOptions))
 _DEFAULTS = LoongOptions()
 
 
-def attribute_of(field: str) -> str:
-    """The field's name on Megatron's args and on a TransformerConfig.
-
-    >>> attribute_of("kernel"), attribute_of("context_parallel_impl")
-    ('loong_kernel', 'context_parallel_impl')
-    """
-    return field if field == "context_parallel_impl" else f"loong_{field}"
-
-
 def flag_of(field: str) -> str:
-    """The field's command-line flag.
+    """The command-line flag of a field.
 
-    >>> flag_of("head_parallel_size")
+    >>> flag_of("loong_head_parallel_size")
     '--loong-head-parallel-size'
     """
-    return "--" + attribute_of(field).replace("_", "-")
+    return "--" + field.replace("_", "-")
 
 
 def fields_of_mapping(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields from a mapping (YAML, JSON) whose keys are field names, with or without the flags' `loong_`.
+    """Fields from a mapping (YAML, JSON). Dashes and underscores are alike, and `loong_` may be left out.
 
-    A misspelt key is a `ValueError` that lists the known ones, and so is a key given under both names.
+    A misspelt key is a `ValueError` that lists the known ones, and so is a key given twice.
 
-    >>> fields_of_mapping({"context_parallel_impl": "loong", "loong_head_parallel_size": 2})
-    {'context_parallel_impl': 'loong', 'head_parallel_size': 2}
+    >>> fields_of_mapping({"context_parallel_impl": "loong", "head-parallel-size": 2})
+    {'context_parallel_impl': 'loong', 'loong_head_parallel_size': 2}
     """
-    known = {name: field for field in FIELDS for name in (field, attribute_of(field))}
-    unknown = sorted(str(key) for key in values if key not in known)
-    if unknown:
-        raise ValueError(f"megatron_loong has no option {', '.join(unknown)}; its options are {', '.join(FIELDS)}")
+    known = {name: field for field in FIELDS for name in (field, field.removeprefix("loong_"))}
     fields: dict[str, Any] = {}
     for key, value in values.items():
-        if known[key] in fields:
-            raise ValueError(f"option {known[key]} is given twice, as {known[key]} and as {attribute_of(known[key])}")
-        fields[known[key]] = value
+        field = known.get(str(key).lstrip("-").replace("-", "_"))
+        if field is None:
+            raise ValueError(f"megatron_loong has no option {key!r}; its options are {', '.join(FIELDS)}")
+        if field in fields:
+            raise ValueError(f"option {field} is given twice")
+        fields[field] = value
     LoongOptions(**fields)
     return fields
 
@@ -116,7 +109,7 @@ def fields_of_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def fields_of_attributes(holder: object) -> dict[str, Any]:
     """Fields that differ from their default on Megatron's args or a TransformerConfig; absent ones are not set."""
-    fields = {name: getattr(holder, attribute_of(name), getattr(_DEFAULTS, name)) for name in FIELDS}
+    fields = {name: getattr(holder, name, getattr(_DEFAULTS, name)) for name in FIELDS}
     return {name: value for name, value in fields.items() if value != getattr(_DEFAULTS, name)}
 
 
@@ -125,7 +118,7 @@ def fields_of(options: object) -> dict[str, Any]:
     if options is None:
         return {}
     if isinstance(options, LoongOptions):
-        return {n: getattr(options, n) for n in FIELDS if getattr(options, n) != getattr(_DEFAULTS, n)}
+        return fields_of_attributes(options)
     if isinstance(options, Mapping):
         return fields_of_mapping(options)
     if isinstance(options, (str, os.PathLike)):
@@ -133,12 +126,12 @@ def fields_of(options: object) -> dict[str, Any]:
     raise ValueError(f"options must be LoongOptions, a mapping or the path of a YAML file, not {options!r}")
 
 
-def merge(sources: list[Source]) -> LoongOptions:
+def merge(sources: Sequence[Source]) -> LoongOptions:
     """One set of options; a field that two sources set differently is a `ValueError` naming both.
 
-    >>> merge([("install()", {"context_parallel_impl": "loong"}), ("the command line", {"kernel": "reference"})])
+    >>> merge([("install()", {"loong_kernel": "reference"}), ("the config", {"loong_placement": "context_first"})])
     ... # doctest: +ELLIPSIS
-    LoongOptions(context_parallel_impl='loong', ..., kernel='reference')
+    LoongOptions(context_parallel_impl='native', ..., loong_placement='context_first', loong_kernel='reference')
     """
     merged: dict[str, tuple[str, Any]] = {}
     for where, fields in sources:
@@ -159,28 +152,24 @@ def fitting_head_parallel_sizes(context_parallel_size: int, heads: int) -> list[
 
 
 def resolve(
-    options: LoongOptions, *, context_parallel_size: int, heads: int | None, ranks_of_node: int
+    options: LoongOptions, *, context_parallel_size: int, heads: int | None, cp_ranks_in_node: int
 ) -> LoongConfig | None:
     """The layout: `auto` replaced by numbers. None when `auto` needs `heads` and they are not known yet.
 
-    `heads`: query heads of one TP rank. `ranks_of_node`: ranks of this context-parallel group inside one node.
-    head_parallel_size `auto`: the largest that divides `heads` and the group and is at most `ranks_of_node`.
-    inner_ring_size `auto`: the ring ranks inside a node, which is the whole ring when there is one node.
+    `heads`: query heads of one TP rank. `cp_ranks_in_node`: ranks of this context-parallel group inside one node.
 
-    >>> resolve(LoongOptions("loong"), context_parallel_size=16, heads=12, ranks_of_node=8).describe()
+    >>> options = LoongOptions("loong")
+    >>> resolve(options, context_parallel_size=16, heads=12, cp_ranks_in_node=8).describe()
     'cp 16 = head 4 x ring 4 (outer 2 x inner 2), placement head_first, zigzag'
     """
-    cp, hp, inner = context_parallel_size, options.head_parallel_size, options.inner_ring_size
+    cp, hp, inner = context_parallel_size, options.loong_head_parallel_size, options.loong_inner_ring_size
     if isinstance(hp, str):
         if heads is None:
             return None
-        hp = max(size for size in fitting_head_parallel_sizes(cp, heads) if size <= ranks_of_node)
-    if isinstance(inner, str):
-        axes = placement_axes(options.placement)
-        # Under head_first a node's ranks are whole head groups first; otherwise the ring comes to the node first.
-        ring_ranks_of_node = ranks_of_node // hp if axes.index("head") < axes.index("inner") else ranks_of_node
-        inner = max((size for size in divisors(cp // hp) if size <= ring_ranks_of_node), default=1) if cp >= hp else 1
-    return LoongConfig(cp, hp, inner, options.placement)
+        hp = largest_head_parallel_size(cp, heads, cp_ranks_in_node)
+    if isinstance(inner, str) and cp % hp == 0:
+        inner = largest_inner_ring_size(cp, hp, options.loong_placement, cp_ranks_in_node)
+    return LoongConfig(cp, hp, inner if isinstance(inner, int) else None, options.loong_placement)
 
 
 def ranks_per_node(environment: Mapping[str, str], device_count: int, world_size: int) -> int:
@@ -193,13 +182,3 @@ def ranks_per_node(environment: Mapping[str, str], device_count: int, world_size
         if environment.get(name, "").isdigit():
             return max(1, int(environment[name]))
     return device_count or world_size
-
-
-def ranks_of_node_in_group(cp_global_ranks: list[int], per_node: int) -> int:
-    """How many ranks of the group share a node; the fewest, where nodes hold different numbers of them.
-
-    >>> ranks_of_node_in_group([0, 2, 4, 6, 8, 10, 12, 14], per_node=8)
-    4
-    """
-    nodes = [rank // per_node for rank in cp_global_ranks]
-    return min(nodes.count(node) for node in nodes)

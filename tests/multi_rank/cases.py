@@ -322,3 +322,45 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
     except CommunicationError as error:
         return f"{time.monotonic() - start:.1f} {error}"
     return "no error"
+
+
+def groups_of_one_order(rank: int, config: LoongConfig, cp_groups: list[list[int]]) -> dict[str, tuple[int, ...]]:
+    """Members of each of this rank's communicators, after attention over them gave the right result."""
+    mine = next(group for group in cp_groups if rank in group)
+    groups = build_groups(config, mine)
+    inputs = random_inputs(1, 4 * len(mine), 4, 2, 8, torch.float64, seed=min(mine))
+    expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+    assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank} in {mine}")
+    members = {name: handle.global_ranks for name, handle in groups.handles.items()}
+    groups.destroy()
+    return members
+
+
+def groups_made_and_released(rank: int, config: LoongConfig) -> tuple[int, int, int]:
+    """Number of process groups that torch knows before, with and after ours, made and released three times."""
+    import pytest
+    import torch.distributed as dist
+
+    table = dist.distributed_c10d._world.pg_map
+    before = len(table)
+    during = 0
+    for _ in range(3):
+        groups = build_groups(config, range(8))
+        during = len(table)
+        groups.destroy()
+        groups.destroy()
+        with pytest.raises(RuntimeError, match="were destroyed"):
+            groups.handle("head")
+    return before, during, len(table)
+
+
+def groups_by_members_alone(rank: int) -> None:
+    """Ranks 2 to 5 make groups; the others never call."""
+    members = [2, 3, 4, 5]
+    if rank not in members:
+        return
+    groups = build_groups(LoongConfig(4, 2, 1), members, local_synchronization=True)
+    inputs = random_inputs(1, 16, 4, 2, 8, torch.float64)
+    expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+    assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}")
+    groups.destroy()

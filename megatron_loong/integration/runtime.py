@@ -1,0 +1,217 @@
+"""What an installed plugin knows: where options come from, which layout they resolve to, and the groups."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_loong.config import LoongConfig
+from megatron_loong.integration import compat, placement
+from megatron_loong.integration.checks import check_args, check_heads, check_options
+from megatron_loong.integration.groups import GroupCache
+from megatron_loong.integration.options import (
+    FIELDS,
+    LoongOptions,
+    Source,
+    fields_of_attributes,
+    merge,
+    ranks_per_node,
+    resolve,
+)
+from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.topology.placement import cp_ranks_per_node, permuted_ranks
+
+
+class Runtime:
+    """The state behind the hooks: one object from `install` to `uninstall`."""
+
+    def __init__(self, megatron: compat.Megatron, fields: Mapping[str, Any]) -> None:
+        self.megatron = megatron
+        self.installed_fields = dict(fields)
+        """What `install(options)` set."""
+        self.parsed: argparse.Namespace | None = None
+        """The last arguments that a Megatron parser returned; used until Megatron has global ones."""
+        self.groups = GroupCache()
+        self._said: set[str] = set()
+
+    # ---- options ----
+
+    def args(self) -> argparse.Namespace | None:
+        """Megatron's arguments, as far as they are known."""
+        return compat.training_args(self.megatron) or self.parsed
+
+    def options(self, config: object = None, args: object = None) -> LoongOptions:
+        """Options from `install()`, the command line and `config` (a TransformerConfig); `ValueError` on conflict."""
+        args = self.args() if args is None else args
+        sources: list[Source] = [("install()", self.installed_fields)]
+        if args is not None:
+            sources.append(("Megatron's arguments", fields_of_attributes(args)))
+        if config is not None:
+            sources.append(("the TransformerConfig", fields_of_attributes(config)))
+        return merge(sources)
+
+    # ---- the command line ----
+
+    def on_parsed(self, args: argparse.Namespace) -> None:
+        """Check what can be checked before anything starts, and take the rank that the placement gives."""
+        self.parsed = args
+        if getattr(args, "yaml_cfg", None) and fields_of_attributes(args):
+            raise ValueError(
+                "Megatron ignores flags when --yaml-cfg is given, so --context-parallel-impl and --loong-... would be "
+                f"ignored too; write them ({', '.join(FIELDS)}) at the top level of that file"
+            )
+        chosen = self.options(args=args)
+        if not chosen.loong or getattr(args, "yaml_cfg", None):
+            return
+        check_args(chosen, args, final=False)
+        heads = None if getattr(args, "use_checkpoint_args", False) else getattr(args, "num_attention_heads", None)
+        plan = self.plan_placement(
+            chosen,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            tp=args.tensor_model_parallel_size,
+            cp=args.context_parallel_size,
+            pp=args.pipeline_model_parallel_size,
+            num_attention_heads=heads,
+            order=compat.rank_order(args),
+        )
+        if plan is not None:
+            refuse_with_placement(chosen, args)
+            placement.take_rank(os.environ, *plan)
+
+    def plan_placement(
+        self,
+        chosen: LoongOptions,
+        *,
+        world_size: int,
+        tp: int,
+        cp: int,
+        pp: int,
+        num_attention_heads: int | None,
+        order: str,
+    ) -> tuple[int, LoongConfig] | None:
+        """The RANK that this process is to take and its layout; None when every rank keeps its place."""
+        if chosen.loong_placement in ("head_first", "head-inner-outer") or world_size % (tp * cp * pp):
+            return None  # a world that does not divide is Megatron's to refuse
+        groups = compat.context_parallel_groups(self.megatron, world_size=world_size, tp=tp, cp=cp, pp=pp, order=order)
+        heads = None if num_attention_heads is None else num_attention_heads // tp
+        configs = [config for group in groups if (config := self._resolve(chosen, group, heads, world_size))]
+        if len(configs) < len(groups):
+            raise ValueError(
+                f"--loong-placement {chosen.loong_placement} is decided before the number of attention heads is known; "
+                "give --loong-head-parallel-size as a number"
+            )
+        if not any(map(placement.needs_permutation, configs)):
+            return None
+        if dist.is_initialized() and placement.placement_in_effect(os.environ) is None:
+            raise ValueError(
+                f"--loong-placement {chosen.loong_placement} permutes ranks before torch.distributed is initialized, but "
+                "it is initialized already; parse the arguments first, or use --loong-placement head_first"
+            )
+        mine = placement.launcher_rank(os.environ)
+        group, config = next((g, c) for g, c in zip(groups, configs, strict=True) if mine in g)
+        return permuted_ranks([group], config)[mine], config
+
+    # ---- layout and groups ----
+
+    def _resolve(
+        self, chosen: LoongOptions, cp_ranks: Sequence[int], heads: int | None, world_size: int
+    ) -> LoongConfig | None:
+        per_node = ranks_per_node(os.environ, torch.cuda.device_count(), world_size)
+        return resolve(
+            chosen,
+            context_parallel_size=len(cp_ranks),
+            heads=heads,
+            cp_ranks_in_node=cp_ranks_per_node(cp_ranks, per_node),
+        )
+
+    def layout(self, chosen: LoongOptions, cp_ranks: Sequence[int], heads: int | None) -> LoongConfig | None:
+        """The layout of this process's group; `ValueError` when its placement was asked for and is not in effect."""
+        config = self._resolve(chosen, cp_ranks, heads, dist.get_world_size())
+        if config is None:
+            return None
+        wanted = config.describe() if placement.needs_permutation(config) else None
+        if wanted != placement.placement_in_effect(os.environ):
+            raise ValueError(
+                f"--loong-placement {chosen.loong_placement} is not in effect: for '{wanted}' ranks must be "
+                "permuted before torch.distributed is initialized, and they were permuted for "
+                f"'{placement.placement_in_effect(os.environ)}'. Megatron's argument parser does it; without it, call "
+                "megatron_loong.integration.place_this_process(...) first, or use --loong-placement head_first"
+            )
+        return config
+
+    def build_with_the_world(self, cp_ranks: Sequence[int], timeout: timedelta | None) -> None:
+        """Called by every rank once Megatron has its groups; leaves them to the first layer if heads are unknown."""
+        args = self.args()
+        chosen = self.options()
+        heads = getattr(args, "num_attention_heads", None)
+        tp = getattr(args, "tensor_model_parallel_size", 1)
+        config = self.layout(chosen, cp_ranks, heads and heads // tp)
+        if config is not None:
+            self.groups.get(config, cp_ranks, local_synchronization=False, timeout=timeout)
+            self.say_layout(config)
+
+    def groups_of_layer(self, chosen: LoongOptions, cp_ranks: Sequence[int], *, heads: int, tp: int) -> LoongGroups:
+        """Groups for an attention layer with `heads` query heads in all; the same object for all such layers."""
+        cp = len(cp_ranks)
+        check_options(chosen, cp=cp, tp=tp, num_attention_heads=heads)
+        config = self.layout(chosen, cp_ranks, heads // tp)
+        assert config is not None  # heads are known
+        check_heads(config.head_parallel_size, cp=cp, tp=tp, num_attention_heads=heads)
+        groups = self.groups.get(config, cp_ranks, local_synchronization=True)
+        self.say_layout(config)
+        return groups
+
+    # ---- the log ----
+
+    def say_layout(self, config: LoongConfig) -> None:
+        """The resolved layout, once."""
+        self.say(f"2D-Attention: {config.describe()}")
+
+    def say(self, text: str) -> None:
+        """Print `text` once, on rank 0. Megatron's loggers drop INFO unless asked; its print_rank_0 is a print too."""
+        if text not in self._said:
+            self._said.add(text)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                print("\n".join(f"megatron_loong: {line}" for line in text.splitlines()), flush=True)
+
+    def release(self) -> None:
+        """Give back everything: groups, and the rank that the placement took."""
+        self.groups.release(also_local=True)
+        if not dist.is_initialized():
+            placement.give_back_rank(os.environ)
+
+
+def refuse_with_placement(chosen: LoongOptions, args: object) -> None:
+    """Raise `NotImplementedError` for what takes a rank for a place, or orders ranks in a way not planned for."""
+    reason = None
+    if compat.uses_weight_rematerialization(args):
+        reason = "--gtp-weight-remat-size above 1 adds an axis of ranks"
+    if getattr(args, "async_save", False):
+        reason = "--async-save takes the rank for a GPU number"  # dist_checkpointing: rank % device_count
+    if reason:
+        raise NotImplementedError(
+            f"{reason} and does not work with --loong-placement {chosen.loong_placement} yet; "
+            "supported: --loong-placement head_first"
+        )
+
+
+_active: Runtime | None = None
+
+
+def active() -> Runtime:
+    """The installed runtime; `RuntimeError` after `uninstall`."""
+    if _active is None:
+        raise RuntimeError("megatron_loong is not installed; call megatron_loong.integration.install() first")
+    return _active
+
+
+def activate(runtime: Runtime | None) -> None:
+    """Make `runtime` the one that hooks and layers find."""
+    global _active
+    _active = runtime
