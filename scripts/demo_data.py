@@ -10,6 +10,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 #: One token per byte, and one more that ends a document.
@@ -22,9 +23,9 @@ def write_dataset(documents: list[str], prefix: Path) -> int:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
     tokens = 0
     for document in documents:
-        ids = numpy.array([*document.encode("utf-8"), END_OF_DOCUMENT], dtype=numpy.uint16)
-        builder.add_document(ids, [ids.size])
-        tokens += ids.size
+        ids = torch.tensor([*document.encode("utf-8"), END_OF_DOCUMENT])
+        builder.add_document(ids, [len(ids)])
+        tokens += len(ids)
     builder.finalize(f"{prefix}.idx")
     return tokens
 

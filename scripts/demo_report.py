@@ -76,13 +76,8 @@ def draw(
         2, 1, sharex=True, figsize=(8, 5.4), height_ratios=[3, 1], layout="constrained"
     )
     top.plot(steps, [r.loss for r in reference], color="#f2a154", linewidth=6, label="1 rank, Megatron's attention")
-    top.plot(
-        steps,
-        [r.loss for r in ours],
-        color="#1f4e79",
-        linewidth=1.6,
-        label="4 ranks, megatron_loong (head parallel 2 x ring 2)",
-    )
+    label = "4 ranks, megatron_loong (head parallel 2 x ring 2)"
+    top.plot(steps, [r.loss for r in ours], color="#1f4e79", linewidth=1.6, label=label)
     top.set_ylabel("training loss (nats per byte)")
     top.set_title("Byte-level GPT on Python's language reference, float32, CPU")
     top.legend(frameon=False)
@@ -91,6 +86,7 @@ def draw(
     bottom.axhline(tolerance, color="#b03a2e", linestyle="--", linewidth=1)
     bottom.text(steps[0], tolerance * 1.6, "allowed", color="#b03a2e", fontsize=8)
     bottom.set(yscale="log", ylim=(smallest / 2, tolerance * 10), xlabel="step", ylabel="relative\ndifference")
+    bottom.set_yticks([smallest, tolerance / 10, tolerance], ["none", f"{tolerance / 10:.0e}", f"{tolerance:.0e}"])
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

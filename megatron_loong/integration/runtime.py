@@ -110,8 +110,8 @@ class Runtime:
             return None
         if dist.is_initialized() and placement.placement_in_effect(os.environ) is None:
             raise ValueError(
-                f"--loong-placement {chosen.loong_placement} permutes ranks before torch.distributed is initialized, but "
-                "it is initialized already; parse the arguments first, or use --loong-placement head_first"
+                f"--loong-placement {chosen.loong_placement} permutes ranks before torch.distributed is initialized, "
+                "but it is initialized already; parse the arguments first, or use --loong-placement head_first"
             )
         mine = placement.launcher_rank(os.environ)
         group, config = next((g, c) for g, c in zip(groups, configs, strict=True) if mine in g)

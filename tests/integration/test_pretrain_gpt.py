@@ -16,6 +16,8 @@ import pytest
 from tests.integration import megatron_runs
 
 RELATIVE_TOLERANCE = 1e-5
+#: Megatron's distributed optimizer and its checkpoints know Adam, but no SGD.
+ADAM = "--optimizer adam --lr 1e-3"
 RUN_ALL = os.environ.get("LOONG_TEST_ALL") == "1"
 
 
@@ -50,7 +52,7 @@ CASES = [
     Case(
         "dp2-cp2-distributed-optimizer",
         "--context-parallel-size 2 --use-distributed-optimizer",
-        shared="--optimizer adam --lr 1e-3",  # the distributed optimizer knows no SGD
+        shared=ADAM,
     ),
     Case(
         "moe-cp2",
@@ -58,7 +60,11 @@ CASES = [
         world_size=2,
         shared="--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01",
     ),
-    Case("cp4-double-ring", "--context-parallel-size 4 --loong-inner-ring-size 2", always=False),
+    Case(
+        "cp4-double-ring",
+        "--context-parallel-size 4 --loong-head-parallel-size 1 --loong-inner-ring-size 2",
+        always=False,
+    ),
     Case("cp4-all-heads", "--context-parallel-size 4 --loong-head-parallel-size 4", always=False),
     Case(
         "cp4-context-first",
@@ -127,9 +133,8 @@ def test_data_parallel_ranks_change_nothing_natively(script_name: str) -> None:
     script = script_or_skip(script_name)
     if script_name == "own" and not RUN_ALL and megatron_runs.checkout_script() is not None:
         pytest.skip("LOONG_TEST_ALL=1 runs this case too")
-    adam = "--optimizer adam --lr 1e-3".split()
-    native = megatron_runs.train(script, 1, *adam)
-    assert_same_steps(megatron_runs.train(script, 2, *adam, "--use-distributed-optimizer"), native)
+    native = megatron_runs.train(script, 1, *ADAM.split())
+    assert_same_steps(megatron_runs.train(script, 2, *ADAM.split(), "--use-distributed-optimizer"), native)
 
 
 @pytest.mark.parametrize("script_name", ["checkout", "own"])
@@ -138,8 +143,9 @@ def test_a_checkpoint_continues_where_it_stopped(script_name: str, tmp_path: Pat
     script = script_or_skip(script_name)
     if not RUN_ALL:
         pytest.skip("LOONG_TEST_ALL=1 runs this case too")
-    expected = megatron_runs.train(script, 1)
-    loong = "--context-parallel-impl loong --context-parallel-size 2 --exit-interval 2 --ckpt-format torch_dist"
-    saved = megatron_runs.train(script, 2, *loong.split(), "--save", str(tmp_path), "--save-interval", "2")
-    assert_same_steps(saved, expected[:2])
-    assert_same_steps(megatron_runs.train(script, 1, "--load", str(tmp_path)), expected[2:])
+    native = (*ADAM.split(), "--ckpt-format", "torch_dist")
+    loong = ("--context-parallel-impl", "loong", "--context-parallel-size", "2")
+    save = ("--save", str(tmp_path), "--save-interval", "2", "--exit-interval", "2")
+    expected = megatron_runs.train(script, 1, *native)
+    assert_same_steps(megatron_runs.train(script, 2, *native, *loong, *save), expected[:2])
+    assert_same_steps(megatron_runs.train(script, 1, *native, "--load", str(tmp_path)), expected[2:])

@@ -1,0 +1,162 @@
+"""`LoongCoreAttention` keeps Megatron's contract: shapes, scale, mask types, and refusals by name."""
+
+from __future__ import annotations
+
+import math
+import types
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_loong import LoongConfig, build_groups
+from megatron_loong.integration import core_attention
+from megatron_loong.integration.core_attention import LoongCoreAttention
+from tests.dense import dense_attention
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def config(**changes: Any) -> TransformerConfig:
+    numbers = {"num_layers": 2, "hidden_size": HEADS * WIDTH, "num_attention_heads": HEADS}
+    return TransformerConfig(**{**numbers, "num_query_groups": KV_HEADS, "attention_dropout": 0.0, **changes})
+
+
+def layer(layer_config: Any = None, layer_number: int = 1, **changes: Any) -> LoongCoreAttention:
+    """A layer on one rank, whose groups are given instead of built by the plugin."""
+    arguments: dict[str, Any] = {
+        "attn_mask_type": AttnMaskType.causal,
+        "attention_type": "self",
+        "cp_comm_type": None,
+        "softmax_scale": None,
+        "pg_collection": None,
+        "groups": build_groups(LoongConfig(1), [0]),
+        **changes,
+    }
+    return LoongCoreAttention(layer_config or config(), layer_number, **arguments)
+
+
+def qkv(v_width: int = WIDTH) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(
+        torch.randn(6, 2, heads, width, dtype=torch.float64, requires_grad=True)
+        for heads, width in ((HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, v_width))
+    )
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    out = dense_attention(*(x.transpose(0, 1) for x in (q, k, v)), **options)
+    return out.transpose(0, 1).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "causal"),
+    [(AttnMaskType.causal, True), (AttnMaskType.padding_causal, True), (AttnMaskType.no_mask, False)],
+)
+def test_returns_this_ranks_tokens_with_heads_joined(mask_type: AttnMaskType, causal: bool) -> None:
+    q, k, v = qkv(v_width=5)
+    out = layer()(q, k, v, None, attn_mask_type=mask_type)
+    assert out.shape == (6, 2, HEADS * 5)
+    torch.testing.assert_close(out, dense(q, k, v, causal=causal), rtol=0, atol=1e-12)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
+
+
+def test_the_mask_type_of_the_layer_holds_when_the_call_names_none() -> None:
+    q, k, v = qkv()
+    full = layer(attn_mask_type=AttnMaskType.no_mask)(q, k, v, None)
+    torch.testing.assert_close(full, dense(q, k, v, causal=False), rtol=0, atol=1e-12)
+
+
+def test_a_causal_layer_ignores_the_mask_tensor_as_transformer_engine_does() -> None:
+    q, k, v = qkv()
+    nonsense = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    assert torch.equal(layer()(q, k, v, nonsense), layer()(q, k, v, None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, 1 / math.sqrt(WIDTH)),
+        ({"softmax_scale": 0.3}, 0.3),
+        ({"k_channels": 16, "v_channels": 4}, 0.25),  # MLA
+    ],
+)
+def test_softmax_scale(changes: dict[str, Any], scale: float) -> None:
+    assert layer(**changes).softmax_scale == pytest.approx(scale)
+
+
+def test_query_key_layer_scaling_changes_no_score() -> None:
+    scaled = layer(config(apply_query_key_layer_scaling=True), layer_number=3)
+    assert scaled.softmax_scale == pytest.approx(1 / math.sqrt(WIDTH))
+
+
+def test_no_parameters_no_state_and_what_megatron_reads_is_there() -> None:
+    built = layer()
+    assert list(built.parameters()) == [] and built.state_dict() == {}
+    assert built.softmax_offset is None and built.current_max_attn_logits is None
+
+
+def test_kernel_and_determinism_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: object, **options: Any) -> torch.Tensor:
+        calls.append(options)
+        return q
+
+    monkeypatch.setattr(core_attention, "attention_2d", fake)
+    q, k, v = qkv()
+    built = layer(config(deterministic_mode=True))
+    built.kernel = "reference"
+    assert built(q, k, v, None).shape == (6, 2, HEADS * WIDTH)
+    assert calls == [
+        {
+            "qkv_format": "sbhd",
+            "causal": True,
+            "softmax_scale": built.softmax_scale,
+            "kernel": "reference",
+            "deterministic": True,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_type": "cross"}, "attention_type='cross' .*supported: self-attention"),
+        ({"attention_dropout": 0.2}, "attention_dropout=0.2 .*supported: --attention-dropout 0"),
+        ({"layer_config": "dropout"}, r"--attention-dropout 0\.1 \(Megatron's default is 0\.1\)"),
+        ({"sink": 1}, "does not know sink"),
+    ],
+)
+def test_refused_when_built(changes: dict[str, Any], message: str) -> None:
+    if "layer_config" in changes:
+        changes = {"layer_config": config(attention_dropout=0.1)}
+    with pytest.raises(NotImplementedError, match=message):
+        layer(**changes).eval()
+
+
+@pytest.mark.parametrize("ignored", [{"num_splits": 1}, {"num_splits": None, "sink": None}])
+def test_arguments_that_change_no_result_are_taken(ignored: dict[str, Any]) -> None:
+    layer(**ignored)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"packed_seq_params": types.SimpleNamespace(qkv_format="thd")}, r"packed sequences .*without packing"),
+        ({"attention_bias": torch.zeros(1)}, "attention bias"),
+        ({"attn_mask_type": AttnMaskType.arbitrary}, "mask type arbitrary .*supported: causal"),
+        ({"attn_mask_type": AttnMaskType.padding}, "mask type padding "),
+        ({"attn_mask_type": AttnMaskType.padding_causal, "attention_mask": torch.ones(1)}, "mask type padding_causal"),
+        ({"x": torch.zeros(1)}, "core attention with x"),  # DSA hands these in
+    ],
+)
+def test_refused_when_called(inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        layer()(*qkv(), **{"attention_mask": None, **inputs})
