@@ -14,6 +14,7 @@ import sys
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -40,12 +41,13 @@ NOT_HERE = """sft mtp_num_layers fim_data hybrid_context_parallel dataloader_int
 
 def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=None, config=None, pg_collection=None):
     """This pipeline stage's part of the model, on the layers that `--transformer-impl` names."""
-    args = get_args()
+    args: Any = get_args()
     asked = [name for name in NOT_HERE if getattr(args, name, None)]
     if asked:
         raise NotImplementedError(f"{asked} need the pretrain_gpt.py of a Megatron-LM checkout")
     config = config or arguments.core_transformer_config_from_args(args)
     use_te = args.transformer_impl == "transformer_engine"
+    spec: Any
     if args.num_experts:
         spec = gpt_layer_specs.get_gpt_decoder_block_spec(
             config, use_te, normalization=args.normalization, qk_l2_norm=args.qk_l2_norm, vp_stage=vp_stage
@@ -74,7 +76,7 @@ def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=
 
 def provide_datasets(num_samples: list[int], vp_stage: int | None = None):
     """Train, validation and test sets, on the stages that read them; every TP rank reads its own copy."""
-    args = get_args()
+    args: Any = get_args()
     values = {field.name: getattr(args, field.name) for field in fields(GPTDatasetConfig) if hasattr(args, field.name)}
     values["blend"], values["blend_per_split"] = get_blend_and_blend_per_split(args)
     values.update(random_seed=args.seed, sequence_length=args.seq_length, path_to_cache=args.data_cache_path)
@@ -91,7 +93,8 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tenso
     """Loss sum and token count of this rank; Megatron adds both up over DP and CP before it divides."""
     loss = torch.sum(losses.view(-1).float() * loss_mask.view(-1).float())
     tokens = loss_mask.sum().detach().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
+    settings: Any = get_args()
+    if settings.check_for_nan_in_loss_and_grad:
         check = partial(get_rerun_state_machine().validate_result, loss, tolerance=0.0, fatal=True)
         check(rejection_func=lambda x: not torch.isfinite(x), message="found NaN or Inf in local forward loss")
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens])}
@@ -99,13 +102,14 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tenso
 
 def forward_step(data_iterator, model):
     """One micro-batch: this rank's tokens of it, through this stage."""
-    batch = dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = dict.fromkeys(BATCH_KEYS)
+    cp_group: Any = mpu.get_context_parallel_group()
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         loaded = next(data_iterator)
         batch = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in BATCH_KEYS}
         # Megatron 0.18 asks whether CP is hybrid; it is not (NOT_HERE).
         hybrid = [False] if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else []
-        batch = get_batch_on_this_cp_rank(batch, *hybrid, cp_group=mpu.get_context_parallel_group())
+        batch = get_batch_on_this_cp_rank(batch, *hybrid, cp_group=cp_group)
     return model(input_ids=batch.pop("tokens"), **batch), partial(sum_loss, batch["loss_mask"])
 
 

@@ -30,7 +30,7 @@ import time
 import types
 import unittest.mock
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 #: Inherited by the processes that a CPU-mode run spawns: the script that is their parent's main module.
 SCRIPT_VARIABLE = "MEGATRON_LOONG_CPU_SCRIPT"
@@ -146,7 +146,7 @@ class _Stream:
 def _stand_in_for_cuda() -> None:
     """Replace what Megatron calls on `torch.cuda`, then map tensors that ask for a GPU to the CPU."""
     import torch
-    import torch._dynamo  # noqa: F401  (tabulates torch.cuda's functions when imported, and rejects stand-ins)
+    import torch._dynamo  # tabulates torch.cuda's functions when imported, and rejects stand-ins
 
     # Never 0: `device_count() > 0` silently gates initialize_model_parallel.
     device_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -252,7 +252,7 @@ def _cpu_tensors_mode() -> Any:
 class _Anything(types.ModuleType):
     """A module whose every attribute is a decorator, a type or a submodule, as the reader pleases; none computes."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -288,8 +288,8 @@ def _stand_in_inside_megatron() -> None:
     """The few functions of Megatron that cannot work here, whatever `torch.cuda` answers."""
     try:
         with _stand_in_for_triton():
-            initialize = importlib.import_module("megatron.training.initialize")
-            dataset_utils = importlib.import_module("megatron.core.datasets.utils")
+            initialize: Any = importlib.import_module("megatron.training.initialize")
+            dataset_utils: Any = importlib.import_module("megatron.core.datasets.utils")
     except ModuleNotFoundError:
         return  # megatron-core 0.16 alone has no training loop: the script says so itself
     # Draws random numbers of a shape that depends on the CP size, after seeding: without warm-up a CP 1 and a CP 4
@@ -297,7 +297,7 @@ def _stand_in_inside_megatron() -> None:
     initialize._warmup_jit_function = _nothing
     if hasattr(initialize, "fused_kernels"):  # 0.16
         initialize.fused_kernels.load = _nothing  # asks nvcc for its version
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 without TransformerEngine compares a name it never set
         moe_utils.te_general_gemm = None
     compile_helpers = dataset_utils.compile_helpers

@@ -86,7 +86,8 @@ def take_the_place_of_python(command: Command) -> None:
     """
     assert command.script is not None
     sys.argv = [command.script, *command.script_args]
-    if sys.flags.safe_path:  # python -P, PYTHONSAFEPATH: Python adds no folder, and neither do we
+    # python -P, PYTHONSAFEPATH (3.11 on): Python adds no folder, and neither do we.
+    if getattr(sys.flags, "safe_path", False):
         return
     sys.path[0] = os.path.dirname(os.path.realpath(command.script))
     # `python -m` had put the working folder at sys.path[0]; megatron_loong itself may have been found only there,

@@ -64,7 +64,7 @@ def own_script() -> Path | None:
     return REPOSITORY / "scripts" / "pretrain_gpt.py" if found else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def train(script: Path, world_size: int, *flags: str, timeout_s: int = 300) -> list[Step]:
     """Losses and gradient norms of a CPU training run of `script` on `world_size` ranks, one `Step` per step.
 
@@ -129,7 +129,6 @@ def _tail(log: str, lines: int = 40) -> str:
 def _record_steps() -> None:
     """Wrap Megatron's `training_log`, whose arguments are the numbers before rounding."""
     import torch.distributed
-
     from megatron.training import training
 
     original = training.training_log

@@ -105,7 +105,7 @@ def script_or_skip(name: str) -> Path:
 def assert_same_steps(steps: list[megatron_runs.Step], expected: list[megatron_runs.Step]) -> None:
     """Every loss and gradient norm within `RELATIVE_TOLERANCE`; a failure names the step and the quantity."""
     assert len(steps) == len(expected)
-    for number, (step, wanted) in enumerate(zip(steps, expected), start=1):
+    for number, (step, wanted) in enumerate(zip(steps, expected, strict=True), start=1):
         for quantity, value in vars(step).items():
             reference = getattr(wanted, quantity)
             error = abs(value - reference) / abs(reference)
