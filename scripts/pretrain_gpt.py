@@ -3,8 +3,7 @@ r"""Pretrain a GPT with megatron.training, which megatron-core ships from 0.17 o
     torchrun --nproc-per-node 8 -m megatron_loong scripts/pretrain_gpt.py <Megatron's arguments> \
         --context-parallel-size 8 --context-parallel-impl loong --loong-head-parallel-size 4
 
-A plain GPT, dense or MoE, on indexed or mock data. For the rest (SFT, MTP, distillation ...) run the
-pretrain_gpt.py of a Megatron-LM checkout in the same way.
+A plain GPT, dense or MoE. For SFT, MTP and the like run a Megatron-LM checkout's pretrain_gpt.py in the same way.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import torch
 try:
     from megatron import training
 except ImportError as error:
-    needs = "this script needs megatron.training, which megatron-core ships from 0.17 on"
-    sys.exit(f"{error}: {needs}; with an older one, run the pretrain_gpt.py of a Megatron-LM checkout in the same way")
+    sys.exit(f"{error}: this needs megatron-core 0.17 or newer, or else the pretrain_gpt.py of a Megatron-LM checkout")
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -34,15 +32,14 @@ from megatron.training import arguments, get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 BATCH_KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
-# Arguments of megatron.training that nobody here would read.
-NOT_HERE = """sft mtp_num_layers fim_data hybrid_context_parallel dataloader_inter_document_masking spec
+UNREAD_ARGUMENTS = """sft mtp_num_layers fim_data hybrid_context_parallel dataloader_inter_document_masking spec
     logits_load_dir heterogeneous_layers_config_path experimental_attention_variant""".split()
 
 
 def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=None, config=None, pg_collection=None):
     """This pipeline stage's part of the model, on the layers that `--transformer-impl` names."""
     args: Any = get_args()
-    asked = [name for name in NOT_HERE if getattr(args, name, None)]
+    asked = [name for name in UNREAD_ARGUMENTS if getattr(args, name, None)]
     if asked:
         raise NotImplementedError(f"{asked} need the pretrain_gpt.py of a Megatron-LM checkout")
     config = config or arguments.core_transformer_config_from_args(args)
@@ -107,7 +104,7 @@ def forward_step(data_iterator, model):
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         loaded = next(data_iterator)
         batch = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in BATCH_KEYS}
-        # Megatron 0.18 asks whether CP is hybrid; it is not (NOT_HERE).
+        # Megatron 0.18 asks whether CP is hybrid; it is not (UNREAD_ARGUMENTS).
         hybrid = [False] if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else []
         batch = get_batch_on_this_cp_rank(batch, *hybrid, cp_group=cp_group)
     return model(input_ids=batch.pop("tokens"), **batch), partial(sum_loss, batch["loss_mask"])

@@ -61,7 +61,8 @@ def enable(allow_with_gpu: bool = False, argv: list[str] | None = None) -> None:
             f"--cpu was given, but this machine has {torch.cuda.device_count()} GPU(s); "
             f"leave --cpu out to train on them, or give it twice (--cpu --cpu) to train on the CPU all the same"
         )
-    # torch.compile would start a C++ compiler on every rank; Megatron decorates dozens of functions with it.
+    # torch.compile would start a C++ compiler on every rank; Megatron decorates dozens of functions with it. Read
+    # when a function is decorated, hence before Megatron is imported.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron asserts this for TP and CP on the GPUs that it believes to see.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.constants import default_pg_timeout
 
 from megatron_loong.config import LoongConfig
@@ -113,6 +115,39 @@ class LoongGroups:
                     dist.destroy_process_group(handle.process_group)
 
 
+_builds: Counter[tuple[int, ...]] = Counter()
+_names_used_up_to = 0
+
+
+@contextlib.contextmanager
+def _names_that_members_agree_on(ranks: tuple[int, ...]) -> Iterator[None]:
+    """Let `new_group(use_local_synchronization=True)` find its peers, whatever groups each of them has besides.
+
+    torch names such a group after its ranks and after a count of groups that differs between processes (up to 2.13
+    the groups they have, later the groups they asked for). Members with different counts would wait for each other
+    for ever, and a name that comes back after a release would meet the rendezvous of the old group. So the members
+    agree, over the world's store, on a number that none of them has reached, and count from there. The count of
+    torch is put back, because groups that the whole world makes are named after it.
+    """
+    global _names_used_up_to
+    world, store, me = c10d._world, c10d._get_default_store(), dist.get_rank()
+    known, count = world.pg_names, world.group_count
+    key = f"megatron_loong/{ranks}/{_builds[ranks]}/"
+    _builds[ranks] += 1
+    store.set(f"{key}{me}", str(max(len(known), count, _names_used_up_to)))
+    agreed = max(int(store.get(f"{key}{rank}")) for rank in ranks)
+    padding: list[Any] = [object() for _ in range(agreed - len(known))]
+    known.update(dict.fromkeys(padding, "padding"))
+    world.group_count = agreed
+    try:
+        yield
+    finally:
+        _names_used_up_to = agreed + 1 + max(world.group_count - agreed, len(COMMUNICATORS))
+        world.group_count = count
+        for one in padding:
+            known.pop(one)
+
+
 def build_groups(
     config: LoongConfig,
     cp_global_ranks: Sequence[int],
@@ -124,8 +159,8 @@ def build_groups(
 
     Collective: every rank of the world calls it, each with the `cp_global_ranks` of its own group (a rank outside
     the ranks that it passes gets groups with `cp_rank=None`). With `local_synchronization=True` only the members
-    of the group call it, for users who never meet all ranks in one place; release such groups only at the end of
-    the job. `cp_global_ranks[i]` gets the coordinates of cp_rank i under `config.placement`.
+    of the group call it, for users who never meet all ranks in one place. `cp_global_ranks[i]` gets the coordinates of
+    cp_rank i under `config.placement`.
 
     `timeout` is that of each communicator (default: torch's, 30 minutes). Raises `ValueError` on every rank alike when
     the ranks do not fit the config, repeat, lie outside the world, or overlap another group.
@@ -148,8 +183,27 @@ def build_groups(
     _check_requests(requests)
 
     me = dist.get_rank()
-    groups = LoongGroups(config, ranks, ranks.index(me) if me in ranks else None)
-    for request_config, request_ranks in dict.fromkeys((c, r) for c, r, _ in sorted(requests, key=lambda x: x[1])):
+    cp_rank = ranks.index(me) if me in ranks else None
+    groups = LoongGroups(config, ranks, cp_rank)
+    if local_synchronization:
+        with _names_that_members_agree_on(ranks):
+            _make_communicators(groups, [(config, ranks)], timeout, members_alone=True)
+    else:
+        wanted = dict.fromkeys((c, r) for c, r, _ in sorted(requests, key=lambda request: request[1]))
+        _make_communicators(groups, list(wanted), timeout, members_alone=False)
+    return groups
+
+
+def _make_communicators(
+    groups: LoongGroups,
+    wanted: list[tuple[LoongConfig, tuple[int, ...]]],
+    timeout: timedelta,
+    *,
+    members_alone: bool,
+) -> None:
+    """Make those of all wanted groups, in one order on every rank, and keep this process's own in `groups`."""
+    me = dist.get_rank()
+    for request_config, request_ranks in wanted:
         for name, axis in COMMUNICATORS.items():
             for members in group_members(request_config, axis):
                 members_global = tuple(request_ranks[i] for i in members)
@@ -158,13 +212,12 @@ def build_groups(
                     process_group = dist.new_group(
                         sorted(members_global),
                         timeout=timeout,
-                        use_local_synchronization=local_synchronization,
+                        use_local_synchronization=members_alone,
                         group_desc=f"loong_{name}",
                     )
-                if me in members_global and request_ranks == ranks:
+                if me in members_global and request_ranks == groups.cp_global_ranks:
                     rank = members_global.index(me)
                     groups.handles[name] = GroupHandle(name, members_global, rank, process_group, timeout)
-    return groups
 
 
 def _problem_with(config: LoongConfig, ranks: tuple[int, ...]) -> str | None:

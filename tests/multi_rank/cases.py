@@ -355,12 +355,13 @@ def groups_made_and_released(rank: int, config: LoongConfig) -> tuple[int, int, 
 
 
 def groups_by_members_alone(rank: int) -> None:
-    """Ranks 2 to 5 make groups; the others never call."""
+    """Ranks 2 to 5 make groups, release them and make them again; the others never call."""
     members = [2, 3, 4, 5]
     if rank not in members:
         return
-    groups = build_groups(LoongConfig(4, 2, 1), members, local_synchronization=True)
-    inputs = random_inputs(1, 16, 4, 2, 8, torch.float64)
-    expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
-    assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}")
-    groups.destroy()
+    for _ in range(3):
+        groups = build_groups(LoongConfig(4, 2, 1), members, local_synchronization=True)
+        inputs = random_inputs(1, 16, 4, 2, 8, torch.float64)
+        expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+        assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}")
+        groups.destroy()

@@ -6,10 +6,12 @@ import contextlib
 import datetime
 import multiprocessing as mp
 import os
-import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from torch.distributed import TCPStore
 
 WORLD_SIZE = 8
 TASK_TIMEOUT_S = 240
@@ -24,18 +26,15 @@ class WorkerFailure(AssertionError):
         self.results = results
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, pipe: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     pipe.send(("ready", None))
     while (task := pipe.recv()) is not None:
         function, args = task
@@ -54,12 +53,11 @@ class WorkerPool:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "megatron_loong.attention.attention_2d"])
         self.world_size = world_size
-        self.directory = tempfile.TemporaryDirectory()
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            rendezvous = os.path.join(self.directory.name, "rendezvous")
-            process = context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, self.store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -74,8 +72,9 @@ class WorkerPool:
 
     def _collect(self) -> list[Any]:
         results, errors = [], []
+        deadline = time.monotonic() + TASK_TIMEOUT_S
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TASK_TIMEOUT_S):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
                 errors.append(f"rank {rank}: no answer within {TASK_TIMEOUT_S} s")
                 results.append(None)
                 continue
@@ -99,7 +98,6 @@ class WorkerPool:
             process.join(timeout=2)
             if process.is_alive():
                 process.kill()
-        self.directory.cleanup()
 
     @property
     def alive(self) -> bool:
