@@ -18,11 +18,11 @@ from megatron_loong.attention.head_exchange import (
     sum_replicas,
 )
 from megatron_loong.comm.ring import Ring
-from megatron_loong.config import divisors
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.sequence.sharding import ring_runs
 from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.topology.placement import fitting_head_parallel_sizes
 
 
 def attention_2d(
@@ -120,6 +120,21 @@ def _backward(
     return dq, sum_replicas(dk, exchange.replicas), sum_replicas(dv, exchange.replicas)
 
 
+def kernel_request(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_parallel_size: int, deterministic: bool
+) -> KernelRequest:
+    """What `attention_2d` asks of a kernel for local q, k, v with heads in dimension 2: the heads of one tile."""
+    return KernelRequest(
+        device_type=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        value_head_dim=v.shape[3],
+        query_heads=q.shape[2] // head_parallel_size,
+        kv_heads=k.shape[2] * replicas_per_kv_head(k.shape[2], head_parallel_size) // head_parallel_size,
+        deterministic=deterministic,
+    )
+
+
 def _plan(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -131,16 +146,7 @@ def _plan(
     deterministic: bool,
 ) -> RingPlan:
     config = groups.config
-    hp, ring_size = config.head_parallel_size, config.ring_size
-    request = KernelRequest(
-        device_type=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        value_head_dim=v.shape[3],
-        query_heads=q.shape[2] // hp,
-        kv_heads=k.shape[2] * replicas_per_kv_head(k.shape[2], hp) // hp,
-        deterministic=deterministic,
-    )
+    ring_size = config.ring_size
     seq_len = q.shape[0] * config.context_parallel_size
     handles = [groups.handle(name) for name in ("inner", "outer", "inner_dkv", "outer_dkv")]
     return RingPlan(
@@ -149,7 +155,7 @@ def _plan(
         inner_ring_size=ring_size // config.outer_ring_size,
         runs=tuple(tuple(ring_runs(config, rank, seq_len)) for rank in range(ring_size)),
         rings={handle.name: Ring(handle) for handle in handles if handle.process_group is not None},
-        kernel=choose_kernel(request, kernel),
+        kernel=choose_kernel(kernel_request(q, k, v, config.head_parallel_size, deterministic), kernel),
         causal=causal,
         softmax_scale=1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale,
         deterministic=deterministic,
@@ -189,7 +195,7 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Loo
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"the number of query heads, {heads}, is not a multiple of the number of KV heads, {kv_heads}")
     if heads % hp:
-        fitting = [n for n in divisors(config.context_parallel_size) if heads % n == 0]
+        fitting = fitting_head_parallel_sizes(config.context_parallel_size, heads)
         raise ValueError(f"head_parallel_size={hp} does not divide the {heads} query heads; try one of {fitting}")
     if q.numel() == 0 or q.shape[0] % config.chunks_per_rank:
         raise ValueError(

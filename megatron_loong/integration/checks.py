@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.integration.options import LoongOptions, fitting_head_parallel_sizes
+from megatron_loong.integration.options import LoongOptions
+from megatron_loong.topology.placement import fitting_head_parallel_sizes
 
 
 def check_options(

@@ -10,10 +10,9 @@ import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.attention.attention_2d import attention_2d, kernel_request
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse
-from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.topology.groups import LoongGroups
 
@@ -112,16 +111,7 @@ class LoongCoreAttention(MegatronModule):
         if self._kernel_said:
             return
         self._kernel_said = True
-        hp = self.groups.config.head_parallel_size
-        request = KernelRequest(
-            device_type=query.device.type,
-            dtype=query.dtype,
-            head_dim=query.shape[-1],
-            value_head_dim=value.shape[-1],
-            query_heads=query.shape[2] // hp,
-            kv_heads=math.lcm(key.shape[2], hp) // hp,  # KV heads are replicated until hp divides them
-            deterministic=self.deterministic,
-        )
+        request = kernel_request(query, key, value, self.groups.config.head_parallel_size, self.deterministic)
         taken = choose_kernel(request, self.kernel).name
         others = [line for line in explain(request, self.kernel).splitlines() if not line.startswith(f"{taken}:")]
         runtime.active().say(f"attention kernel {taken} (--loong-kernel {self.kernel}); " + "; ".join(others))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_loong.config import LoongConfig, divisors, placement_axes
+from megatron_loong.config import LoongConfig, placement_axes
 from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
 
 IMPLEMENTATIONS = ("native", "loong")
@@ -140,15 +140,6 @@ def merge(sources: Sequence[Source]) -> LoongOptions:
             if first != value:
                 raise ValueError(f"{name} is {first!r} in {other} but {value!r} in {where}; give it in one place")
     return LoongOptions(**{name: value for name, (_, value) in merged.items()})
-
-
-def fitting_head_parallel_sizes(context_parallel_size: int, heads: int) -> list[int]:
-    """Head-parallel sizes that divide both the context-parallel size and the query heads of one TP rank.
-
-    >>> fitting_head_parallel_sizes(8, heads=12)
-    [1, 2, 4]
-    """
-    return [size for size in divisors(context_parallel_size) if heads % size == 0]
 
 
 def resolve(

@@ -20,14 +20,23 @@ def cp_ranks_per_node(cp_global_ranks: Sequence[int], ranks_per_node: int) -> in
     return min(Counter(rank // ranks_per_node for rank in cp_global_ranks).values())
 
 
+def fitting_head_parallel_sizes(context_parallel_size: int, heads: int) -> list[int]:
+    """Head-parallel sizes that divide both the context-parallel size and the query heads of one TP rank.
+
+    >>> fitting_head_parallel_sizes(8, heads=12)
+    [1, 2, 4]
+    """
+    return [size for size in divisors(context_parallel_size) if heads % size == 0]
+
+
 def largest_head_parallel_size(context_parallel_size: int, heads_per_tp_rank: int, cp_ranks_in_node: int) -> int:
     """`auto`: the largest that divides the query heads and cp_size and whose all-to-all stays inside a node.
 
     >>> largest_head_parallel_size(16, heads_per_tp_rank=12, cp_ranks_in_node=8)
     4
     """
-    fitting = [n for n in divisors(context_parallel_size) if heads_per_tp_rank % n == 0 and n <= cp_ranks_in_node]
-    return max(fitting)
+    fitting = fitting_head_parallel_sizes(context_parallel_size, heads_per_tp_rank)
+    return max(size for size in fitting if size <= cp_ranks_in_node)
 
 
 def largest_inner_ring_size(

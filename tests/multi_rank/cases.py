@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
+from megatron_loong.attention.attention_2d import kernel_request
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
@@ -216,21 +217,13 @@ def kv_blocks_held(rank: int) -> tuple[int, int]:
                 most = max(most, len(storages) - 1)
                 return self.kernel.forward(*args, **options)
 
-        request = _request(groups, inputs)
+        request = kernel_request(*inputs[:3], groups.config.head_parallel_size, deterministic=False)
         q, k, v, _ = (shard_sequence(x, groups) for x in inputs)
         with torch.no_grad():
             attention_2d(q, k, v, groups, kernel=Spy(choose_kernel(request)))  # type: ignore[arg-type]
         counts.append(most)
         groups.destroy()
     return counts[0], counts[1]
-
-
-def _request(groups: LoongGroups, inputs: tuple[torch.Tensor, ...]) -> Any:
-    from megatron_loong.kernels.interface import KernelRequest
-
-    q, k, v, _ = inputs
-    hp = groups.config.head_parallel_size
-    return KernelRequest("cpu", q.dtype, q.shape[3], v.shape[3], q.shape[2] // hp, max(k.shape[2], hp) // hp)
 
 
 def error_message(rank: int, what: str) -> str:
@@ -297,7 +290,7 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
 
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
-    kernel, calls = choose_kernel(_request(groups, inputs)), 0
+    kernel, calls = choose_kernel(kernel_request(*inputs[:3], groups.config.head_parallel_size, deterministic=False)), 0
 
     class Fatal:
         name = kernel.name
