@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_loong.attention.merge import merge_
-from megatron_loong.attention.schedule import (
+from megatron_loong.planner.schedule import (
     Run,
     Tile,
     Visit,

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from megatron_loong.attention.schedule import (
+from megatron_loong.planner.schedule import (
     Visit,
     backward_visits,
     forward_visits,

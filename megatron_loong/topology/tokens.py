@@ -1,0 +1,136 @@
+"""Which tokens each rank holds, free of torch. The only file that knows what zigzag is.
+
+Zigzag (LoongTrain section 4.3; the causal balance of Megatron's own CP): the sequence is cut into 2*cp_size
+chunks and logical rank l = ring_rank * head_parallel_size + head holds chunks l and 2*cp_size-1-l:
+
+    cp_size 4, chunk | 0 1 2 3 4 5 6 7        ring_size 2, after the all-to-all over heads (hp 2):
+    logical rank     | 0 1 2 3 3 2 1 0        ring rank 0: chunks 0 1 | 6 7     ring rank 1: chunks 2 3 | 4 5
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_loong.config import LoongConfig
+
+Run = tuple[int, int]
+"""A contiguous run of the global sequence, [start, stop)."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where every token of one sequence, or of one pack of documents, lives. Runs are never empty."""
+
+    documents: tuple[int, ...]
+    """Boundaries of the documents, from 0 to the number of tokens: `cu_seqlens`. One document: (0, S)."""
+
+    rank_runs: tuple[tuple[Run, ...], ...]
+    """By logical rank: its runs of the global sequence, in local order."""
+
+    ring_order: tuple[tuple[tuple[int, int], ...], ...]
+    """By ring rank: (head, index into that rank's runs) of every run that the head group holds together, in the order
+    in which the ring rank holds them after the all-to-all."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in all."""
+        return self.documents[-1]
+
+    @property
+    def ring_size(self) -> int:
+        """Number of ring ranks."""
+        return len(self.ring_order)
+
+    @property
+    def head_parallel_size(self) -> int:
+        """Ranks that form one ring rank."""
+        return len(self.rank_runs) // self.ring_size
+
+    def tokens_of(self, logical_rank: int) -> int:
+        """Number of tokens that a logical rank holds."""
+        return _length(self.rank_runs[logical_rank])
+
+    def ring_runs(self, ring_rank: int) -> tuple[Run, ...]:
+        """The runs that a ring rank holds after the all-to-all, in its order; neighbouring runs are joined.
+
+        >>> zigzag_or_contiguous(LoongConfig(4, 2), 16).ring_runs(1)
+        ((4, 12),)
+        """
+        return self._ring_runs[ring_rank]
+
+    @functools.cached_property
+    def _ring_runs(self) -> tuple[tuple[Run, ...], ...]:
+        hp = self.head_parallel_size
+        return tuple(
+            _joined(self.rank_runs[ring_rank * hp + head][index] for head, index in order)
+            for ring_rank, order in enumerate(self.ring_order)
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:
+    """The layout of one sequence of `seq_len` tokens, as `config.sequence_layout` says.
+
+    Chunks are as equal as can be: chunk c begins at c * seq_len // chunks. A sequence shorter than the number of
+    chunks leaves some ranks without a token.
+
+    >>> zigzag_or_contiguous(LoongConfig(4, 2), 16).rank_runs[1]
+    ((2, 4), (12, 14))
+    >>> zigzag_or_contiguous(LoongConfig(2), 10).rank_runs
+    (((0, 2), (7, 10)), ((2, 5), (5, 7)))
+    """
+    n, hp = config.sequence_multiple, config.head_parallel_size
+    chunks = [(c * seq_len // n, (c + 1) * seq_len // n) for c in range(n)]
+    rank_runs = tuple(
+        tuple(chunks[c] for c in _chunks_of(config, rank) if chunks[c][0] < chunks[c][1])
+        for rank in range(config.context_parallel_size)
+    )
+    ring_order = tuple(
+        tuple(
+            (head, index)
+            for _, head, index in sorted(
+                (run, head, index)
+                for head in range(hp)
+                for index, run in enumerate(rank_runs[ring_rank * hp + head])
+            )
+        )
+        for ring_rank in range(config.ring_size)
+    )
+    return TokenLayout((0, seq_len), rank_runs, ring_order)
+
+
+def _chunks_of(config: LoongConfig, logical_rank: int) -> list[int]:
+    """Chunks that a logical rank holds, in local order.
+
+    >>> _chunks_of(LoongConfig(4, 2), 1)
+    [1, 6]
+    """
+    if config.sequence_layout == "contiguous":
+        return [logical_rank]
+    return [logical_rank, 2 * config.context_parallel_size - 1 - logical_rank]
+
+
+def _length(runs: Iterable[Run]) -> int:
+    return sum(stop - start for start, stop in runs)
+
+
+def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Runs in order, those that continue one another made one."""
+    joined: list[Run] = []
+    for start, stop in runs:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return tuple(joined)
+
+
+def starts_of(lengths: Iterable[int]) -> list[int]:
+    """Running sums from 0, one longer than `lengths`.
+
+    >>> starts_of([2, 3])
+    [0, 2, 5]
+    """
+    return list(itertools.accumulate(lengths, initial=0))
