@@ -86,8 +86,8 @@ class Traffic:
         self._plan, self._suffix, self._what = plan, suffix, what
         self._sent: defaultdict[int, list[tuple[Wait, torch.Tensor]]] = defaultdict(list)
 
-    def post(self, hops: list[tuple[Hop, torch.Tensor]]) -> list[Wait]:
-        """Begin the hops of one step; returns the waits of those that receive, in order."""
+    def post(self, hops: list[tuple[Hop, torch.Tensor]]) -> list[tuple[Hop, torch.Tensor, Wait]]:
+        """Begin the hops of one step; returns those that receive, each with its wait."""
         arriving = []
         for ring in ("inner", "outer"):
             ends = [(hop, block) for hop, block in hops if hop.ring == ring]
@@ -99,9 +99,8 @@ class Traffic:
                 if hop.send:
                     self._sent[hop.due].append((wait, block))
                 else:
-                    arriving.append((hop, wait))
-        in_order = {id(hop): wait for hop, wait in arriving}
-        return [in_order[id(hop)] for hop, _ in hops if not hop.send]
+                    arriving.append((hop, block, wait))
+        return arriving
 
     def finish_sends(self, step: int) -> None:
         """Wait for what was sent and is wanted by now at the other end, and let go of its memory."""
@@ -125,12 +124,12 @@ class Circulation:
 
     def begin(self, step: int) -> None:
         """Post what belongs to a step (-1: before the first)."""
-        self._traffic.finish_sends(step)
+        if step >= 0 and self._work.visits[step] in self._arriving:
+            self.block(self._work.visits[step])
         hops = [(hop, self._buffer(hop)) for hop in self._work.hops.get(step, ())]
-        waits = iter(self._traffic.post(hops))
-        for hop, buffer in hops:
-            if not hop.send:
-                self._arriving[hop.visit] = buffer, next(waits)
+        self._traffic.finish_sends(step)
+        for hop, buffer, wait in self._traffic.post(hops):
+            self._arriving[hop.visit] = buffer, wait
 
     def block(self, visit: Visit) -> KVBlock:
         """The block of a visit, here."""
@@ -237,10 +236,8 @@ def ring_backward(
             (hop, dkv.flat if hop.send and dkv is not None else kv.buffer(row_count(hop.rows), wide))
             for hop in work.gradient_hops.get(step, ())
         ]
-        waits = iter(traffic.post(hops))
-        for hop, buffer in hops:
-            if not hop.send:
-                arriving[hop.visit].append((hop.rows, buffer, next(waits)))
+        for hop, buffer, wait in traffic.post(hops):
+            arriving[hop.visit].append((hop.rows, buffer, wait))
         for call, _, (tile_dq, _, _) in grads:
             dq[call.q].add_(tile_dq.transpose(0, 1))
     assert dkv is not None, "the rank's own block comes last"

@@ -130,14 +130,14 @@ def _one_view(
 ) -> torch.Tensor:
     """As `_views` for equal shares, in one: [tokens, b, peer, heads of a peer, d]."""
     column, width = sum(widths[0][:index]), widths[0][index]
-    rows = buffer.view(len(shares), tokens, -1)[:, :, column : column + width]
+    rows = buffer.view(len(shares), tokens, sum(widths[0]))[:, :, column : column + width]
     return rows.unflatten(2, (x.shape[1], len(shares[0]), x.shape[3])).permute(1, 2, 0, 3, 4)
 
 
 def _give_out(x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int) -> None:
     if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
         view = _one_view(x, shares, buffer, widths, index, x.shape[0])
-        view.copy_(x.unflatten(2, (len(shares), -1)))
+        view.copy_(x.unflatten(2, (len(shares), len(shares[0]))))
         return
     for heads, view in zip(shares, _views(x, shares, buffer, widths, index, x.shape[0]), strict=True):
         view.copy_(x[:, :, heads.start : heads.stop])

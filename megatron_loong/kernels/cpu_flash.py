@@ -104,7 +104,7 @@ def _calls(q: torch.Tensor, k: torch.Tensor, rules: TileRules) -> list[tuple[sli
     if rules.window in (FULL, CAUSAL):
         assert rules.window == FULL or n == m, "causal tiles are square here"
         return [(slice(0, n), slice(0, m), None)]
-    left, right = (m if x == UNBOUNDED else x for x in rules.window)
+    left, right = (n + m if x == UNBOUNDED else x for x in rules.window)
     block = min(512, max(64, (left + right) // 4))
     calls = []
     for start in range(0, n, block):
