@@ -6,8 +6,9 @@ takes and gives back inside itself is not seen.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self.at_peak: str | None = None
         """The operator that reached the peak."""
         self._seen: dict[int, int] = {}
+        self._paused = False
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were made before the block, such as parameters."""
@@ -41,10 +43,19 @@ class LiveBytes(TorchDispatchMode):
         """Begin the search for the peak anew, from what is alive now."""
         self.peak_bytes, self.at_peak = self.live_bytes, None
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is made inside is not counted, then or later, unless an operator outside returns a view of it."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and not self._paused:
                 self._count(x, str(func))
         return result
 
