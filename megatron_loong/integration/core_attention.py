@@ -15,8 +15,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_loong.attention.attention_2d import attention_2d, kernel_request
+from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse
+from megatron_loong.integration.recompute import level_of_layer
 from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.topology.groups import LoongGroups
@@ -70,6 +72,8 @@ class LoongCoreAttention(MegatronModule):
             groups = _groups_for(config, pg_collection, chosen)
         assert groups is not None
         self.groups = groups
+        # With groups of one's own, whoever checkpoints decides what is kept.
+        self.kept_in_checkpoint: Level = "ring" if chosen is None else level_of_layer(chosen, config, layer_number)
         self.kernel = "auto" if chosen is None else chosen.loong_kernel
         self._kernel_said = chosen is None  # without the plugin, nobody logs
         # `apply_query_key_layer_scaling` divides by the layer number before a half-precision softmax and multiplies
@@ -158,24 +162,25 @@ class LoongCoreAttention(MegatronModule):
         _refuse_inputs(attention_bias, packed_seq_params, unknown)
         self._say_kernel(query, key, value)
         cp = self.groups.config.context_parallel_size
-        out = attention_2d(
-            query,
-            key,
-            value,
-            self.groups,
-            qkv_format="sbhd",
-            causal=causal,
-            softmax_scale=self.softmax_scale,
-            window_size=self.window_size,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            dropout_seed=self._dropout_seed(),
-            softmax_offset=self.softmax_offset,
-            max_logits=self._max_logits(query),
-            kernel=self.kernel,
-            deterministic=self.deterministic,
-            seq_len=query.shape[0] * cp,
-            kv_seq_len=None if self.attention_type == "self" else key.shape[0] * cp,
-        )
+        with keeping(self.kept_in_checkpoint):
+            out = attention_2d(
+                query,
+                key,
+                value,
+                self.groups,
+                qkv_format="sbhd",
+                causal=causal,
+                softmax_scale=self.softmax_scale,
+                window_size=self.window_size,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+                dropout_seed=self._dropout_seed(),
+                softmax_offset=self.softmax_offset,
+                max_logits=self._max_logits(query),
+                kernel=self.kernel,
+                deterministic=self.deterministic,
+                seq_len=query.shape[0] * cp,
+                kv_seq_len=None if self.attention_type == "self" else key.shape[0] * cp,
+            )
         return out.reshape(*out.shape[:2], -1)
 
     def _dropout_seed(self) -> int | None:
