@@ -46,7 +46,10 @@ def summarise(rounds: Sequence[Sequence[Phases]]) -> Timing:
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], tuple[float, float]]], rounds: int, warmups: int, barrier: Callable[[], None]
+    contestants: Mapping[str, Callable[[], tuple[float, float]]],
+    rounds: int,
+    warmups: int,
+    barrier: Callable[[], object],
 ) -> dict[str, list[Phases]]:
     """Run each contestant once a round, in an order that moves on by one each round; the first `warmups` do not count.
 
