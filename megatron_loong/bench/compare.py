@@ -92,6 +92,7 @@ def compare(contestants: Sequence[Contestant], shape: Shape, rounds: int, warmup
             if entry.refused is None:
                 per_rank = [one[entry.name] for one in gathered if one is not None]
                 entry.rounds = [list(phases) for phases in zip(*per_rank, strict=True)]
+    groups.close()
     return entries
 
 

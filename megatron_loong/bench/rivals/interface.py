@@ -55,6 +55,12 @@ class GroupCache:
             self._made[config] = build_groups(config, range(self.world_size))
         return self._made[config]
 
+    def close(self) -> None:
+        """Release all of them."""
+        for groups in self._made.values():
+            groups.destroy()
+        self._made.clear()
+
 
 class Contestant(ABC):
     """One implementation in one layout. Tensors are [b, s, heads, d]."""
