@@ -10,6 +10,7 @@ from megatron_loong.bench.report import make_record
 from megatron_loong.bench.rivals.interface import Contestant, GroupCache, Shape, contiguous_positions
 from megatron_loong.bench.rivals.ours import ComputeAlone, Loong
 from megatron_loong.bench.rivals.torch_cp import TorchContextParallel
+from megatron_loong.bench.timeline import Event, record_timeline, shares
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.config import LoongConfig
 from tests.multi_rank.pool import WORLD_SIZE, WorkerPool
@@ -62,6 +63,30 @@ def both_counts(rank: int, config: LoongConfig) -> tuple[int, int]:
         ours.apply(q, k, v).sum().backward()
     groups.close()
     return ledger.total_bytes, sum(seen.sent_bytes.values())
+
+
+def one_timeline(rank: int, config: LoongConfig) -> list[Event]:
+    """Events of one forward and backward."""
+    ours, groups = Loong(config), GroupCache(WORLD_SIZE)
+    ours.set_up(groups, SHAPE)
+    q, k, v = (ours.dispatch(x, rank).requires_grad_() for x in SHAPE.inputs()[:3])
+    with record_timeline() as events:
+        ours.apply(q, k, v).sum().backward()
+    groups.close()
+    return events
+
+
+def test_a_timeline_has_every_tile_hop_and_wait(pool: WorkerPool) -> None:
+    """Head parallel 2, ring 4 of two inner rings: per direction 4 tiles, 2 inner hops and 1 outer hop."""
+    for events in pool.run(one_timeline, LoongConfig(WORLD_SIZE, 2, 2)):
+        labels = {kind: [event.label for event in events if event.kind == kind] for kind in ("tile", "under way")}
+        assert labels["tile"].count("forward") == labels["tile"].count("backward") == 4
+        # A hop is a send and a receive; KV goes round forward and backward, dKV backward.
+        hops = {name: labels["under way"].count(f"loong_{name}") // 2 for name in ("inner", "outer")}
+        gradients = {name: labels["under way"].count(f"loong_{name}_dkv") // 2 for name in ("inner", "outer")}
+        assert (hops, gradients) == ({"inner": 4, "outer": 2}, {"inner": 2, "outer": 1})
+        start, end = min(event.start_s for event in events), max(event.end_s for event in events)
+        assert all(part > 0 for part in shares(events, start, end).values())
 
 
 def test_the_observer_sees_the_bytes_that_the_ledger_counts(pool: WorkerPool) -> None:
