@@ -1,0 +1,140 @@
+"""The transformer that is to be trained, in the numbers that cost time and memory, and its FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only transformer; fields are Megatron's flags, which the `ValueError` of the constructor names."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """KV heads."""
+    ffn_hidden_size: int
+    vocab_size: int = 128_000
+    kv_channels: int | None = None
+    """Head width; None: hidden_size / num_attention_heads."""
+    gated: bool = True
+    """`--swiglu`: three matrices in the MLP instead of two."""
+    num_experts: int | None = None
+    """None: a dense model."""
+    moe_router_topk: int = 2
+    moe_ffn_hidden_size: int | None = None
+    """None: as ffn_hidden_size."""
+    moe_shared_expert_intermediate_size: int = 0
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            least = 0 if item.name == "moe_shared_expert_intermediate_size" else 1
+            if value is not None and not isinstance(value, bool) and (not isinstance(value, int) or value < least):
+                raise ValueError(f"--{item.name.replace('_', '-')} {value} must be a whole number of at least {least}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
+                f"--num-query-groups {self.num_query_groups}"
+            )
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads "
+                f"{self.num_attention_heads}; give --kv-channels, the width of a head"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Query heads times their width: what `hidden` means in the FLOPs of attention."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def attention_params(self) -> int:
+        """Of the four projections of one layer."""
+        return self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+
+    @property
+    def expert_params(self) -> int:
+        """Of one expert (of the MLP, in a dense model)."""
+        width = self.moe_ffn_hidden_size if self.num_experts and self.moe_ffn_hidden_size else self.ffn_hidden_size
+        return self.hidden_size * width * (3 if self.gated else 2)
+
+    @property
+    def shared_expert_params(self) -> int:
+        """Of the expert that every token visits."""
+        return self.hidden_size * self.moe_shared_expert_intermediate_size * (3 if self.gated else 2)
+
+    @property
+    def active_layer_params(self) -> int:
+        """Parameters of one layer that a token meets."""
+        visited = self.moe_router_topk if self.num_experts else 1
+        return self.attention_params + visited * self.expert_params + self.shared_expert_params
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer."""
+        return self.attention_params + (self.num_experts or 1) * self.expert_params + self.shared_expert_params
+
+    @property
+    def embedding_params(self) -> int:
+        """Of the input embedding, and as many of the output layer."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def total_params(self) -> int:
+        """All of them; embedding and output layer are apart."""
+        return self.num_layers * self.layer_params + 2 * self.embedding_params
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Useful FLOPs of training on one token, causal: 6 * params that multiply it + 6 * layers * width * S.
+
+        The input embedding is a look-up and not counted. Forward is a third of each term; recomputation never counts.
+        """
+        params = self.num_layers * self.active_layer_params + self.embedding_params
+        return 6.0 * params + 6.0 * self.num_layers * self.attention_width * seq_len
+
+
+def _llama(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int) -> ModelShape:
+    return ModelShape(layers, hidden, heads, groups, ffn, vocab)
+
+
+#: Models by name, from their published configurations.
+MODELS: dict[str, ModelShape] = {
+    "llama2-7b": _llama(32, 4096, 32, 32, 11008, 32000),  # arXiv 2307.09288
+    "llama2-7b-gqa": _llama(32, 4096, 32, 8, 11008, 32000),  # LoongTrain's 7B-GQA: 8 KV heads, section 6.1
+    "llama2-13b": _llama(40, 5120, 40, 40, 13824, 32000),  # arXiv 2307.09288
+    "llama2-70b": _llama(80, 8192, 64, 8, 28672, 32000),  # arXiv 2307.09288
+    "llama3-8b": _llama(32, 4096, 32, 8, 14336, 128256),  # arXiv 2407.21783, table 3
+    "llama3-70b": _llama(80, 8192, 64, 8, 28672, 128256),  # arXiv 2407.21783, table 3
+    "llama3-405b": _llama(126, 16384, 128, 8, 53248, 128256),  # arXiv 2407.21783, table 3
+    "qwen2.5-14b": _llama(48, 5120, 40, 8, 13824, 152064),  # arXiv 2412.15115
+    "qwen3-30b-a3b": ModelShape(
+        48, 2048, 32, 4, 6144, 151936, kv_channels=128, num_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768
+    ),  # Hugging Face Qwen/Qwen3-30B-A3B, config.json
+    "mixtral-8x7b": ModelShape(32, 4096, 32, 8, 14336, 32000, num_experts=8, moe_router_topk=2),  # arXiv 2401.04088
+}
+
+
+def model_from(name: str | None, changes: Mapping[str, Any]) -> ModelShape:
+    """A named model with some numbers changed, or one from numbers alone; `ValueError` says what is missing."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    if name is not None:
+        if name not in MODELS:
+            raise ValueError(f"--model {name} is unknown; use one of {', '.join(MODELS)}, or give its sizes as flags")
+        return dataclasses.replace(MODELS[name], **given)
+    required = {f.name for f in dataclasses.fields(ModelShape) if f.default is dataclasses.MISSING}
+    if "num_query_groups" not in given and "num_attention_heads" in given:
+        given["num_query_groups"] = given["num_attention_heads"]
+    if missing := sorted(required - set(given)):
+        flags = ", ".join("--" + key.replace("_", "-") for key in missing)
+        raise ValueError(f"the model is not known without {flags}; or name one with --model: {', '.join(MODELS)}")
+    return ModelShape(**given)
