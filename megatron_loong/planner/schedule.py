@@ -17,6 +17,7 @@ inner ring need different rows (a window: the two neighbours), its first place s
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ class RingSchedule:
     mask: Mask
     inner_ring_size: int
     _known_needs: dict[tuple[int, int], Rows] = field(default_factory=dict, repr=False)
-    _known_trees: dict[int, _Tree] = field(default_factory=dict, repr=False)
+    _known_trees: dict[int | Rows, _Tree] = field(default_factory=dict, repr=False)
     _known_passages: dict[tuple[int, bool], Passage] = field(default_factory=dict, repr=False)
 
     @property
@@ -225,22 +226,24 @@ class RingSchedule:
             tree = self._tree(owner)
             if visit not in tree.carried:
                 continue
-            posts = {child: self._post_step(child, tree, step, backward) for child in tree.parent}
-            first_use = {x: min([step[x], *(posts[child] for child in tree.children[x])]) for x in tree.carried}
             kv_rows[visit] = tree.carried[visit]
-            last_use[visit] = max([step[visit], *(posts[child] for child in tree.children[visit])])
+            last_use[visit] = max(
+                [step[visit], *(self._post_step(x, tree, step, backward) for x in tree.children[visit])]
+            )
             tiles_of[visit] = tuple(
                 tile._replace(kv=slice_within(kv_rows[visit], (tile.kv.start, tile.kv.stop)))
                 for tile in self.tiles(ring_rank, owner)
             )
-            for child in tree.children[visit]:
-                hops[posts[child]].append(self._hop(True, visit, child, owner, tree.carried[child], first_use[child]))
+            ends = [(True, child, child) for child in tree.children[visit]]
             if visit != OWN:
-                parent, rows = tree.parent[visit], tree.carried[visit]
-                hops[posts[visit]].append(self._hop(False, visit, parent, owner, rows, first_use[visit]))
+                ends.append((False, tree.parent[visit], visit))
+            for send, other, child in ends:
+                due = min([step[child], *(self._post_step(x, tree, step, backward) for x in tree.children[child])])
+                hop = self._hop(send, visit, other, owner, tree.carried[child], due)
+                hops[self._post_step(child, tree, step, backward)].append(hop)
             if backward:
                 gradient_rows[visit] = tree.gathered[visit]
-                for source in tree.gradient_sources(visit):
+                for source in tree.gradient_sources.get(visit, ()):
                     rows = tree.gathered[source]
                     gradient_hops[step[source]].append(self._hop(False, visit, source, owner, rows, step[visit]))
                 if visit != OWN:
@@ -278,9 +281,11 @@ class RingSchedule:
         return Hop(send, ring, coordinate, visit, rows, due)
 
     def _tree(self, owner: int) -> _Tree:
-        if owner not in self._known_trees:
-            self._known_trees[owner] = self._make_tree(owner)
-        return self._known_trees[owner]
+        # Where blocks travel whole, those of one length go the same way.
+        key = self.block_rows(owner) if self.whole_blocks else owner
+        if key not in self._known_trees:
+            self._known_trees[key] = self._make_tree(owner)
+        return self._known_trees[key]
 
     def _make_tree(self, owner: int) -> _Tree:
         whole = self.block_rows(owner)
@@ -295,18 +300,17 @@ class RingSchedule:
             inner = [visit for i in range(1, self.inner_ring_size) if need(visit := Visit(j, i))]
             if j == 0 or inner or need(Visit(j, 0)):
                 rounds[j] = [Visit(j, 0), *inner]
-        tree = _Tree({}, {}, {}, {}, {OWN: []}, set())
+        tree = _Tree({}, {}, {}, {}, {}, {OWN: []}, set())
         for head, *inner in rounds.values():
             needs = [need(visit) for visit in inner]
-            in_chain = [union(run for rows in needs[i:] for run in rows) for i in range(len(needs))]
+            in_chain = running_unions(needs[::-1])[::-1]
             if 3 * sum(map(row_count, needs)) <= 2 * sum(map(row_count, in_chain)):
                 tree.add_direct(head, inner, needs)
             else:
-                tree.add_chain([head, *inner], needs, in_chain)
+                tree.add_chain([head, *inner], needs)
         # Along the outer ring travels what a whole inner round needs.
-        heads = [places[0] for places in rounds.values()]
-        needs = [union(run for visit in rounds[j] for run in need(visit)) for j in rounds if j]
-        tree.add_chain(heads, needs, [union(run for rows in needs[i:] for run in rows) for i in range(len(needs))])
+        of_rounds = [running_unions([need(visit) for visit in rounds[j]])[-1] for j in rounds if j]
+        tree.add_chain([places[0] for places in rounds.values()], of_rounds)
         tree.carried[OWN] = tree.gathered[OWN] = whole
         return tree
 
@@ -321,16 +325,20 @@ class _Tree:
     """Rows whose gradient leaves each place: what it and those before it need."""
     parent: dict[Visit, Visit]
     gradient_target: dict[Visit, Visit]
+    gradient_sources: dict[Visit, list[Visit]]
+    """Places whose gathered gradient joins that of another, the same inner ring first."""
     children: dict[Visit, list[Visit]]
     direct: set[Visit]
     """Places served by the first of their inner ring itself: nobody between needs what they need."""
 
-    def add_chain(self, places: list[Visit], needs: list[Rows], in_chain: list[Rows]) -> None:
-        """`places` pass blocks on one to the next; `needs` and `in_chain` are of all but the first."""
+    def add_chain(self, places: list[Visit], needs: list[Rows]) -> None:
+        """`places` pass blocks on one to the next; `needs` are of all but the first."""
+        for visit, rows in zip(places[1:], running_unions(needs), strict=True):
+            self.gathered[visit] = rows
+        for visit, rows in zip(places[:0:-1], running_unions(needs[::-1]), strict=True):
+            self.carried[visit] = rows
         for i, visit in enumerate(places[1:]):
-            self.carried[visit] = in_chain[i]
-            self.gathered[visit] = union(run for rows in needs[: i + 1] for run in rows)
-            self._link(visit, parent=places[i], target=(*places[i + 2 :], places[0])[0])
+            self._link(visit, parent=places[i], target=(*places[i + 2 : i + 3], places[0])[0])
 
     def add_direct(self, head: Visit, places: list[Visit], needs: list[Rows]) -> None:
         """`places` get what they need from `head`, each for itself, and send their gradients straight to it."""
@@ -341,12 +349,9 @@ class _Tree:
 
     def _link(self, visit: Visit, parent: Visit, target: Visit) -> None:
         self.parent[visit], self.gradient_target[visit] = parent, target
+        self.gradient_sources.setdefault(target, []).append(visit)
         self.children.setdefault(visit, [])
         self.children.setdefault(parent, []).append(visit)
-
-    def gradient_sources(self, visit: Visit) -> list[Visit]:
-        """Places whose gathered gradient joins that of `visit`, the same inner ring first."""
-        return [x for x, target in self.gradient_target.items() if target == visit]
 
 
 def union(runs: Iterable[Run]) -> Rows:
@@ -362,6 +367,15 @@ def union(runs: Iterable[Run]) -> Rows:
         else:
             merged.append((start, stop))
     return tuple(merged)
+
+
+def running_unions(parts: Iterable[Rows]) -> list[Rows]:
+    """The union of the first one, two, three ...
+
+    >>> running_unions([((0, 2),), ((4, 5),), ((2, 3),)])
+    [((0, 2),), ((0, 2), (4, 5)), ((0, 3), (4, 5))]
+    """
+    return list(itertools.accumulate(parts, lambda a, b: a if a == b else union((*a, *b))))
 
 
 def row_count(rows: Rows) -> int:

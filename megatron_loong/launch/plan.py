@@ -1,0 +1,106 @@
+"""`megatron-loong plan`: which flags, why, and what to expect. Runs on a login node, without torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from megatron_loong.planner.candidate import RECOMPUTE, Workload
+from megatron_loong.planner.hardware import Hardware, load_hardware
+from megatron_loong.planner.model import MODELS, ModelShape, model_from
+from megatron_loong.planner.profiles import PROFILES
+from megatron_loong.planner.report import as_json, as_text
+from megatron_loong.planner.search import Limits, search
+
+_MODEL_FLAGS = [f.name for f in dataclasses.fields(ModelShape) if f.name != "gated"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-loong plan",
+        description="Choose parallel sizes, the layout of the attention and recomputation for a training job.",
+    )
+    add = parser.add_argument
+    add(
+        "--hardware", required=True, help=f"{', '.join(PROFILES)}, or a YAML file (megatron-loong calibrate writes one)"
+    )
+    add("--gpus", type=int, required=True)
+    add("--nics-per-node", type=int, help="instead of the profile's")
+    add("--nic-gbit", type=float, metavar="GBIT_PER_S", help="line rate of one NIC, instead of the profile's")
+    add("--seq-length", type=size, required=True, metavar="TOKENS", help="such as 131072, 128K or 1M")
+    add("--global-batch-size", type=int, required=True, metavar="SEQUENCES")
+    add("--micro-batch-size", type=int, default=1)
+    model = parser.add_argument_group("the model: a name, sizes as Megatron's flags, or a name and what differs")
+    model.add_argument("--model", help=", ".join(MODELS))
+    for name in _MODEL_FLAGS:
+        model.add_argument("--" + name.replace("_", "-"), type=int)
+    model.add_argument("--no-gated-mlp", action="store_true", help="two matrices in the MLP instead of SwiGLU's three")
+    fixed = parser.add_argument_group("what is decided already")
+    fixed.add_argument("--tensor-model-parallel-size", type=int, dest="tensor")
+    fixed.add_argument("--pipeline-model-parallel-size", type=int, dest="pipeline")
+    fixed.add_argument("--context-parallel-size", type=int, dest="context")
+    fixed.add_argument("--expert-model-parallel-size", type=int, dest="expert")
+    fixed.add_argument("--loong-head-parallel-size", type=int, dest="head_parallel")
+    fixed.add_argument("--recompute", choices=RECOMPUTE)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="for programs; `megatron-loong sbatch --plan` reads it")
+    output.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the plan (needs matplotlib)")
+    return parser
+
+
+def size(text: str) -> int:
+    """A number of tokens; K and M stand for 1024 and 1024 x 1024.
+
+    >>> size("128K"), size("1M"), size("4096")
+    (131072, 1048576, 4096)
+    """
+    factor = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
+    try:
+        return int(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length; write 131072, 128K or 1M") from None
+
+
+def main(argv: list[str]) -> int:
+    """Plan and print. 1: nothing fits the memory. 2: what was asked for cannot be."""
+    args = parser().parse_args(argv)
+    try:
+        hardware = _hardware(args)
+        work = Workload(_model(args), args.gpus, args.seq_length, args.global_batch_size, args.micro_batch_size)
+        limits = Limits(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Limits)})
+        outcome = search(work, hardware, limits=limits)
+    except ValueError as error:
+        print(f"megatron_loong: {error}", file=sys.stderr)
+        return 2
+    if not outcome.plans:
+        need, there = outcome.smallest_bytes / 2**30, hardware.memory_bytes / 2**30
+        print(
+            f"megatron_loong: nothing fits: the leanest of {outcome.effort.candidates} plans needs {need:.1f} GiB "
+            f"a GPU, and {hardware.name} has {there:.0f}; take more GPUs, a shorter sequence or a larger global batch",
+            file=sys.stderr,
+        )
+        return 1
+    if args.json:
+        print(json.dumps(as_json(outcome, work, hardware), indent=2))
+    else:
+        print(as_text(outcome, work, hardware))
+    if args.pictures:
+        from megatron_loong.planner.pictures import draw_plan
+
+        for path in draw_plan(outcome.plans[0], work, hardware, args.pictures):
+            print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _hardware(args: argparse.Namespace) -> Hardware:
+    hardware = load_hardware(args.hardware)
+    return hardware.with_network(nics_per_node=args.nics_per_node, nic_gbit_per_s=args.nic_gbit)
+
+
+def _model(args: argparse.Namespace) -> ModelShape:
+    sizes = {name: getattr(args, name) for name in _MODEL_FLAGS}
+    return model_from(args.model, {**sizes, "gated": False if args.no_gated_mlp else None})

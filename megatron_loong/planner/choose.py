@@ -1,0 +1,50 @@
+"""The layout of the attention when everything around it is given: what `auto` means where the hardware is known."""
+
+from __future__ import annotations
+
+from megatron_loong.config import LoongConfig
+from megatron_loong.planner.links import Site
+from megatron_loong.planner.search import Effort, Simulator, layouts
+from megatron_loong.planner.traffic import AttentionShape
+
+
+def best_layout(
+    context_parallel_size: int,
+    shape: AttentionShape,
+    site: Site,
+    *,
+    head_parallel_size: int | None = None,
+    inner_ring_size: int | None = None,
+    placement: str | None = None,
+) -> LoongConfig:
+    """The layout with the fastest simulated forward and backward; sizes that are given stay.
+
+    `ValueError` when nothing fits what is given.
+
+    >>> from megatron_loong.planner.profiles import PROFILES
+    >>> shape = AttentionShape(131072, heads=32, kv_heads=8, head_dim=128)
+    >>> best_layout(8, shape, Site(PROFILES["a100"], 8), head_parallel_size=4).describe()
+    'cp 8 = head 4 x ring 2 (outer 1 x inner 2), placement head_first, zigzag'
+    """
+    configs = [
+        config
+        for config in layouts(context_parallel_size, shape.heads, head_parallel_size)
+        if inner_ring_size in (None, config.inner_ring_size) and _same_placement(config, placement)
+    ]
+    if not configs:
+        raise ValueError(
+            f"no layout of --context-parallel-size {context_parallel_size} with {shape.heads} query heads a rank has "
+            f"head-parallel size {head_parallel_size or 'auto'}, inner ring {inner_ring_size or 'auto'} and placement "
+            f"{placement or 'auto'}"
+        )
+    return Simulator(Effort()).best_layouts(configs, shape, site, keep=1)[0]
+
+
+def _same_placement(config: LoongConfig, placement: str | None) -> bool:
+    """Whether `placement` comes to the order of ranks that `config` has; an axis of size 1 stands anywhere."""
+    if placement is None:
+        return True
+    sizes = {"head": config.head_parallel_size, "outer": config.outer_ring_size, "inner": config.inner_ring_size}
+    wanted = LoongConfig(config.context_parallel_size, config.head_parallel_size, config.inner_ring_size, placement)
+    orders = [[axis for axis in c.axis_order if sizes[axis] != 1] for c in (config, wanted)]
+    return orders[0] == orders[1]

@@ -1,0 +1,204 @@
+"""What the planner has to know of a machine: rates, links, NICs; named profiles, and files written by `calibrate`.
+
+Every number of a named profile has its published source in `Hardware.sources` (`profiles.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A rate over block length (tokens): straight lines in the logarithm of the length, level outside."""
+
+    points: tuple[tuple[int, float], ...]
+    """(tokens, operations per second), ascending."""
+
+    def __post_init__(self) -> None:
+        lengths = [length for length, _ in self.points]
+        if not lengths or lengths != sorted(set(lengths)) or lengths[0] < 1:
+            raise ValueError(f"a rate curve needs points of ascending positive length, not {list(self.points)}")
+        if any(not rate > 0 for _, rate in self.points):
+            raise ValueError(f"a rate curve needs positive rates, not {list(self.points)}")
+
+    def at(self, length: float) -> float:
+        """Operations per second for a block of `length` tokens.
+
+        >>> Curve(((1024, 100.0), (4096, 200.0))).at(2048)
+        150.0
+        """
+        if length <= self.points[0][0]:
+            return self.points[0][1]
+        for (x0, y0), (x1, y1) in zip(self.points, self.points[1:], strict=False):
+            if length <= x1:
+                return y0 + (y1 - y0) * math.log(length / x0) / math.log(x1 / x0)
+        return self.points[-1][1]
+
+    def scaled(self, factor: float) -> Curve:
+        """The same curve, every rate times `factor`."""
+        return Curve(tuple((length, rate * factor) for length, rate in self.points))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of node and the network between nodes. Rates are what is achieved, except `peak_flops_per_s`.
+
+    Raises `ValueError` from the constructor for numbers that cannot be.
+    """
+
+    name: str
+    gpus_per_node: int
+    peak_flops_per_s: float
+    """Data sheet, dense bf16: the denominator of MFU."""
+    memory_bytes: int
+    """Of one GPU."""
+    memory_bytes_per_s: float
+    """Streaming, read plus written."""
+    matmul_flops_per_s: float
+    """Large bf16 matrix products."""
+    attention_forward: Curve
+    """Tile without a mask, over the geometric mean of its query and KV lengths; counts the tile's own FLOPs."""
+    attention_forward_causal: Curve
+    """Tile with the diagonal in it; counts half of the square."""
+    attention_backward: Curve
+    attention_backward_causal: Curve
+    node_link_bytes_per_s: float
+    """From one GPU to the others of its node (NVLink), one direction."""
+    node_link_latency_s: float
+    nics_per_node: int
+    nic_bytes_per_s: float
+    """One NIC, one direction."""
+    nic_latency_s: float
+    node_fabric_bytes_per_s: float | None = None
+    """What all ranks of a node move together at most, where they share one bus (processes over loopback); None: no
+    such limit."""
+    kernel_overhead_s: float = 5e-6
+    """Time between two dependent kernels."""
+    dtype_bytes: int = 2
+    """Width of activations: 2 for bf16; `calibrate` on a CPU measures 4."""
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Field -> where its number was published, or how it was measured."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or (isinstance(value, (int, float)) and not value > 0):
+                raise ValueError(f"hardware {self.name!r}: {item.name}={value} must be above 0")
+        if self.gpus_per_node % self.nics_per_node and self.nics_per_node % self.gpus_per_node:
+            raise ValueError(
+                f"hardware {self.name!r}: nics_per_node={self.nics_per_node} and gpus_per_node={self.gpus_per_node} "
+                "must divide one another, so that every GPU has its NIC"
+            )
+
+    def attention_flops_per_s(self, query_len: int, kv_len: int, *, causal: bool, backward: bool) -> float:
+        """Rate of one attention tile; see the curves."""
+        name = ("attention_backward" if backward else "attention_forward") + ("_causal" if causal else "")
+        curve: Curve = getattr(self, name)
+        return curve.at(math.sqrt(query_len * kv_len))
+
+    def nic_of(self, gpu: int) -> int:
+        """The NIC that a GPU of a node uses.
+
+        >>> from megatron_loong.planner.profiles import PROFILES
+        >>> [PROFILES["a100"].nic_of(gpu) for gpu in range(8)]    # two GPUs behind one PCIe switch
+        [0, 0, 1, 1, 2, 2, 3, 3]
+        """
+        return gpu * self.nics_per_node // self.gpus_per_node
+
+    def with_network(
+        self, *, nics_per_node: int | None = None, nic_gbit_per_s: float | None = None, efficiency: float = 0.9
+    ) -> Hardware:
+        """This node behind other NICs; `nic_gbit_per_s` is the line rate, of which `efficiency` is achieved."""
+        changes: dict[str, Any] = {}
+        if nics_per_node is not None:
+            changes["nics_per_node"] = nics_per_node
+        if nic_gbit_per_s is not None:
+            changes["nic_bytes_per_s"] = nic_gbit_per_s * 1e9 / 8 * efficiency
+        return dataclasses.replace(self, **changes)
+
+
+_CURVES = ("attention_forward", "attention_forward_causal", "attention_backward", "attention_backward_causal")
+
+
+def hardware_to_text(hardware: Hardware) -> str:
+    """The profile as a file: JSON, which is YAML too."""
+    values = dataclasses.asdict(hardware)
+    for name in _CURVES:
+        values[name] = {str(length): rate for length, rate in getattr(hardware, name).points}
+    values["sources"] = dict(hardware.sources)
+    return json.dumps(values, indent=2) + "\n"
+
+
+def hardware_from_mapping(values: Mapping[str, Any], where: str) -> Hardware:
+    """A profile from a mapping; `base: h100` takes what is not given from a named profile.
+
+    Raises `ValueError` naming `where` for an unknown or missing field, and for numbers that cannot be.
+    """
+    from megatron_loong.planner.profiles import PROFILES
+
+    fields = dict(values)
+    base = fields.pop("base", None)
+    known = {item.name for item in dataclasses.fields(Hardware)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"{where}: no field {', '.join(unknown)}; a hardware profile has {', '.join(sorted(known))}")
+    for name in set(_CURVES) & set(fields):
+        if not isinstance(fields[name], Mapping):
+            raise ValueError(f"{where}: {name} must map block lengths to rates, such as {{1024: 1.5e14, 8192: 2e14}}")
+        fields[name] = Curve(tuple(sorted((int(length), float(rate)) for length, rate in fields[name].items())))
+    if base is not None:
+        if base not in PROFILES:
+            raise ValueError(f"{where}: base {base!r} is unknown; use one of {', '.join(PROFILES)}")
+        return dataclasses.replace(PROFILES[base], **fields)
+    required = {f.name for f in dataclasses.fields(Hardware) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(fields)):
+        raise ValueError(f"{where}: missing {', '.join(missing)}; or write `base:` with one of {', '.join(PROFILES)}")
+    return Hardware(**fields)
+
+
+def load_hardware(name_or_path: str) -> Hardware:
+    """A named profile, or a profile from a YAML (JSON) file.
+
+    Raises `ValueError` when it is neither, and when the file is YAML proper and PyYAML is not installed.
+
+    >>> load_hardware("h100").nics_per_node
+    8
+    """
+    from megatron_loong.planner.profiles import PROFILES
+
+    if name_or_path.lower() in PROFILES:
+        return PROFILES[name_or_path.lower()]
+    if not os.path.isfile(name_or_path):
+        raise ValueError(
+            f"--hardware {name_or_path}: neither a file nor a profile; the profiles are {', '.join(PROFILES)}, and "
+            "`python -m megatron_loong calibrate` writes a file for the machine that it runs on"
+        )
+    with open(name_or_path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        values = _yaml_mapping(text, name_or_path)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"--hardware {name_or_path}: the file must hold a mapping of hardware fields")
+    return hardware_from_mapping(values, f"--hardware {name_or_path}")
+
+
+def _yaml_mapping(text: str, path: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError(
+            f"--hardware {path} is not JSON, and reading other YAML needs PyYAML: pip install pyyaml, "
+            "or write the file as JSON (which is YAML too)"
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--hardware {path} is not YAML: {error}") from None

@@ -1,0 +1,78 @@
+"""Our attention and the ones it is held against: the same layouts, other programs and other memory traffic."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_loong.planner import programs
+from megatron_loong.planner.programs import Op
+from megatron_loong.planner.schedule import Visit, forward_visits
+from megatron_loong.planner.traffic import AttentionShape
+
+Program = Callable[[int, int], tuple[Op, ...]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the simulation has to know of an implementation, from its source."""
+
+    name: str
+    forward_program: Program = programs.forward_program
+    backward_program: Program = programs.backward_program
+    merge_bytes_per_element: int = 18
+    """Memory traffic of folding one element of a block's output in: block read 2, widened copy written and read 4 + 4,
+    running sum read and written 4 + 4 (`attention/merge.py`; ring-flash-attention's fused update is the same)."""
+    dq_bytes_per_element: int = 10
+    """dq read and written in float32, the tile's read in bf16."""
+    dkv_bytes_per_element: int = 10
+    gradient_bytes: int | None = None
+    """Width in which dKV travels; None: that of the sums, float32."""
+
+    def gradient_width(self, shape: AttentionShape) -> int:
+        """Bytes of one element of a travelling gradient."""
+        return shape.sum_bytes if self.gradient_bytes is None else self.gradient_bytes
+
+
+@functools.lru_cache(maxsize=256)
+def forward_order_backward(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...]:
+    """The backward of LoongTrain's public code and of ring-flash-attention: visits in the order of the forward, so
+    that dKV needs ring_size hops to be home, and the hop to the next outer round is waited for where it is made.
+    """
+    ops: list[Op] = []
+    for op in programs.forward_program(outer_ring_size, inner_ring_size):
+        ops.append(op)
+        if op.kind == "tile":
+            ops += _travelling_gradient(op.visit, outer_ring_size, inner_ring_size)
+    return tuple(ops)
+
+
+def _travelling_gradient(visit: Visit, outer_ring_size: int, inner_ring_size: int) -> list[Op]:
+    """dKV that came with the visit before is added to and passed on, on the ring on which its block goes next."""
+    visits = forward_visits(outer_ring_size, inner_ring_size)
+    index = visits.index(visit)
+    ops: list[Op] = []
+    if index and inner_ring_size > 1 and visit.inner_shift:
+        ops.append(Op("wait", visits[index - 1], "inner_dkv"))
+    ops.append(Op("fold", visit))
+    if inner_ring_size > 1:
+        ops.append(Op("post", visit, "inner_dkv"))
+    if visit.inner_shift == inner_ring_size - 1:
+        if inner_ring_size > 1:
+            ops.append(Op("wait", visit, "inner_dkv"))
+        if outer_ring_size > 1:
+            ops += [Op("post", visit, "outer_dkv"), Op("wait", visit, "outer_dkv")]
+    return ops
+
+
+OURS = Method("loong")
+
+LOONGTRAIN = Method("LoongTrain", backward_program=forward_order_backward)
+"""InternEvo's double ring: sums in float32, gradients travel in float32."""
+
+MEGATRON_CP = Method("Megatron-CP", backward_program=forward_order_backward, gradient_bytes=2)
+"""TransformerEngine's p2p ring: gradients travel in bf16."""
+
+ULYSSES = Method("DeepSpeed-Ulysses")
+"""Without a ring there is nothing to merge."""

@@ -1,0 +1,109 @@
+"""A search's outcome as text for people and as JSON for programs. Every figure in it is modelled."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from megatron_loong.planner.candidate import Workload
+from megatron_loong.planner.flags import flags_of
+from megatron_loong.planner.hardware import Hardware
+from megatron_loong.planner.reasons import against, changes, crossing_axes, describe, reasons
+from megatron_loong.planner.search import Outcome, Plan
+
+_GIB = 1 << 30
+
+
+def as_text(outcome: Outcome, work: Workload, hardware: Hardware) -> str:
+    """The plan, why, what else, what would change it, and the flags."""
+    winner = outcome.plans[0]
+    cost = winner.cost
+    lines = [
+        f"Best plan for {work.gpus} x {hardware.name}, {work.seq_len} tokens, {work.global_batch_size} sequences",
+        f"  {describe(winner.candidate)}",
+        f"  {cost.seconds:.4g} s a step, {cost.tokens_per_gpu_s:.4g} tokens/GPU/s, MFU {100 * cost.mfu:.1f}%; modelled",
+        "",
+        "Why",
+        *(f"  - {line}" for line in reasons(winner, hardware)),
+        "",
+        "Where the time goes (s a step)",
+        *_rows({name: f"{s:.4g}" for name, s in cost.terms_s.items() if s >= 5e-4 * cost.seconds}),
+        "",
+        "Peak memory of a rank (GiB)",
+        *_rows({name: f"{size / _GIB:.2f}" for name, size in winner.memory.items() if size}),
+        "",
+        "Runner-ups",
+        *(f"  {describe(plan.candidate)}: {against(plan, winner)}" for plan in outcome.plans[1:5]),
+        "",
+        "What would change the choice",
+        *([f"  - {line}" for line in changes(outcome, work, hardware)] or ["  - none of the cases that were tried"]),
+        "",
+        "Flags for the pretrain script",
+        f"  {shlex.join(flags_of(winner.candidate, work))}",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(values: dict[str, str]) -> list[str]:
+    width = max(map(len, values), default=0)
+    return [f"  {name:<{width}}  {value}" for name, value in values.items()]
+
+
+def as_json(outcome: Outcome, work: Workload, hardware: Hardware) -> dict[str, Any]:
+    """Everything of `as_text` with names and plain numbers; `flags` are the words for the script."""
+    winner = outcome.plans[0]
+    return {
+        "modelled": True,
+        "hardware": hardware.name,
+        "gpus": work.gpus,
+        "nodes": -(-work.gpus // hardware.gpus_per_node),
+        "ranks_per_node": min(work.gpus, hardware.gpus_per_node),
+        "seq_length": work.seq_len,
+        "global_batch_size": work.global_batch_size,
+        "flags": flags_of(winner.candidate, work),
+        "plan": plan_as_json(winner, hardware),
+        "reasons": reasons(winner, hardware),
+        "runner_ups": [
+            {**plan_as_json(plan, hardware), "against_winner": against(plan, winner)} for plan in outcome.plans[1:]
+        ],
+        "what_would_change_it": list(changes(outcome, work, hardware)),
+        "effort": vars(outcome.effort),
+    }
+
+
+def plan_as_json(plan: Plan, hardware: Hardware) -> dict[str, Any]:
+    """One plan: sizes, cost, bytes per link, memory."""
+    c, a = plan.candidate, plan.candidate.attention
+    forward, backward = plan.passes
+    return {
+        "description": describe(c),
+        "tensor_parallel_size": c.tensor,
+        "pipeline_parallel_size": c.pipeline,
+        "data_parallel_size": c.data,
+        "context_parallel_size": c.context,
+        "expert_parallel_size": c.expert,
+        "head_parallel_size": a.head_parallel_size,
+        "inner_ring_size": a.inner_ring_size,
+        "placement": a.placement,
+        "recompute": c.recompute,
+        "zero": c.zero._asdict(),
+        "tiled_mlp": c.tiled_mlp,
+        "tiled_logits": c.tiled_logits,
+        "step_s": plan.cost.seconds,
+        "tokens_per_gpu_s": plan.cost.tokens_per_gpu_s,
+        "mfu": plan.cost.mfu,
+        "terms_s": plan.cost.terms_s,
+        "exposed_s": plan.cost.exposed_s,
+        "memory_bytes": plan.memory,
+        "peak_memory_bytes": sum(plan.memory.values()),
+        "axes_that_cross_nodes": crossing_axes(c, hardware),
+        "attention_layer": {
+            name: {
+                "seconds": one.seconds,
+                "exposed_s": one.exposed_s,
+                "sent_bytes": one.sent_bytes,
+                "link_bytes": {f"{kind} {index}": sent for (kind, index), sent in sorted(one.link_bytes.items())},
+            }
+            for name, one in (("forward", forward), ("backward", backward))
+        },
+    }

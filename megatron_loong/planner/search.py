@@ -1,0 +1,306 @@
+"""All ways to run a job, ranked by simulated step time.
+
+Three steps. For each (TP, CP) the layouts of the attention are ordered by a lower bound and simulated, best first,
+until no bound can beat what was found. The (TP, CP) are taken in the order of the bound of their best plan, with the
+same stop. What remains - PP, DP, EP, recomputation, ZeRO, tiling - is closed form, and filtered by memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_loong.config import AXES, LoongConfig, divisors
+from megatron_loong.planner import fit
+from megatron_loong.planner.bound import computing_bound, pass_bound
+from megatron_loong.planner.candidate import RECOMPUTE, Candidate, Workload, ZeroSizes
+from megatron_loong.planner.hardware import Hardware
+from megatron_loong.planner.links import Site
+from megatron_loong.planner.simulate import PassTime, simulate_pass
+from megatron_loong.planner.step import StepCost, step_cost
+from megatron_loong.planner.traffic import AttentionShape
+from megatron_loong.topology.placement import fitting_head_parallel_sizes
+
+Passes = tuple[PassTime, PassTime]
+
+#: What cannot win by more than this share of the time is not simulated, and counts as equally fast.
+_WORTHWHILE = 0.002
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A candidate with what it is expected to cost."""
+
+    candidate: Candidate
+    cost: StepCost
+    memory: fit.MemoryTerms
+    passes: Passes
+    """Forward and backward of the attention of one layer and micro-batch."""
+
+
+@dataclass
+class Effort:
+    """What the search did: tests count this instead of the time, which depends on the machine."""
+
+    layouts: int = 0
+    """Attention layouts bounded."""
+    simulations: int = 0
+    """Passes simulated."""
+    candidates: int = 0
+    """Whole plans costed."""
+    too_large: int = 0
+    """Of those, plans that do not fit the memory."""
+
+
+@dataclass
+class Outcome:
+    """Plans, the fastest first, no two of which differ in the layout of the attention alone."""
+
+    plans: list[Plan]
+    effort: Effort
+    smallest_bytes: int = 0
+    """Peak memory of the leanest plan seen; tells by how much nothing fits."""
+    too_large: Plan | None = None
+    """The fastest plan that does not fit: what more memory would buy."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user has decided already; None: the planner decides."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    context: int | None = None
+    expert: int | None = None
+    head_parallel: int | None = None
+    recompute: str | None = None
+
+
+def axis_orders(head: int, outer: int, inner: int) -> list[str]:
+    """Placements that differ for these sizes, by name; an axis of size 1 stands anywhere.
+
+    >>> axis_orders(2, 1, 4)
+    ['head_first', 'context_first']
+    """
+    sizes = {"head": head, "outer": outer, "inner": inner}
+    names = {"head-inner-outer": "head_first", "inner-outer-head": "context_first"}
+    orders = ["-".join(order) for order in itertools.permutations(AXES)]
+    found: dict[tuple[str, ...], str] = {}
+    for order in sorted(orders, key=lambda order: order not in names):  # the names first
+        found.setdefault(tuple(a for a in order.split("-") if sizes[a] > 1), names.get(order, order))
+    return list(found.values())
+
+
+def layouts(context: int, heads: int, head_parallel: int | None = None) -> Iterator[LoongConfig]:
+    """Every layout of the attention of a context-parallel group with `heads` query heads a rank."""
+    for hp in fitting_head_parallel_sizes(context, heads):
+        if head_parallel not in (None, hp):
+            continue
+        ring = context // hp
+        for inner in divisors(ring):
+            if inner == 1 and ring > 1:
+                continue  # rings of one rank inside, a ring of all outside: a single ring by another name
+            for placement in axis_orders(hp, ring // inner, inner):
+                yield LoongConfig(context, hp, inner, placement)
+
+
+class Simulator:
+    """Simulated and bounded passes of one hardware, each computed once."""
+
+    def __init__(self, effort: Effort) -> None:
+        self.effort = effort
+        self.passes = functools.lru_cache(maxsize=None)(self._passes)
+        self.bounds = functools.lru_cache(maxsize=None)(self._bounds)
+
+    def _passes(self, config: LoongConfig, shape: AttentionShape, site: Site) -> Passes:
+        self.effort.simulations += 2
+        forward, backward = (simulate_pass(config, shape, site, backward=b) for b in (False, True))
+        return forward, backward
+
+    def _bounds(self, config: LoongConfig, shape: AttentionShape, site: Site) -> Passes:
+        self.effort.layouts += 1
+        forward, backward = (pass_bound(config, shape, site, backward=b) for b in (False, True))
+        return forward, backward
+
+    def best_layouts(
+        self, configs: list[LoongConfig], shape: AttentionShape, site: Site, keep: int
+    ) -> list[LoongConfig]:
+        """The `keep` fastest by forward plus backward; simulates until no bound can still get in."""
+        bounded = sorted(((_total(self.bounds(c, shape, site)), i) for i, c in enumerate(configs)))
+        best: list[tuple[float, int]] = []  # negative times, the slowest of the kept first
+        for bound, index in bounded:
+            if len(best) == keep and bound * (1 + _WORTHWHILE) >= -best[0][0]:
+                break
+            heapq.heappush(best, (-_total(self.passes(configs[index], shape, site)), -index))
+            if len(best) > keep:
+                heapq.heappop(best)
+        return [configs[-index] for _, index in sorted(best, reverse=True)]
+
+
+def _total(passes: Passes) -> float:
+    return passes[0].seconds + passes[1].seconds
+
+
+def search(
+    work: Workload,
+    hardware: Hardware,
+    *,
+    limits: Limits | None = None,
+    keep: int = 8,
+    memory_model: fit.MemoryModel = fit.peak_bytes,
+) -> Outcome:
+    """The `keep` fastest plans that fit; none in `plans` when nothing fits.
+
+    Sharded parameters (Megatron-FSDP) are looked at only when nothing fits without them.
+    `ValueError` when no combination of sizes is possible at all.
+    """
+    limits, effort = limits or Limits(), Effort()
+    simulator, outcome = Simulator(effort), Outcome([], effort)
+    for fully_sharded in (False, True):
+        families = list(_bounded_families(work, hardware, limits, fully_sharded))
+        if not families:
+            raise ValueError(_nothing_divides(work, hardware))
+        for bound, _, _, configs, variants in sorted(families, key=lambda family: family[:3]):
+            if len(outcome.plans) == keep and bound * (1 + _WORTHWHILE) >= outcome.plans[-1].cost.seconds:
+                break
+            _add_family(outcome, simulator, configs, variants, work, hardware, keep, memory_model)
+        if outcome.plans:
+            break
+    return outcome
+
+
+def _computing(config: LoongConfig, shape: AttentionShape, site: Site) -> Passes:
+    forward, backward = (computing_bound(config, shape, site, backward=b) for b in (False, True))
+    return forward, backward
+
+
+_Family = tuple[float, int, int, list[LoongConfig], list[Candidate]]
+
+
+def _bounded_families(work: Workload, hardware: Hardware, limits: Limits, fully_sharded: bool) -> Iterator[_Family]:
+    """(bound of the step time, TP, CP, layouts of the attention, everything beside them)."""
+    for tensor, context in _families(work, hardware, limits):
+        configs = list(layouts(context, work.model.num_attention_heads // tensor, limits.head_parallel))
+        variants = list(_variants(tensor, context, work, limits, fully_sharded))
+        if not configs or not variants:
+            continue
+        shape, site = variants[0].attention_shape(work), variants[0].site(hardware)
+        by_size = {c.head_parallel_size: c for c in configs}.values()
+        bounds = [_computing(c, shape, site) for c in by_size]
+        least = min(bounds, key=_total)
+        bound = min(step_cost(v, work, hardware, least).seconds for v in variants)
+        yield bound, tensor, context, configs, variants
+
+
+def _nothing_divides(work: Workload, hardware: Hardware) -> str:
+    return (
+        f"no sizes fit {work.gpus} GPUs of {hardware.gpus_per_node} a node, {work.model.num_attention_heads} heads, "
+        f"{work.model.num_layers} layers, --seq-length {work.seq_len} (a multiple of 2 x context-parallel size) and "
+        f"--global-batch-size {work.global_batch_size} (a multiple of data-parallel size)"
+    )
+
+
+def _families(work: Workload, hardware: Hardware, limits: Limits) -> Iterator[tuple[int, int]]:
+    """(TP, CP): TP inside a node and dividing the heads; CP dividing the rest and the sequence."""
+    for tensor in divisors(hardware.gpus_per_node):
+        if limits.tensor not in (None, tensor) or work.gpus % tensor or work.model.num_attention_heads % tensor:
+            continue
+        for context in divisors(work.gpus // tensor):
+            if limits.context not in (None, context) or work.seq_len % (2 * context):
+                continue
+            yield tensor, context
+
+
+def _variants(tensor: int, context: int, work: Workload, limits: Limits, fully_sharded: bool) -> Iterator[Candidate]:
+    """PP, DP, EP, recomputation and ZeRO sizes beside one (TP, CP); the layout of the attention comes later."""
+    placeholder = LoongConfig(context)
+    for pipeline in divisors(work.gpus // (tensor * context)):
+        data = work.gpus // (tensor * context * pipeline)
+        if limits.pipeline not in (None, pipeline) or work.model.num_layers % pipeline:
+            continue
+        if work.global_batch_size % (data * work.micro_batch_size):
+            continue
+        ranks = data * context
+        experts = [1] if not work.model.num_experts else [e for e in divisors(ranks) if work.model.num_experts % e == 0]
+        for expert in experts:
+            if limits.expert not in (None, expert):
+                continue
+            for recompute in RECOMPUTE:
+                if limits.recompute not in (None, recompute):
+                    continue
+                sharded = ranks if fully_sharded else 1
+                zero = ZeroSizes(sharded, sharded, ranks)
+                yield Candidate(tensor, pipeline, data, placeholder, recompute, zero, expert)
+
+
+def _add_family(
+    outcome: Outcome,
+    simulator: Simulator,
+    configs: list[LoongConfig],
+    variants: list[Candidate],
+    work: Workload,
+    hardware: Hardware,
+    keep: int,
+    memory_model: fit.MemoryModel,
+) -> None:
+    """Cost every variant of a (TP, CP) with its best layouts, and keep the fastest that fit."""
+    shape, site = variants[0].attention_shape(work), variants[0].site(hardware)
+    best = simulator.best_layouts(configs, shape, site, keep=3)
+    for variant, config in itertools.product(variants, best):
+        plan = _leanest_needed(variant, config, work, hardware, simulator, memory_model, outcome)
+        if plan is not None:
+            _keep(outcome.plans, plan, keep)
+
+
+def _leanest_needed(
+    variant: Candidate,
+    config: LoongConfig,
+    work: Workload,
+    hardware: Hardware,
+    simulator: Simulator,
+    memory_model: fit.MemoryModel,
+    outcome: Outcome,
+) -> Plan | None:
+    """The plan without tiling if it fits, else with; None when neither does."""
+    for tiled in (False, True):
+        candidate = dataclasses.replace(variant, attention=config, tiled_mlp=tiled, tiled_logits=tiled)
+        memory = memory_model(candidate, work)
+        outcome.effort.candidates += 1
+        total = sum(memory.values())
+        outcome.smallest_bytes = min(outcome.smallest_bytes or total, total)
+        passes = simulator.passes(config, candidate.attention_shape(work), candidate.site(hardware))
+        plan = Plan(candidate, step_cost(candidate, work, hardware, passes), memory, passes)
+        if fit.fits(memory, hardware):
+            return plan
+        outcome.effort.too_large += 1
+        if outcome.too_large is None or plan.cost.seconds < outcome.too_large.cost.seconds:
+            outcome.too_large = plan
+    return None
+
+
+def _keep(plans: list[Plan], plan: Plan, keep: int) -> None:
+    """Insert by step time; of plans that differ in the layout of the attention alone only the faster stays."""
+
+    def but_layout(x: Plan) -> Candidate:
+        return dataclasses.replace(x.candidate, attention=LoongConfig(x.candidate.context))
+
+    same = [i for i, other in enumerate(plans) if but_layout(other) == but_layout(plan)]
+    if same and plans[same[0]].cost.seconds <= plan.cost.seconds:
+        return
+    for i in same:
+        del plans[i]
+    plans.append(plan)
+    plans.sort(key=_order)
+    del plans[keep:]
+
+
+def _order(plan: Plan) -> tuple[int, int, float]:
+    """Faster first; what is as fast goes by fewer switches."""
+    c = plan.candidate
+    switches = c.tiled_mlp + (c.pipeline > 1) + RECOMPUTE.index(c.recompute)
+    return (round(math.log(plan.cost.seconds) / _WORTHWHILE), switches, plan.cost.seconds)

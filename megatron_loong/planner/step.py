@@ -1,0 +1,150 @@
+"""The time of one training step: the simulated attention, and the rest in closed form, term by term.
+
+    layer, forward    attention + matrix products + norms and activations + TP collectives + expert all-to-all
+    layer, backward   twice the matrix products and memory traffic, the attention's backward, the same collectives
+    recomputation     the forward again: all of it (full), or all but the attention (selective)
+    micro-batch       layers of a stage x the above, + output layer on the last stage
+    step              micro-batches x that, x (1 + (PP - 1) / micro-batches) for the bubble, + DP + optimizer
+
+MFU = useful FLOPs (`ModelShape.flops_per_token`) x tokens / (GPUs x step time x peak FLOP/s of the data sheet).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_loong.planner.candidate import Candidate, Workload
+from megatron_loong.planner.hardware import Hardware
+from megatron_loong.planner.simulate import PassTime
+
+#: Memory traffic of a layer outside attention and matrix products, bytes per token and per element of hidden_size:
+#: two norms (read 2, write 2), two residual sums (read 4, write 2); and of the activation per element of the MLP's
+#: width (read 4, write 2), all in bf16.
+_BYTES_PER_HIDDEN, _BYTES_PER_FFN = 20, 6
+#: Optimizer: float32 gradient, master weight and two moments read, the last three written, bf16 weight written.
+_OPTIMIZER_BYTES_PER_PARAM = 30
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step is expected to cost. All *modelled*."""
+
+    seconds: float
+    tokens_per_gpu_s: float
+    mfu: float
+    """Model FLOPs utilization; the formula stands at the head of this module."""
+    terms_s: dict[str, float]
+    """Where the time of the busiest rank goes; they add up to `seconds`."""
+    attention_s: float
+    """Of `seconds`, attention forward and backward, all-to-all and waiting included."""
+
+    @property
+    def exposed_s(self) -> float:
+        """Communication that nothing hides, and the pipeline bubble."""
+        return sum(s for name, s in self.terms_s.items() if name in EXPOSED_TERMS)
+
+
+EXPOSED_TERMS = ("attention, waiting", "TP collectives", "expert all-to-all", "pipeline bubble", "DP collectives")
+
+
+def step_cost(
+    candidate: Candidate, work: Workload, hardware: Hardware, attention: tuple[PassTime, PassTime]
+) -> StepCost:
+    """Cost of one step; `attention` is (forward, backward) of one layer and one micro-batch, simulated."""
+    layer = _layer_terms(candidate, work, hardware, attention)
+    layers, micro = candidate.layers(work), candidate.micro_batches(work)
+    terms = {name: seconds * layers * micro for name, seconds in layer.items()}
+    terms["output layer"] = _output_layer_s(candidate, work, hardware) * micro
+    busy = sum(terms.values())
+    terms["pipeline bubble"] = busy * (candidate.pipeline - 1) / micro
+    terms["DP collectives"] = _data_parallel_s(candidate, work, hardware, layers * sum(layer.values()))
+    shard = candidate.stage_params(work) / candidate.zero.optimizer
+    terms["optimizer"] = shard * _OPTIMIZER_BYTES_PER_PARAM / hardware.memory_bytes_per_s
+    seconds = sum(terms.values())
+    tokens = work.global_batch_size * work.seq_len
+    useful = work.model.flops_per_token(work.seq_len) * tokens
+    attention_s = terms["attention, computing"] + terms["attention, waiting"]
+    return StepCost(
+        seconds,
+        tokens / (work.gpus * seconds),
+        useful / (work.gpus * seconds * hardware.peak_flops_per_s),
+        terms,
+        attention_s,
+    )
+
+
+def _layer_terms(
+    candidate: Candidate, work: Workload, hardware: Hardware, attention: tuple[PassTime, PassTime]
+) -> dict[str, float]:
+    """Forward, recomputation and backward of one layer and one micro-batch."""
+    forward, backward = attention
+    again = 0 if candidate.recompute == "none" else 1
+    attention_again = 1 if candidate.recompute == "full" else 0
+    runs = 3 + again  # a backward is twice a forward in everything but the attention
+    model, tokens = work.model, candidate.local_tokens(work)
+    flops = 2.0 * tokens * model.active_layer_params / candidate.tensor
+    visited = model.moe_router_topk if model.num_experts else 1
+    width = visited * model.expert_params + model.shared_expert_params
+    ffn = width / model.hidden_size / (3 if model.gated else 2)
+    memory = tokens * (_BYTES_PER_HIDDEN * model.hidden_size + _BYTES_PER_FFN * ffn) / candidate.tensor
+    return {
+        "attention, computing": forward.compute_s * (1 + attention_again) + backward.compute_s,
+        "attention, waiting": forward.exposed_s * (1 + attention_again) + backward.exposed_s,
+        "matrix products": runs * flops / hardware.matmul_flops_per_s,
+        "norms and activations": runs * memory / hardware.memory_bytes_per_s,
+        "TP collectives": (2 + again) * _tensor_parallel_s(candidate, work, hardware),
+        "expert all-to-all": (2 + again) * _expert_s(candidate, work, hardware),
+    }
+
+
+def _tensor_parallel_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float:
+    """Two all-gathers and two reduce-scatters of the hidden states (sequence parallelism), inside the node."""
+    tp = candidate.tensor
+    if tp == 1:
+        return 0.0
+    moved = candidate.local_tokens(work) * work.model.hidden_size * hardware.dtype_bytes * (tp - 1) / tp
+    return 4 * (moved / hardware.node_link_bytes_per_s + (tp - 1) * hardware.node_link_latency_s)
+
+
+def _expert_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float:
+    """Dispatch and combine of one forward; what leaves the node goes through the NICs, the rest over NVLink."""
+    ep, model = candidate.expert, work.model
+    if ep == 1 or not model.num_experts:
+        return 0.0
+    tokens = candidate.local_tokens(work) / candidate.tensor
+    moved = tokens * model.moe_router_topk * model.hidden_size * hardware.dtype_bytes
+    in_node = min(ep, max(1, hardware.gpus_per_node // candidate.tensor))
+    outside, inside = moved * (ep - in_node) / ep, moved * (in_node - 1) / ep
+    once = max(inside / hardware.node_link_bytes_per_s, outside / _nic_share(hardware)) + hardware.nic_latency_s
+    return 2 * once
+
+
+def _output_layer_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float:
+    """Forward and backward of the output layer; loss in float32 over the vocabulary read and written twice."""
+    tokens, vocab = candidate.local_tokens(work), work.model.vocab_size / candidate.tensor
+    flops = 6.0 * tokens * work.model.hidden_size * vocab * (4 / 3 if candidate.tiled_logits else 1)
+    return flops / hardware.matmul_flops_per_s + tokens * vocab * 16 / hardware.memory_bytes_per_s
+
+
+def _data_parallel_s(candidate: Candidate, work: Workload, hardware: Hardware, last_micro_batch_s: float) -> float:
+    """Gradients reduced (float32) and parameters gathered, as far as the last micro-batch does not hide them.
+
+    `--overlap-grad-reduce --overlap-param-gather` are on the flag line; half of a micro-batch's time hides each.
+    """
+    ranks = candidate.data * candidate.context
+    if ranks == 1:
+        return 0.0
+    params = candidate.stage_params(work)
+    in_node = ranks * candidate.tensor <= hardware.gpus_per_node
+    rate = hardware.node_link_bytes_per_s if in_node else _nic_share(hardware)
+    share = (ranks - 1) / ranks * params / rate
+    exposed = max(0.0, 4 * share - last_micro_batch_s / 2) + max(0.0, 2 * share - last_micro_batch_s / 2)
+    if candidate.zero.params > 1:  # gathered again for every micro-batch, forward and backward
+        gathers = 2 * candidate.micro_batches(work)
+        exposed += max(0.0, gathers * 2 * share - candidate.micro_batches(work) * last_micro_batch_s)
+    return exposed
+
+
+def _nic_share(hardware: Hardware) -> float:
+    """Bytes per second of one GPU when all of a node send at once."""
+    return hardware.nic_bytes_per_s * hardware.nics_per_node / hardware.gpus_per_node

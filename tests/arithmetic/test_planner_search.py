@@ -1,0 +1,256 @@
+"""The search: what it considers, that it finds the best, how much work it does, what it says; hardware files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_loong.__main__ import main
+from megatron_loong.config import LoongConfig
+from megatron_loong.planner import fit
+from megatron_loong.planner.candidate import Candidate, Workload
+from megatron_loong.planner.choose import best_layout
+from megatron_loong.planner.hardware import Curve, hardware_to_text, load_hardware
+from megatron_loong.planner.links import Site
+from megatron_loong.planner.model import MODELS, ModelShape, model_from
+from megatron_loong.planner.profiles import PROFILES
+from megatron_loong.planner.search import Limits, layouts, search
+from megatron_loong.planner.simulate import simulate_pass
+from megatron_loong.planner.step import step_cost
+from megatron_loong.planner.traffic import AttentionShape
+
+PLAN = "--hardware a100 --gpus 32 --model llama2-7b-gqa --seq-length 128K --global-batch-size 32".split()
+
+
+def seconds(config: LoongConfig, shape: AttentionShape, site: Site) -> float:
+    return sum(simulate_pass(config, shape, site, backward=backward).seconds for backward in (False, True))
+
+
+@pytest.mark.parametrize("name", ["a100", "h100"])
+@pytest.mark.parametrize("cp", [8, 16, 32])
+@pytest.mark.parametrize("seq_len", [1 << 15, 1 << 18])
+def test_the_best_layout_is_the_best_of_all(name: str, cp: int, seq_len: int) -> None:
+    """Bounds only save work: exhaustive simulation finds nothing that is faster by more than what is worth it."""
+    shape, site = AttentionShape(seq_len, 16, 4, 128), Site(PROFILES[name], 8)
+    least = min(seconds(config, shape, site) for config in layouts(cp, shape.heads))
+    assert seconds(best_layout(cp, shape, site), shape, site) <= least * 1.002
+
+
+def test_slow_nics_change_the_layout() -> None:
+    """With few KV heads, hops are small beside an all-to-all of many query heads: slow NICs call for rings."""
+    shape = AttentionShape(1 << 16, 32, 2, 128)
+    fast = Site(PROFILES["h100"], 8)
+    slow = Site(PROFILES["h100"].with_network(nics_per_node=1, nic_gbit_per_s=10), 8)
+    on_fast, on_slow = (best_layout(32, shape, site) for site in (fast, slow))
+    assert on_slow.head_parallel_size < on_fast.head_parallel_size
+    assert seconds(on_slow, shape, slow) < 0.9 * seconds(on_fast, shape, slow)
+
+
+def test_what_is_given_stays() -> None:
+    shape, site = AttentionShape(1 << 16, 32, 8, 128), Site(PROFILES["a100"], 8)
+    config = best_layout(16, shape, site, head_parallel_size=2, inner_ring_size=2, placement="inner-head-outer")
+    assert (config.head_parallel_size, config.inner_ring_size, config.placement) == (2, 2, "inner-head-outer")
+    with pytest.raises(ValueError, match="no layout of --context-parallel-size 16 .* head-parallel size 3"):
+        best_layout(16, shape, site, head_parallel_size=3)
+
+
+@pytest.mark.parametrize("name, seq_len", [("llama3-70b", 1 << 20), ("llama3-8b", 1 << 17)])
+def test_1024_gpus_are_searched_with_little_work(name: str, seq_len: int) -> None:
+    """The time of a search follows from these counts; docs/planner.md states the time that was measured."""
+    outcome = search(Workload(MODELS[name], 1024, seq_len, 1024), PROFILES["h100"])
+    assert outcome.plans
+    assert outcome.effort.layouts <= 2500
+    assert outcome.effort.simulations <= 1000
+    assert outcome.effort.candidates <= 5000
+
+
+def test_plans_are_ranked_and_fit() -> None:
+    work, hardware = Workload(MODELS["llama2-7b-gqa"], 32, 1 << 17, 32), PROFILES["a100"]
+    plans = search(work, hardware).plans
+    assert len(plans) == 8
+    for plan in plans:
+        c = plan.candidate
+        assert c.gpus == 32 and work.global_batch_size % c.data == 0 and work.seq_len % (2 * c.context) == 0
+        assert fit.fits(plan.memory, hardware)
+        assert plan.cost.seconds == pytest.approx(sum(plan.cost.terms_s.values()))
+        assert math.isclose(plan.cost.tokens_per_gpu_s * 32 * plan.cost.seconds, 32 * work.seq_len)
+    times = [plan.cost.seconds for plan in plans]
+    assert all(b >= a * 0.995 for a, b in itertools.pairwise(times))
+
+
+def test_a_term_more_is_never_faster() -> None:
+    """Recomputation, slower links and a bubble cost time; that is all that the closed form has to get right."""
+    work, hardware = Workload(MODELS["llama2-7b"], 16, 1 << 16, 16), PROFILES["a100"]
+    base = Candidate(2, 1, 1, LoongConfig(8, 2, 4), recompute="none")
+    passes = tuple(
+        simulate_pass(base.attention, base.attention_shape(work), base.site(hardware), backward=b)
+        for b in (False, True)
+    )
+    costs = [
+        step_cost(dataclasses.replace(base, recompute=r), work, hardware, passes).seconds  # type: ignore[arg-type]
+        for r in ("none", "selective", "full")
+    ]
+    assert costs == sorted(costs) and costs[0] < costs[1] < costs[2]
+    slower = dataclasses.replace(hardware, node_link_bytes_per_s=hardware.node_link_bytes_per_s / 4)
+    assert step_cost(base, work, slower, passes).seconds > costs[0]  # type: ignore[arg-type]
+
+
+def test_mfu_is_its_formula() -> None:
+    model = MODELS["llama2-7b"]
+    seq_len = 4096
+    params = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) + 32000 * 4096
+    assert model.flops_per_token(seq_len) == 6 * params + 6 * 32 * 4096 * seq_len
+    plan = search(Workload(model, 8, seq_len, 64), PROFILES["h100"]).plans[0]
+    useful = model.flops_per_token(seq_len) * 64 * seq_len
+    assert plan.cost.mfu == pytest.approx(useful / (8 * plan.cost.seconds * 989e12))
+    assert 0.2 < plan.cost.mfu < 0.8
+
+
+def test_published_sizes_of_models() -> None:
+    billions = {name: round(model.total_params / 1e9, 1) for name, model in MODELS.items()}
+    assert billions["llama2-7b"] == 6.7 and billions["llama3-8b"] == 8.0 and billions["llama3-70b"] == 70.6
+    assert billions["mixtral-8x7b"] == 46.7 and billions["qwen3-30b-a3b"] == 30.5
+
+
+def test_nothing_fits_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *PLAN, "--gpus", "2", "--seq-length", "4M", "--model", "llama3-70b"]) == 1
+    assert "nothing fits: the leanest of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (["--hardware", "abacus"], "--hardware abacus: neither a file nor a profile; the profiles are a100"),
+        (["--model", "gpt-9"], "--model gpt-9 is unknown; use one of llama2-7b"),
+        (["--seq-length", "12345"], "--seq-length 12345 .a multiple of 2 x context-parallel size"),
+        (["--context-parallel-size", "5"], "no sizes fit 32 GPUs"),
+        (["--global-batch-size", "0"], "--global-batch-size 0 must be a whole number of at least 1"),
+        (["--nics-per-node", "3"], "nics_per_node=3 and gpus_per_node=8 must divide one another"),
+        (["--num-query-groups", "5"], "--num-attention-heads 32 is not a multiple of --num-query-groups 5"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_named(changed: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *PLAN, *changed]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(message, captured.err), captured.err
+
+
+def test_the_text_says_why_and_with_which_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *PLAN, "--context-parallel-size", "32"]) == 0
+    text = capsys.readouterr().out
+    for part in ("Why", "NICs at once", "Runner-ups", "What would change the choice", "--context-parallel-impl loong"):
+        assert part in text
+
+
+def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *PLAN, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    plan = values["plan"]
+    sizes = [plan[f"{name}_parallel_size"] for name in ("tensor", "pipeline", "data", "context")]
+    assert math.prod(sizes) == 32 and values["modelled"] is True
+    flags = values["flags"]
+    assert flags[flags.index("--context-parallel-size") + 1] == str(plan["context_parallel_size"])
+    assert plan["peak_memory_bytes"] == sum(plan["memory_bytes"].values()) and values["reasons"]
+
+
+def test_what_is_decided_stays_decided() -> None:
+    limits = Limits(tensor=2, pipeline=2, context=4, head_parallel=2, recompute="full")
+    for plan in search(Workload(MODELS["llama2-7b-gqa"], 32, 1 << 16, 32), PROFILES["a100"], limits=limits).plans:
+        c = plan.candidate
+        assert (c.tensor, c.pipeline, c.context, c.attention.head_parallel_size, c.recompute) == (2, 2, 4, 2, "full")
+
+
+def test_experts_are_placed() -> None:
+    work = Workload(MODELS["mixtral-8x7b"], 64, 1 << 15, 64)
+    plans = search(work, PROFILES["h100"]).plans
+    assert plans and all(8 % plan.candidate.expert == 0 for plan in plans)
+
+
+# ---- models and hardware ----
+
+
+def test_models_from_flags() -> None:
+    assert model_from("llama2-7b", {"num_layers": 16, "vocab_size": None}).num_layers == 16
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
+    assert model_from(None, sizes) == ModelShape(2, 64, 4, 4, 128)
+    with pytest.raises(ValueError, match="not known without --ffn-hidden-size, --hidden-size"):
+        model_from(None, {"num_layers": 2, "num_attention_heads": 4})
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_number_of_a_profile_has_its_source(name: str) -> None:
+    hardware = PROFILES[name]
+    derived = {"name", "sources", "gpus_per_node", "kernel_overhead_s", "dtype_bytes", "node_fabric_bytes_per_s"}
+    for field in dataclasses.fields(hardware):
+        key = "attention" if field.name.startswith("attention") else field.name
+        assert field.name in derived or hardware.sources.get(key), f"{name}: no source for {field.name}"
+    assert hardware.matmul_flops_per_s < hardware.peak_flops_per_s
+    for curve in (hardware.attention_forward, hardware.attention_backward):
+        assert all(rate < hardware.peak_flops_per_s for _, rate in curve.points)
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    for name, hardware in PROFILES.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(hardware_to_text(hardware))
+        assert load_hardware(str(path)) == hardware
+
+
+def test_a_file_changes_a_profile(tmp_path: Path) -> None:
+    path = tmp_path / "ours.json"
+    path.write_text('{"base": "h100", "name": "ours", "nics_per_node": 2}')
+    assert load_hardware(str(path)) == dataclasses.replace(PROFILES["h100"], name="ours", nics_per_node=2)
+
+
+def test_other_yaml_is_read_where_pyyaml_is(tmp_path: Path) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_text("base: h100\nnics_per_node: 4   # two rails are down\n")
+    try:
+        import yaml  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="needs PyYAML"):
+            load_hardware(str(path))
+    else:
+        assert load_hardware(str(path)).nics_per_node == 4
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"base": "h100", "nisc_per_node": 2}', "no field nisc_per_node"),
+        ('{"base": "pentium"}', "base 'pentium' is unknown"),
+        ('{"name": "x"}', "missing attention_backward"),
+        ('{"base": "h100", "nic_bytes_per_s": 0}', "nic_bytes_per_s=0 must be above 0"),
+        ('{"base": "h100", "attention_forward": 5}', "attention_forward must map block lengths"),
+        ("[1, 2]", "must hold a mapping"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_hardware(str(path))
+
+
+def test_a_curve_is_ascending() -> None:
+    with pytest.raises(ValueError, match="ascending"):
+        Curve(((2048, 1.0), (1024, 2.0)))
+
+
+def test_planning_does_not_import_torch() -> None:
+    command = (
+        "import sys; from megatron_loong.__main__ import main;"
+        f"code = main(['plan', *{PLAN!r}]);"
+        "assert code == 0 and 'torch' not in sys.modules, sorted(m for m in sys.modules if 'torch' in m)"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True, capture_output=True)
