@@ -162,10 +162,10 @@ def hardware_from_mapping(values: Mapping[str, Any], where: str) -> Hardware:
     return Hardware(**fields)
 
 
-def load_hardware(name_or_path: str) -> Hardware:
+def load_hardware(name_or_path: str, flag: str = "--hardware") -> Hardware:
     """A named profile, or a profile from a YAML (JSON) file.
 
-    Raises `ValueError` when it is neither, and when the file is YAML proper and PyYAML is not installed.
+    Raises `ValueError`, naming `flag`, when it is neither, and for YAML other than JSON where PyYAML is missing.
 
     >>> load_hardware("h100").nics_per_node
     8
@@ -176,7 +176,7 @@ def load_hardware(name_or_path: str) -> Hardware:
         return PROFILES[name_or_path.lower()]
     if not os.path.isfile(name_or_path):
         raise ValueError(
-            f"--hardware {name_or_path}: neither a file nor a profile; the profiles are {', '.join(PROFILES)}, and "
+            f"{flag} {name_or_path}: neither a file nor a profile; the profiles are {', '.join(PROFILES)}, and "
             "`python -m megatron_loong calibrate` writes a file for the machine that it runs on"
         )
     with open(name_or_path, encoding="utf-8") as file:
@@ -184,21 +184,21 @@ def load_hardware(name_or_path: str) -> Hardware:
     try:
         values = json.loads(text)
     except json.JSONDecodeError:
-        values = _yaml_mapping(text, name_or_path)
+        values = _yaml_mapping(text, f"{flag} {name_or_path}")
     if not isinstance(values, Mapping):
-        raise ValueError(f"--hardware {name_or_path}: the file must hold a mapping of hardware fields")
-    return hardware_from_mapping(values, f"--hardware {name_or_path}")
+        raise ValueError(f"{flag} {name_or_path}: the file must hold a mapping of hardware fields")
+    return hardware_from_mapping(values, f"{flag} {name_or_path}")
 
 
-def _yaml_mapping(text: str, path: str) -> Any:
+def _yaml_mapping(text: str, where: str) -> Any:
     try:
         import yaml
     except ImportError:
         raise ValueError(
-            f"--hardware {path} is not JSON, and reading other YAML needs PyYAML: pip install pyyaml, "
+            f"{where} is not JSON, and reading other YAML needs PyYAML: pip install pyyaml, "
             "or write the file as JSON (which is YAML too)"
         ) from None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--hardware {path} is not YAML: {error}") from None
+        raise ValueError(f"{where} is not YAML: {error}") from None
