@@ -21,6 +21,26 @@ _HELP = {
     "loong_hardware": "What the planner goes by for auto: a profile such as h100, or a file that `megatron-loong "
     "calibrate` wrote. auto: the profile of this GPU, if there is one.",
     "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others.",
+    "loong_selective_checkpoint": "With --recompute-granularity full: keep attention's output and log-sum-exp, so that "
+    "the recomputation does not run the ring again. Optionally only on some layers, counted from 1, such as 1-4,9.",
+    "loong_keep_exchange": "With --loong-selective-checkpoint: layers that also keep q, k and v after the all-to-all, "
+    "so that the recomputation does not run the all-to-alls again.",
+    "loong_offload_attention": "What --loong-selective-checkpoint keeps waits in host memory until the backward.",
+    "loong_offload_activations": "The inputs of recomputed layers wait in host memory until the backward.",
+    "loong_tiled_loss": "Compute the language-model head and its loss over tiles of this many tokens, so that the "
+    "logits of the whole sequence never exist. Without a number: 1024.",
+    "loong_tiled_mlp": "Run each MLP over its tokens in this many tiles, and again in the backward.",
+}
+
+#: What argparse is told of a flag besides its default and its help.
+_FORMS: dict[str, dict[str, Any]] = {
+    "context_parallel_impl": {"choices": IMPLEMENTATIONS},
+    "loong_selective_checkpoint": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
+    "loong_keep_exchange": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
+    "loong_offload_attention": {"action": "store_true"},
+    "loong_offload_activations": {"action": "store_true"},
+    "loong_tiled_loss": {"nargs": "?", "const": 1024, "type": int, "metavar": "TOKENS"},
+    "loong_tiled_mlp": {"type": int, "metavar": "TILES"},
 }
 
 
@@ -34,11 +54,7 @@ def add_loong_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = LoongOptions()
     group = parser.add_argument_group(title="megatron_loong")
     for field, text in _HELP.items():
-        extra: dict[str, Any] = {}
-        if field == "context_parallel_impl":
-            extra["choices"] = IMPLEMENTATIONS
-        elif field.endswith("_size"):
-            extra["type"] = size_or_auto
+        extra = _FORMS.get(field, {"type": size_or_auto} if field.endswith("_size") else {})
         group.add_argument(flag_of(field), default=getattr(defaults, field), help=text, **extra)
 
 

@@ -26,6 +26,8 @@ class Megatron:
     mla_class: type
     absorbed_mla_class: type | None
     """From 0.19 on; it builds a core attention of its own."""
+    random: ModuleType
+    """`megatron.core.tensor_parallel.random`: the checkpoint."""
     stock_core_attentions: tuple[Any, ...]
     """DotProductAttention and TEDotProductAttention; the second is a mock without TransformerEngine, hence Any."""
     arguments: ModuleType | None
@@ -66,6 +68,7 @@ def find_megatron() -> Megatron:
         attention_class=_attribute(_module("megatron.core.transformer.attention"), "Attention"),
         mla_class=_attribute(_module("megatron.core.transformer.multi_latent_attention"), "MultiLatentAttention"),
         absorbed_mla_class=_absorbed_mla_class(),
+        random=_module("megatron.core.tensor_parallel.random"),
         stock_core_attentions=tuple(_stock_core_attentions()),
         arguments=arguments,
         why_no_arguments=why_no_arguments,
@@ -79,6 +82,7 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
         "destroy_model_parallel": Seam(megatron.parallel_state, "destroy_model_parallel"),
         "attention_init": Seam(megatron.attention_class, "__init__"),
         "mla_init": Seam(megatron.mla_class, "__init__"),
+        "checkpoint_function": Seam(megatron.random, "CheckpointFunction"),
     }
     if megatron.arguments is not None:
         found["add_megatron_arguments"] = Seam(megatron.arguments, "add_megatron_arguments")

@@ -11,8 +11,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_loong.attention.attention_2d import attention_2d, kernel_request
+from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse
+from megatron_loong.integration.recompute import level_of_layer
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.topology.groups import LoongGroups
 
@@ -64,6 +66,8 @@ class LoongCoreAttention(MegatronModule):
             groups = _groups_for(config, pg_collection, chosen)
         assert groups is not None
         self.groups = groups
+        # With groups of one's own, whoever checkpoints decides what is kept.
+        self.kept_in_checkpoint: Level = "ring" if chosen is None else level_of_layer(chosen, config, layer_number)
         self.kernel = "auto" if chosen is None else chosen.loong_kernel
         self._kernel_said = chosen is None  # without the plugin, nobody logs
         # `apply_query_key_layer_scaling` divides by the layer number before a half-precision softmax and multiplies
@@ -93,17 +97,18 @@ class LoongCoreAttention(MegatronModule):
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
         _refuse_inputs(attention_bias, packed_seq_params, unknown)
         self._say_kernel(query, key, value)
-        out = attention_2d(
-            query,
-            key,
-            value,
-            self.groups,
-            qkv_format="sbhd",
-            causal=causal,
-            softmax_scale=self.softmax_scale,
-            kernel=self.kernel,
-            deterministic=self.deterministic,
-        )
+        with keeping(self.kept_in_checkpoint):
+            out = attention_2d(
+                query,
+                key,
+                value,
+                self.groups,
+                qkv_format="sbhd",
+                causal=causal,
+                softmax_scale=self.softmax_scale,
+                kernel=self.kernel,
+                deterministic=self.deterministic,
+            )
         return out.reshape(*out.shape[:2], -1)
 
     def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`install` and `uninstall`: hooks at the four seams of `compat`, and nothing else."""
+"""`install` and `uninstall`: hooks at the seams of `compat`, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_loong.integration import arguments, compat, placement, runtime
 from megatron_loong.integration.checks import check_args, check_options
 from megatron_loong.integration.options import LoongOptions, fields_of
+from megatron_loong.integration.recompute import checkpoint_function
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.integration.spec import swapped_submodules
 
@@ -112,13 +113,13 @@ def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[.
     @functools.wraps(original)
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
         chosen = state.options()
+        megatron_args = state.args()
+        if megatron_args is not None:
+            check_args(chosen, megatron_args, final=True)
         if not chosen.loong:
             return original(*args, **kwargs)
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        megatron_args = state.args()
-        if megatron_args is not None:
-            check_args(chosen, megatron_args, final=True)
         check_options(
             chosen,
             cp=given.arguments["context_parallel_size"],
@@ -146,15 +147,21 @@ def _hook_destroy(state: Runtime, original: Callable[..., Any]) -> Callable[...,
 def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
+        state.recompute.note(state.options(config))
         original(self, config, swapped_submodules(state, self, config, submodules), *args, **kwargs)
 
     return __init__
 
 
-_HOOKS: dict[str, Callable[[Runtime, Callable[..., Any]], Callable[..., Any]]] = {
+def _hook_checkpoint_function(state: Runtime, original: Any) -> Any:
+    return checkpoint_function(state.recompute, original)
+
+
+_HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "add_megatron_arguments": _hook_add_megatron_arguments,
     "initialize_model_parallel": _hook_initialize,
     "destroy_model_parallel": _hook_destroy,
     "attention_init": _hook_attention_init,
     "mla_init": _hook_attention_init,
+    "checkpoint_function": _hook_checkpoint_function,
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_loong.config import LoongConfig, placement_axes
+from megatron_loong.integration import memory_options
 from megatron_loong.planner.choose import Job, choose_layout
 from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
 
@@ -46,6 +47,24 @@ class LoongOptions:
     loong_kernel: str = "auto"
     """A name of `kernels.registry`, or `auto`."""
 
+    loong_selective_checkpoint: str = "off"
+    """Layers (`all`, `off`, or numbers such as `1-4,9`) whose recomputation does not run the ring again."""
+
+    loong_keep_exchange: str = "off"
+    """Layers of these whose recomputation does not run the all-to-alls again either."""
+
+    loong_offload_attention: bool = False
+    """What Selective Checkpoint++ keeps waits in host memory."""
+
+    loong_offload_activations: bool = False
+    """The inputs of recomputed layers wait in host memory."""
+
+    loong_tiled_loss: int = 0
+    """Tokens of one tile of the language-model head and its loss; 0: all at once."""
+
+    loong_tiled_mlp: int = 0
+    """Tiles in which a recomputed MLP runs over its tokens; 0: all at once."""
+
     def __post_init__(self) -> None:
         if self.context_parallel_impl not in IMPLEMENTATIONS:
             raise ValueError(
@@ -61,6 +80,7 @@ class LoongOptions:
             raise ValueError(f"--loong-placement: {error}") from None
         if not isinstance(self.loong_kernel, str):
             raise ValueError(f"--loong-kernel {self.loong_kernel!r} must be the name of a kernel, or auto")
+        memory_options.check_values(self)
 
     @property
     def loong(self) -> bool:
@@ -137,7 +157,7 @@ def merge(sources: Sequence[Source]) -> LoongOptions:
 
     >>> merge([("install()", {"loong_kernel": "reference"}), ("the config", {"loong_placement": "context_first"})])
     ... # doctest: +ELLIPSIS
-    LoongOptions(context_parallel_impl='native', ..., loong_placement='context_first', loong_kernel='reference')
+    LoongOptions(context_parallel_impl='native', ..., loong_placement='context_first', loong_kernel='reference', ...)
     """
     merged: dict[str, tuple[str, Any]] = {}
     for where, fields in sources:

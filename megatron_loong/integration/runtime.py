@@ -25,6 +25,7 @@ from megatron_loong.integration.options import (
     ranks_per_node,
     resolve,
 )
+from megatron_loong.integration.recompute import RecomputeState
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.placement import cp_ranks_per_node, permuted_ranks
 
@@ -39,6 +40,7 @@ class Runtime:
         self.parsed: argparse.Namespace | None = None
         """The last arguments that a Megatron parser returned; used until Megatron has global ones."""
         self.groups = GroupCache()
+        self.recompute = RecomputeState()
         self._said: set[str] = set()
 
     # ---- options ----
@@ -68,9 +70,11 @@ class Runtime:
                 f"ignored too; write them ({', '.join(FIELDS)}) at the top level of that file"
             )
         chosen = self.options(args=args)
-        if not chosen.loong or getattr(args, "yaml_cfg", None):
+        if getattr(args, "yaml_cfg", None):
             return
         check_args(chosen, args, final=False)
+        if not chosen.loong:
+            return
         heads = None if getattr(args, "use_checkpoint_args", False) else getattr(args, "num_attention_heads", None)
         plan = self.plan_placement(
             chosen,

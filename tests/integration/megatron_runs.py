@@ -47,6 +47,8 @@ class Step:
 
     lm_loss: float
     grad_norm: float
+    ring_forwards: int
+    """How often the reporting rank, one of the last stage, ran the forward of a ring since the step before."""
 
 
 def checkout_script() -> Path | None:
@@ -127,19 +129,31 @@ def _tail(log: str, lines: int = 40) -> str:
 
 
 def _record_steps() -> None:
-    """Wrap Megatron's `training_log`, whose arguments are the numbers before rounding."""
+    """Wrap Megatron's `training_log`, whose arguments are the numbers before rounding, and count ring forwards."""
     import torch.distributed
     from megatron.training import training
 
-    original = training.training_log
+    from megatron_loong.attention import attention_2d
+
+    original, ring_forward = training.training_log, attention_2d.ring_forward
     signature = inspect.signature(original)
+    ring_forwards = 0
+
+    def counted(*args, **kwargs):
+        nonlocal ring_forwards
+        ring_forwards += 1
+        return ring_forward(*args, **kwargs)
+
+    attention_2d.ring_forward = counted
 
     @functools.wraps(original)
     def training_log(*args, **kwargs):
+        nonlocal ring_forwards
         values = signature.bind(*args, **kwargs).arguments
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:  # the last stage has the loss
-            step = Step(float(values["loss_dict"]["lm loss"]), float(values["grad_norm"]))
+            step = Step(float(values["loss_dict"]["lm loss"]), float(values["grad_norm"]), ring_forwards)
             print(f"\n{RECORD}{json.dumps(vars(step))}", flush=True)
+        ring_forwards = 0
         return original(*args, **kwargs)
 
     training.training_log = training_log

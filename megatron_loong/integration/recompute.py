@@ -1,0 +1,77 @@
+"""Selective Checkpoint++ and activation offload inside Megatron's full recomputation.
+
+`tensor_parallel.random.CheckpointFunction` is looked up at every call of `tensor_parallel.checkpoint`, through which
+uniform, block and MTP recomputation go. What stands in its place hands Megatron's own class a function that records
+in its first run and replays in its second; the class itself does the rest, RNG states and distribution included.
+(TransformerEngine's checkpoint is used for fp8 and fp4 only, which are refused as a whole.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_loong.attention.stash import Level
+from megatron_loong.integration.memory_options import check_recompute, layers_of
+from megatron_loong.integration.options import LoongOptions
+from megatron_loong.recompute.offload import Lot, Parking
+from megatron_loong.recompute.selective import StashedFunction
+
+
+class RecomputeState:
+    """What the checkpoints of one installation share: where offloaded tensors wait."""
+
+    def __init__(self) -> None:
+        self.offload_attention = False
+        self.offload_inputs = False
+        self.attention_parking = Parking()
+        self.input_parking = Parking()
+
+    def note(self, options: LoongOptions) -> None:
+        """Remember what a layer under construction asks of the checkpoints around it."""
+        self.offload_attention = options.loong_offload_attention
+        self.offload_inputs = options.loong_offload_activations
+
+
+def level_of_layer(options: LoongOptions, config: object, layer_number: int) -> Level:
+    """How much of the attention of one layer a checkpoint keeps; `ValueError` when nothing is recomputed at all."""
+    check_recompute(options, config)
+    if layer_number not in layers_of(options.loong_selective_checkpoint, "--loong-selective-checkpoint"):
+        return "nothing"
+    return "exchange" if layer_number in layers_of(options.loong_keep_exchange, "--loong-keep-exchange") else "ring"
+
+
+def checkpoint_function(state: RecomputeState, original: Any) -> type:
+    """A class to stand where `original` (Megatron's `CheckpointFunction`) stood."""
+
+    class LoongCheckpointFunction(original):
+        """Megatron's checkpoint of a function that keeps attention's results, and whose inputs may wait on the host."""
+
+        @classmethod
+        def apply(cls, run_function: Callable[..., Any], distribute_saved_activations: Any, *args: Any) -> Any:
+            park = [state.attention_parking.lot().park] if state.offload_attention else []
+            stashed = StashedFunction(run_function, *park)
+            saving = _inputs_wait_in(state.input_parking.lot(), args) if state.offload_inputs else _AS_IT_IS
+            with saving:
+                return original.apply(stashed, distribute_saved_activations, *args)
+
+    return LoongCheckpointFunction
+
+
+_AS_IT_IS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def _inputs_wait_in(lot: Lot, args: tuple[Any, ...]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Those saved inputs that carry a gradient go to the host; what layers share, such as rotary angles, stays.
+
+    The function's first run is without gradients and saves nothing, so only the checkpoint's own inputs come here.
+    """
+    moving = {x.data_ptr() for x in args if isinstance(x, torch.Tensor) and x.requires_grad}
+
+    def pack(x: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        return lot.park((x,)) if x.data_ptr() in moving else lambda: (x,)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda restore: restore()[0])

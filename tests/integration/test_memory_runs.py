@@ -1,0 +1,71 @@
+"""The memory switches change no number in Megatron's own training loop: fp32 on the CPU, bit for bit where promised."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integration import megatron_runs
+
+RUN_ALL = os.environ.get("LOONG_TEST_ALL") == "1"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+LOONG = "--context-parallel-impl loong"
+CP2 = f"{LOONG} --context-parallel-size 2 --loong-head-parallel-size 2"
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def script() -> Path:
+    found = megatron_runs.checkout_script() or megatron_runs.own_script()
+    if found is None:
+        pytest.skip("needs megatron-core 0.17 or newer, or MEGATRON_LM_PATH")
+    return found
+
+
+def train(world_size: int, flags: str) -> list[megatron_runs.Step]:
+    return megatron_runs.train(script(), world_size, *flags.split())
+
+
+PP2_VPP2 = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+MOE = "--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"
+OFFLOADS = "--loong-offload-attention --loong-offload-activations"
+SELECTIVE = "--loong-selective-checkpoint"
+
+#: World size, flags of both runs, flags of the run that keeps attention's results.
+RUNS = {
+    "everything": (2, f"{CP2} {RECOMPUTE}", f"{SELECTIVE} --loong-keep-exchange 2 {OFFLOADS}"),
+    "cp4": (4, f"{LOONG} --context-parallel-size 4 --loong-head-parallel-size 2 {RECOMPUTE}", SELECTIVE),
+    "interleaved pipeline": (4, f"{CP2} {PP2_VPP2} {RECOMPUTE}", f"{SELECTIVE} {OFFLOADS}"),
+    "moe": (2, f"{CP2} {MOE} {RECOMPUTE}", SELECTIVE),
+    "dropout": (2, f"{CP2} --hidden-dropout 0.1 {RECOMPUTE}", SELECTIVE),
+    "distributed activations": (
+        4,
+        f"{CP2} --tensor-model-parallel-size 2 --distribute-saved-activations {RECOMPUTE}",
+        SELECTIVE,
+    ),
+    "block": (
+        2,
+        f"{CP2} --num-layers 3 --recompute-granularity full --recompute-method block --recompute-num-layers 2",
+        SELECTIVE,
+    ),
+    "two layers at once": (
+        2,
+        f"{CP2} --num-layers 4 {RECOMPUTE.replace('layers 1', 'layers 2')}",
+        f"{SELECTIVE} 1-2,4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_selective_checkpoint_repeats_full_recomputation(name: str) -> None:
+    if name != "everything" and not RUN_ALL:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    world_size, shared, selective = RUNS[name]
+    full = train(world_size, shared)
+    kept = train(world_size, f"{shared} {selective}")
+    assert [(s.lm_loss, s.grad_norm) for s in kept] == [(s.lm_loss, s.grad_norm) for s in full]
+    assert all(0 < k.ring_forwards < f.ring_forwards for k, f in zip(kept, full, strict=True))
+    if name not in ("block", "two layers at once"):
+        assert [2 * s.ring_forwards for s in kept] == [s.ring_forwards for s in full]
