@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from megatron_loong.planner.reproduction import render
 
@@ -23,9 +22,9 @@ def main() -> int:
     if sys.argv[1:]:
         print(__doc__, file=sys.stderr)
         return 2
-    path = ROOT / "docs" / "reproduction.md"
+    path = Path(__file__).resolve().parents[1] / "docs" / "reproduction.md"
     path.write_text(render(), encoding="utf-8")
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path}")
     return 0
 
 

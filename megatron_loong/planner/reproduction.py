@@ -91,27 +91,28 @@ measurements; every other figure is *modelled*. No GPU was used.
 Nothing is fitted to a row. A row is given its hardware profile, the layout and the method. Hardware profiles
 (`megatron_loong/planner/profiles.py`) are data sheets and published benchmarks of single kernels: attention on A100
 from FlashAttention-2's own benchmark, on H100 from MagiAttention's benchmark of FlashAttention-3 on one GPU, matrix
-products from stas00/ml-engineering. A method (`methods.py`) is the order of its hops and what it reads and writes between
-them, from its source. LoongTrain's rows run with Selective Checkpoint++, the baselines' with full recomputation. The
-network of the A800 and the H100 clusters is not published in full: four 200 Gb/s NICs a node as LoongTrain's is
-assumed for the first, and a DGX H100's eight 400 Gb/s for the second.
+products from stas00/ml-engineering. A method (`methods.py`) is the order of its hops and what it reads and writes
+between them, from its source. LoongTrain's rows run with Selective Checkpoint++, the baselines' with full
+recomputation. The network of the A800 and the H100 clusters is not known in full: for the first, four 200 Gb/s NICs a
+node are assumed, as LoongTrain's had; for the second, a DGX H100's eight of 400 Gb/s.
 """
 
 MISSING = """\
 ## What is missing
 
-- **Training is modelled too fast, by 8% to 44%, and shorter sequences more than longer ones.** Matrix products run at the
-  best rate that anyone has published for the GPU, every kernel follows the one before at once, and the parameters of
-  hybrid ZeRO or ZeRO-3 are taken to arrive hidden, without a share of the NICs. None of these is known for the
+- **Training is modelled too fast, by 8% to 44%, and shorter sequences more than longer ones.** Matrix products run
+  at the best rate that anyone has published for the GPU, every kernel follows the one before at once, and the
+  parameters of hybrid ZeRO or ZeRO-3 are taken to arrive hidden, without a share of the NICs. None of these is known for the
   published runs; what they cost does not grow with the square of the sequence, so 128K shows them most.
 - **The double ring at 1M and 2M tokens.** Both BurstEngine's attention (141 TFLOP/s at 1M after 160 at 512K) and its
   training run (77.4 tokens/s) fall off where computing hides every hop; the model has nothing that grows faster than
   computing there. The training row is off by as much as the attention row.
-- **The ring on H100 (MagiAttention).** Each of its steps takes 0.6 ms longer than its kernel and its memory traffic; with
-  8K tokens a GPU that is a third of a step. Small kernels of TransformerEngine between the attention kernels, and
+- **The ring on H100 (MagiAttention).** Each of its steps takes 0.6 ms longer than its kernel and its memory traffic;
+  with 8K tokens a GPU that is a third of a step. Small kernels of TransformerEngine between the attention kernels, and
   NCCL taking processors from a persistent attention kernel, are not modelled.
-- **Variable-length kernels.** MagiAttention's baselines call FlashAttention-3's variable-length entry, whose rate is not
-  published beside the plain one's: forward rows come out 3% to 14% fast, and the two orderings that are wrong turn on 2%.
+- **Variable-length kernels.** MagiAttention's baselines call FlashAttention-3's variable-length entry, whose rate is
+  not published beside the plain one's: forward rows come out 3% to 14% fast, and the two orderings that are wrong turn
+  on 2%.
 - **Megatron-CP out of memory at 1M.** The planner's memory model describes this plugin, not the baselines' settings.
 """
 
@@ -144,9 +145,8 @@ def _table(study: str, compared: list[Compared]) -> str:
     ]
     for row, value in compared:
         layout = row.config
-        ring = (
-            f"{layout.outer_ring_size} x {layout.inner_ring_size}" if layout.outer_ring_size > 1 else layout.ring_size
-        )
+        is_double = layout.outer_ring_size > 1
+        ring = f"{layout.outer_ring_size} x {layout.inner_ring_size}" if is_double else layout.ring_size
         digits = 3 if row.unit == "MFU" else 1
         lines.append(
             f"| {row.case} | {row.method} | head {layout.head_parallel_size}, ring {ring} | {row.unit} | "

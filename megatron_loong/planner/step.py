@@ -2,7 +2,7 @@
 
     layer, forward    attention + matrix products + memory traffic + TP collectives + expert all-to-all
     layer, backward   the attention's backward, twice the matrix products, the same collectives
-    recomputation     the forward again: all of it (full), or all but the attention (selective)
+    recomputation     the forward again: all of it (full), or all but the attention (selective); the MLP's if tiled
     micro-batch       layers of a stage x the above, + output layer on the last stage
     step              micro-batches x that, x (1 + (PP - 1) / micro-batches) for the bubble, + DP + optimizer
 
@@ -90,6 +90,7 @@ def _layer_terms(
     visited = model.moe_router_topk if model.num_experts else 1
     width = visited * model.expert_params + model.shared_expert_params
     ffn = width / model.hidden_size / (3 if model.gated else 2)
+    tiled = 2.0 * tokens * width / candidate.tensor if candidate.tiled_mlp else 0.0
     per_hidden, per_ffn = (f * (1 + again) + b for f, b in zip(_FORWARD_BYTES, _BACKWARD_BYTES, strict=True))
     memory = tokens * (per_hidden * model.hidden_size + per_ffn * ffn) / candidate.tensor
     experts = model.layer_params / candidate.expert if model.num_experts else model.layer_params
@@ -97,7 +98,7 @@ def _layer_terms(
     return {
         "attention, computing": forward.compute_s * (1 + attention_again) + backward.compute_s,
         "attention, waiting": forward.exposed_s * (1 + attention_again) + backward.exposed_s,
-        "matrix products": runs * flops / hardware.matmul_flops_per_s,
+        "matrix products": (runs * flops + tiled) / hardware.matmul_flops_per_s,
         "memory traffic": memory / hardware.memory_bytes_per_s,
         "TP collectives": (2 + again) * _tensor_parallel_s(candidate, work, hardware),
         "expert all-to-all": (2 + again) * _expert_s(candidate, work, hardware),
