@@ -76,6 +76,8 @@ class Hardware:
     nic_bytes_per_s: float
     """One NIC, one direction."""
     nic_latency_s: float
+    nic_order: str = "block"
+    """`block`: neighbouring GPUs share a NIC; `cyclic`: GPU i uses NIC i % nics_per_node."""
     node_fabric_bytes_per_s: float | None = None
     """What all ranks of a node move together at most, where they share one bus (processes over loopback); None: no
     such limit."""
@@ -91,6 +93,8 @@ class Hardware:
             value = getattr(self, item.name)
             if isinstance(value, bool) or (isinstance(value, (int, float)) and not value > 0):
                 raise ValueError(f"hardware {self.name!r}: {item.name}={value} must be above 0")
+        if self.nic_order not in ("block", "cyclic"):
+            raise ValueError(f"hardware {self.name!r}: nic_order={self.nic_order!r} is unknown; use block or cyclic")
         if self.gpus_per_node % self.nics_per_node and self.nics_per_node % self.gpus_per_node:
             raise ValueError(
                 f"hardware {self.name!r}: nics_per_node={self.nics_per_node} and gpus_per_node={self.gpus_per_node} "
@@ -110,6 +114,8 @@ class Hardware:
         >>> [PROFILES["a100"].nic_of(gpu) for gpu in range(8)]    # two GPUs behind one PCIe switch
         [0, 0, 1, 1, 2, 2, 3, 3]
         """
+        if self.nic_order == "cyclic":
+            return gpu % self.nics_per_node
         return gpu * self.nics_per_node // self.gpus_per_node
 
     def with_network(

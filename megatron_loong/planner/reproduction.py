@@ -102,8 +102,8 @@ MISSING = """\
 
 - **Training is modelled too fast, by 8% to 44%, and shorter sequences more than longer ones.** Matrix products run
   at the best rate that anyone has published for the GPU, every kernel follows the one before at once, and the
-  parameters of hybrid ZeRO or ZeRO-3 are taken to arrive hidden, without a share of the NICs. None of these is known for the
-  published runs; what they cost does not grow with the square of the sequence, so 128K shows them most.
+  parameters of hybrid ZeRO or ZeRO-3 are taken to arrive hidden, without a share of the NICs. None of these is known
+  for the published runs; what they cost does not grow with the square of the sequence, so 128K shows them most.
 - **The double ring at 1M and 2M tokens.** Both BurstEngine's attention (141 TFLOP/s at 1M after 160 at 512K) and its
   training run (77.4 tokens/s) fall off where computing hides every hop; the model has nothing that grows faster than
   computing there. The training row is off by as much as the attention row.
