@@ -11,11 +11,15 @@ from megatron_loong.integration.options import IMPLEMENTATIONS, LoongOptions, fl
 _HELP = {
     "context_parallel_impl": "Who runs attention over --context-parallel-size ranks: Megatron (native) or "
     "LoongTrain's 2D-Attention (loong).",
-    "loong_head_parallel_size": "Ranks over which attention heads are split by all-to-all. auto: the largest that "
-    "divides the query heads of one tensor-parallel rank and the context-parallel size and fits in a node.",
+    "loong_head_parallel_size": "Ranks over which attention heads are split by all-to-all. auto: the planner's "
+    "choice where the hardware is known; else the largest that divides the query heads of one tensor-parallel rank "
+    "and the context-parallel size and fits in a node.",
     "loong_inner_ring_size": "Ranks of one inner ring of Double-Ring-Attention. auto: the ring ranks inside a node.",
     "loong_placement": "Which coordinate varies fastest over adjacent ranks: head_first, context_first, or an order of "
-    "head, inner and outer such as inner-head-outer.",
+    "head, inner and outer such as inner-head-outer. auto: the planner's choice where the hardware is known; else "
+    "head_first.",
+    "loong_hardware": "What the planner goes by for auto: a profile such as h100, or a file that `megatron-loong "
+    "calibrate` wrote. auto: the profile of this GPU, if there is one.",
     "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others.",
     "loong_selective_checkpoint": "With --recompute-granularity full: keep attention's output and log-sum-exp, so that "
     "the recomputation does not run the ring again. Optionally only on some layers, counted from 1, such as 1-4,9.",

@@ -80,7 +80,8 @@ def _check_sizes(options: LoongOptions, cp: int) -> None:
             )
         return
     try:
-        LoongConfig(cp, hp, inner if isinstance(inner, int) else None, options.loong_placement)
+        placement = "head_first" if options.loong_placement == "auto" else options.loong_placement
+        LoongConfig(cp, hp, inner if isinstance(inner, int) else None, placement)
     except ValueError as error:
         raise ValueError(f"{error} {flags}") from None
 

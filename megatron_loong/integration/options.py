@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_loong.config import LoongConfig, placement_axes
 from megatron_loong.integration import memory_options
+from megatron_loong.planner.choose import Job, choose_layout
 from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
 
 IMPLEMENTATIONS = ("native", "loong")
@@ -29,14 +30,19 @@ class LoongOptions:
     """`native` leaves Megatron as it is, `loong` is 2D-Attention."""
 
     loong_head_parallel_size: int | str = "auto"
-    """A divisor of the context-parallel size, or `auto`: the largest that divides the query heads of one TP rank
-    and the context-parallel size and keeps the all-to-all inside a node."""
+    """A divisor of the context-parallel size, or `auto`: the planner's answer where the hardware is known, else the
+    largest that divides the query heads of one TP rank and the context-parallel size and keeps the all-to-all inside
+    a node."""
 
     loong_inner_ring_size: int | str = "auto"
     """A divisor of the ring size, or `auto`: the largest inner ring that stays inside a node."""
 
+    loong_hardware: str = "auto"
+    """A profile of the planner or a file of `megatron-loong calibrate`; `auto`: the profile of this GPU, if any."""
+
     loong_placement: str = "head_first"
-    """`head_first`, `context_first`, or an order of head, inner and outer such as `inner-head-outer`."""
+    """`head_first`, `context_first`, an order of head, inner and outer such as `inner-head-outer`, or `auto`: the
+    planner's answer where the hardware is known, else `head_first`."""
 
     loong_kernel: str = "auto"
     """A name of `kernels.registry`, or `auto`."""
@@ -69,7 +75,7 @@ class LoongOptions:
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{flag_of(name)} {value!r} must be a whole number of at least 1, or auto")
         try:
-            placement_axes(self.loong_placement)
+            placement_axes("head_first" if self.loong_placement == "auto" else self.loong_placement)
         except ValueError as error:
             raise ValueError(f"--loong-placement: {error}") from None
         if not isinstance(self.loong_kernel, str):
@@ -163,24 +169,43 @@ def merge(sources: Sequence[Source]) -> LoongOptions:
 
 
 def resolve(
-    options: LoongOptions, *, context_parallel_size: int, heads: int | None, cp_ranks_in_node: int
+    options: LoongOptions,
+    *,
+    context_parallel_size: int,
+    heads: int | None,
+    cp_ranks_in_node: int,
+    job: Job | None = None,
 ) -> LoongConfig | None:
     """The layout: `auto` replaced by numbers. None when `auto` needs `heads` and they are not known yet.
 
     `heads`: query heads of one TP rank. `cp_ranks_in_node`: ranks of this context-parallel group inside one node.
+    `job`: what the planner needs to answer for `auto`; None: the rules of the fields' descriptions.
 
     >>> options = LoongOptions("loong")
     >>> resolve(options, context_parallel_size=16, heads=12, cp_ranks_in_node=8).describe()
     'cp 16 = head 4 x ring 4 (outer 2 x inner 2), placement head_first, zigzag'
     """
     cp, hp, inner = context_parallel_size, options.loong_head_parallel_size, options.loong_inner_ring_size
+    placement = options.loong_placement
+    if heads is None and "auto" in (hp, placement if job else None):
+        return None
+    if job is not None and heads is not None and "auto" in (hp, placement):
+        return choose_layout(
+            cp,
+            heads,
+            cp_ranks_in_node,
+            job,
+            head_parallel_size=hp if isinstance(hp, int) else None,
+            inner_ring_size=inner if isinstance(inner, int) else None,
+            placement=None if placement == "auto" else placement,
+        )
+    placement = "head_first" if placement == "auto" else placement
     if isinstance(hp, str):
-        if heads is None:
-            return None
+        assert heads is not None  # returned above
         hp = largest_head_parallel_size(cp, heads, cp_ranks_in_node)
     if isinstance(inner, str) and cp % hp == 0:
-        inner = largest_inner_ring_size(cp, hp, options.loong_placement, cp_ranks_in_node)
-    return LoongConfig(cp, hp, inner if isinstance(inner, int) else None, options.loong_placement)
+        inner = largest_inner_ring_size(cp, hp, placement, cp_ranks_in_node)
+    return LoongConfig(cp, hp, inner if isinstance(inner, int) else None, placement)
 
 
 def ranks_per_node(environment: Mapping[str, str], device_count: int, world_size: int) -> int:

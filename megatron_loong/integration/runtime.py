@@ -15,6 +15,7 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.integration import compat, placement
 from megatron_loong.integration.checks import check_args, check_heads, check_options
 from megatron_loong.integration.groups import GroupCache
+from megatron_loong.integration.job import job_of
 from megatron_loong.integration.options import (
     FIELDS,
     LoongOptions,
@@ -102,13 +103,15 @@ class Runtime:
         """The RANK that this process is to take and its layout; None when every rank keeps its place."""
         if chosen.loong_placement in ("head_first", "head-inner-outer") or world_size % (tp * cp * pp):
             return None  # a world that does not divide is Megatron's to refuse
+        if chosen.loong_placement == "auto" and job_of(chosen, self.args()) is None:
+            return None  # head_first
         groups = compat.context_parallel_groups(self.megatron, world_size=world_size, tp=tp, cp=cp, pp=pp, order=order)
         heads = None if num_attention_heads is None else num_attention_heads // tp
         configs = [config for group in groups if (config := self._resolve(chosen, group, heads, world_size))]
         if len(configs) < len(groups):
             raise ValueError(
                 f"--loong-placement {chosen.loong_placement} is decided before the number of attention heads is known; "
-                "give --loong-head-parallel-size as a number"
+                "give --loong-head-parallel-size as a number, and a placement other than auto"
             )
         if not any(map(placement.needs_permutation, configs)):
             return None
@@ -132,6 +135,7 @@ class Runtime:
             context_parallel_size=len(cp_ranks),
             heads=heads,
             cp_ranks_in_node=cp_ranks_per_node(cp_ranks, per_node),
+            job=job_of(chosen, self.args()),
         )
 
     def layout(self, chosen: LoongOptions, cp_ranks: Sequence[int], heads: int | None) -> LoongConfig | None:

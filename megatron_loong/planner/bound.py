@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Link, Links, Site, next_on
-from megatron_loong.planner.methods import OURS, Method
+from megatron_loong.planner.methods import OURS, Method, Program
 from megatron_loong.planner.simulate import PassTime
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, exchange_bytes, hop_bytes
@@ -20,7 +21,8 @@ def pass_bound(
     ring_s, copies_s = _ring_and_copies_s(costs)
     link_s = _busiest_link_s(config, shape, site, backward, method, costs.block_tokens)
     before, after = reversed(exchange_bytes(config, shape)) if backward else exchange_bytes(config, shape)
-    exchange_s = _exchange_s(config, site, before, shared=True) + _exchange_s(config, site, after, shared=False)
+    shared_s, alone_s = _exchange_s_per_byte(config, site)
+    exchange_s = before * shared_s + after * alone_s
     return PassTime(exchange_s + copies_s + max(ring_s, link_s), ring_s + copies_s)
 
 
@@ -43,8 +45,7 @@ def _busiest_link_s(
 ) -> float:
     """Time for which the busiest link of a node carries ring hops."""
     outer, inner = config.outer_ring_size, config.ring_size // config.outer_ring_size
-    program = method.backward_program if backward else method.forward_program
-    posts = Counter(op.ring for op in program(outer, inner) if op.kind == "post")
+    posts = _posts(method.backward_program if backward else method.forward_program, outer, inner)
     links, load = Links(site), defaultdict[Link, float](float)
     for ring, hops in posts.items():
         width = method.gradient_width(shape) if ring.endswith("dkv") else shape.dtype_bytes
@@ -55,18 +56,26 @@ def _busiest_link_s(
     return max(load.values(), default=0.0)
 
 
-def _exchange_s(config: LoongConfig, site: Site, rank_bytes: int, *, shared: bool) -> float:
-    """An all-to-all of the rank that is done with it first; `shared`: while all ranks of the node are at it."""
+@functools.lru_cache(maxsize=512)
+def _posts(program: Program, outer: int, inner: int) -> Counter[str]:
+    """Hops by ring."""
+    return Counter(op.ring for op in program(outer, inner) if op.kind == "post")
+
+
+@functools.lru_cache(maxsize=4096)
+def _exchange_s_per_byte(config: LoongConfig, site: Site) -> tuple[float, float]:
+    """Seconds per byte that a rank sends, of the rank that is through first: (all of a node at once, it alone)."""
     hp = config.head_parallel_size
     if hp == 1:
-        return 0.0
-    links, ranks = Links(site), range(site.cp_ranks_in_node)
-    own = [defaultdict[Link, float](float) for _ in ranks]
-    for rank in ranks:
+        return 0.0, 0.0
+    links, own = Links(site), []
+    load = defaultdict[Link, float](float)
+    for rank in range(site.cp_ranks_in_node):
+        mine = defaultdict[Link, float](float)
         for step in range(1, hp):
             link, rate, _ = links.route(rank, next_on(config, rank, "head", step))
-            own[rank][link] += rank_bytes // (hp - 1) / rate
-    load = Counter[Link]()
-    for one in own:
-        load.update(one)  # type: ignore[arg-type]
-    return min(max(load[link] if shared else one[link] for link in one) for one in own)
+            mine[link] += 1 / (hp - 1) / rate
+        own.append(mine)
+        for link, seconds in mine.items():
+            load[link] += seconds
+    return min(max(load[link] for link in one) for one in own), min(max(one.values()) for one in own)

@@ -76,6 +76,8 @@ class Hardware:
     nic_bytes_per_s: float
     """One NIC, one direction."""
     nic_latency_s: float
+    nic_order: str = "block"
+    """`block`: neighbouring GPUs share a NIC; `cyclic`: GPU i uses NIC i % nics_per_node."""
     node_fabric_bytes_per_s: float | None = None
     """What all ranks of a node move together at most, where they share one bus (processes over loopback); None: no
     such limit."""
@@ -91,6 +93,8 @@ class Hardware:
             value = getattr(self, item.name)
             if isinstance(value, bool) or (isinstance(value, (int, float)) and not value > 0):
                 raise ValueError(f"hardware {self.name!r}: {item.name}={value} must be above 0")
+        if self.nic_order not in ("block", "cyclic"):
+            raise ValueError(f"hardware {self.name!r}: nic_order={self.nic_order!r} is unknown; use block or cyclic")
         if self.gpus_per_node % self.nics_per_node and self.nics_per_node % self.gpus_per_node:
             raise ValueError(
                 f"hardware {self.name!r}: nics_per_node={self.nics_per_node} and gpus_per_node={self.gpus_per_node} "
@@ -110,6 +114,8 @@ class Hardware:
         >>> [PROFILES["a100"].nic_of(gpu) for gpu in range(8)]    # two GPUs behind one PCIe switch
         [0, 0, 1, 1, 2, 2, 3, 3]
         """
+        if self.nic_order == "cyclic":
+            return gpu % self.nics_per_node
         return gpu * self.nics_per_node // self.gpus_per_node
 
     def with_network(
@@ -162,10 +168,10 @@ def hardware_from_mapping(values: Mapping[str, Any], where: str) -> Hardware:
     return Hardware(**fields)
 
 
-def load_hardware(name_or_path: str) -> Hardware:
+def load_hardware(name_or_path: str, flag: str = "--hardware") -> Hardware:
     """A named profile, or a profile from a YAML (JSON) file.
 
-    Raises `ValueError` when it is neither, and when the file is YAML proper and PyYAML is not installed.
+    Raises `ValueError`, naming `flag`, when it is neither, and for YAML other than JSON where PyYAML is missing.
 
     >>> load_hardware("h100").nics_per_node
     8
@@ -176,7 +182,7 @@ def load_hardware(name_or_path: str) -> Hardware:
         return PROFILES[name_or_path.lower()]
     if not os.path.isfile(name_or_path):
         raise ValueError(
-            f"--hardware {name_or_path}: neither a file nor a profile; the profiles are {', '.join(PROFILES)}, and "
+            f"{flag} {name_or_path}: neither a file nor a profile; the profiles are {', '.join(PROFILES)}, and "
             "`python -m megatron_loong calibrate` writes a file for the machine that it runs on"
         )
     with open(name_or_path, encoding="utf-8") as file:
@@ -184,21 +190,21 @@ def load_hardware(name_or_path: str) -> Hardware:
     try:
         values = json.loads(text)
     except json.JSONDecodeError:
-        values = _yaml_mapping(text, name_or_path)
+        values = _yaml_mapping(text, f"{flag} {name_or_path}")
     if not isinstance(values, Mapping):
-        raise ValueError(f"--hardware {name_or_path}: the file must hold a mapping of hardware fields")
-    return hardware_from_mapping(values, f"--hardware {name_or_path}")
+        raise ValueError(f"{flag} {name_or_path}: the file must hold a mapping of hardware fields")
+    return hardware_from_mapping(values, f"{flag} {name_or_path}")
 
 
-def _yaml_mapping(text: str, path: str) -> Any:
+def _yaml_mapping(text: str, where: str) -> Any:
     try:
         import yaml
     except ImportError:
         raise ValueError(
-            f"--hardware {path} is not JSON, and reading other YAML needs PyYAML: pip install pyyaml, "
+            f"{where} is not JSON, and reading other YAML needs PyYAML: pip install pyyaml, "
             "or write the file as JSON (which is YAML too)"
         ) from None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--hardware {path} is not YAML: {error}") from None
+        raise ValueError(f"{where} is not YAML: {error}") from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, field
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.hardware import Hardware
-from megatron_loong.topology.layout import Coordinates, coordinates_of, cp_rank_of
 
 Link = tuple[str, int]
 """(what, which of the node): `node link` by sender, `nic`, or the one `fabric`."""
@@ -76,13 +77,19 @@ class Links:
         return start, end + latency_s
 
 
+@functools.lru_cache(maxsize=4096)
+def _size_and_stride(config: LoongConfig, axis: str) -> tuple[int, int]:
+    sizes = {"head": config.head_parallel_size, "outer": config.outer_ring_size, "inner": config.inner_ring_size or 1}
+    before = config.axis_order[: config.axis_order.index(axis)]  # type: ignore[arg-type]
+    return sizes[axis], math.prod(sizes[faster] for faster in before)
+
+
 def next_on(config: LoongConfig, cp_rank: int, axis: str, step: int = 1) -> int:
-    """The rank `step` places further on one axis, round the ring.
+    """The rank `step` places further on one axis, round the ring: `topology.layout` in one line, for speed.
 
     >>> next_on(LoongConfig(8, 2, 4), 6, "inner"), next_on(LoongConfig(8, 2, 4), 0, "inner", -1)
     (0, 6)
     """
-    place = coordinates_of(config, cp_rank)
-    sizes = {"head": config.head_parallel_size, "outer": config.outer_ring_size, "inner": config.inner_ring_size}
-    moved = {**place._asdict(), axis: (getattr(place, axis) + step) % sizes[axis]}
-    return cp_rank_of(config, Coordinates(**moved))
+    size, stride = _size_and_stride(config, axis)
+    place = cp_rank // stride % size
+    return cp_rank + ((place + step) % size - place) * stride

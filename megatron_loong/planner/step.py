@@ -1,8 +1,8 @@
 """The time of one training step: the simulated attention, and the rest in closed form, term by term.
 
-    layer, forward    attention + matrix products + norms and activations + TP collectives + expert all-to-all
-    layer, backward   twice the matrix products and memory traffic, the attention's backward, the same collectives
-    recomputation     the forward again: all of it (full), or all but the attention (selective)
+    layer, forward    attention + matrix products + memory traffic + TP collectives + expert all-to-all
+    layer, backward   the attention's backward, twice the matrix products, the same collectives
+    recomputation     the forward again: all of it (full), or all but the attention (selective); the MLP's if tiled
     micro-batch       layers of a stage x the above, + output layer on the last stage
     step              micro-batches x that, x (1 + (PP - 1) / micro-batches) for the bubble, + DP + optimizer
 
@@ -17,10 +17,14 @@ from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.simulate import PassTime
 
-#: Memory traffic of a layer outside attention and matrix products, bytes per token and per element of hidden_size:
-#: two norms (read 2, write 2), two residual sums (read 4, write 2); and of the activation per element of the MLP's
-#: width (read 4, write 2), all in bf16.
-_BYTES_PER_HIDDEN, _BYTES_PER_FFN = 20, 6
+#: Memory traffic of a layer outside attention and matrix products in bf16, bytes per token.
+#: Forward, per element of hidden_size: two norms (read 2, write 2), two residual sums (read 4, write 2), rotary
+#: embedding of q and k (about 5); per element of the MLP's width: a gated activation (read 4, write 2).
+_FORWARD_BYTES = (25, 6)
+#: Backward: two norms (read 4, write 2), two sums, rotary; the activation (read 6, write 4).
+_BACKWARD_BYTES = (29, 10)
+#: Per parameter and micro-batch: the float32 gradient is read and written.
+_GRADIENT_BYTES = 8
 #: Optimizer: float32 gradient, master weight and two moments read, the last three written, bf16 weight written.
 _OPTIMIZER_BYTES_PER_PARAM = 30
 
@@ -86,12 +90,16 @@ def _layer_terms(
     visited = model.moe_router_topk if model.num_experts else 1
     width = visited * model.expert_params + model.shared_expert_params
     ffn = width / model.hidden_size / (3 if model.gated else 2)
-    memory = tokens * (_BYTES_PER_HIDDEN * model.hidden_size + _BYTES_PER_FFN * ffn) / candidate.tensor
+    tiled = 2.0 * tokens * width / candidate.tensor if candidate.tiled_mlp else 0.0
+    per_hidden, per_ffn = (f * (1 + again) + b for f, b in zip(_FORWARD_BYTES, _BACKWARD_BYTES, strict=True))
+    memory = tokens * (per_hidden * model.hidden_size + per_ffn * ffn) / candidate.tensor
+    experts = model.layer_params / candidate.expert if model.num_experts else model.layer_params
+    memory += _GRADIENT_BYTES * experts / candidate.tensor
     return {
         "attention, computing": forward.compute_s * (1 + attention_again) + backward.compute_s,
         "attention, waiting": forward.exposed_s * (1 + attention_again) + backward.exposed_s,
-        "matrix products": runs * flops / hardware.matmul_flops_per_s,
-        "norms and activations": runs * memory / hardware.memory_bytes_per_s,
+        "matrix products": (runs * flops + tiled) / hardware.matmul_flops_per_s,
+        "memory traffic": memory / hardware.memory_bytes_per_s,
         "TP collectives": (2 + again) * _tensor_parallel_s(candidate, work, hardware),
         "expert all-to-all": (2 + again) * _expert_s(candidate, work, hardware),
     }

@@ -190,7 +190,7 @@ def test_models_from_flags() -> None:
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_number_of_a_profile_has_its_source(name: str) -> None:
     hardware = PROFILES[name]
-    derived = {"name", "sources", "gpus_per_node", "kernel_overhead_s", "dtype_bytes", "node_fabric_bytes_per_s"}
+    derived = {"name", "sources", "gpus_per_node", "kernel_overhead_s", "dtype_bytes", "node_fabric_bytes_per_s", "nic_order"}
     for field in dataclasses.fields(hardware):
         key = "attention" if field.name.startswith("attention") else field.name
         assert field.name in derived or hardware.sources.get(key), f"{name}: no source for {field.name}"
@@ -230,6 +230,7 @@ def test_other_yaml_is_read_where_pyyaml_is(tmp_path: Path) -> None:
         ('{"base": "h100", "nisc_per_node": 2}', "no field nisc_per_node"),
         ('{"base": "pentium"}', "base 'pentium' is unknown"),
         ('{"name": "x"}', "missing attention_backward"),
+        ('{"base": "h100", "nic_order": "random"}', "nic_order='random' is unknown"),
         ('{"base": "h100", "nic_bytes_per_s": 0}', "nic_bytes_per_s=0 must be above 0"),
         ('{"base": "h100", "attention_forward": 5}', "attention_forward must map block lengths"),
         ("[1, 2]", "must hold a mapping"),
