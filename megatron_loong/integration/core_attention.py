@@ -93,11 +93,10 @@ class LoongCoreAttention(MegatronModule):
         """Megatron's sinks: none, zeros, or a parameter, of the size of this TP rank's heads."""
         kind = getattr(self.config, "softmax_type", "vanilla")
         heads = self.config.num_attention_heads // self.config.tensor_model_parallel_size
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         if kind == "vanilla":
             self.softmax_offset = None
             return
-        offset = torch.zeros(heads, device=device, dtype=self.config.params_dtype)
+        offset = torch.zeros(heads, device=_device(), dtype=self.config.params_dtype)
         if kind == "off-by-one":
             self.softmax_offset = offset
         elif kind == "learnable":
@@ -117,8 +116,7 @@ class LoongCoreAttention(MegatronModule):
         assert width is not None  # TransformerConfig fills it in
         shapes = ((heads, k_channels or width), (kv_heads, k_channels or width), (kv_heads, v_channels or width))
         q, k, v = (torch.empty(1, 1, *shape, dtype=dtype, device="meta") for shape in shapes)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        request = dataclasses.replace(self._request(q, k, v), device_type=device)
+        request = dataclasses.replace(self._request(q, k, v), device_type=_device().type)
         try:
             choose_kernel(request, self.kernel)
         except ValueError as error:
@@ -190,8 +188,7 @@ class LoongCoreAttention(MegatronModule):
         tracker = get_cuda_rng_tracker()
         assert tracker is not None
         with contextlib.nullcontext() if self.config.sequence_parallel else tracker.fork():
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return int(torch.randint(2**62, (), device=device))
+            return int(torch.randint(2**62, (), device=_device()))
 
     def _max_logits(self, query: torch.Tensor) -> torch.Tensor | None:
         """Where `--qk-clip` finds the greatest score of each head; it takes the maximum over the ranks itself."""
@@ -225,6 +222,11 @@ class LoongCoreAttention(MegatronModule):
         taken = choose_kernel(request, self.kernel).name
         others = [line for line in explain(request, self.kernel).splitlines() if not line.startswith(f"{taken}:")]
         runtime.active().say(f"attention kernel {taken} (--loong-kernel {self.kernel}); " + "; ".join(others))
+
+
+def _device() -> torch.device:
+    """Where Megatron puts its tensors; in CPU mode `torch.cuda` is played by the CPU."""
+    return torch.empty(0, device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu").device
 
 
 def causal_of(mask_type: AttnMaskType, attention_mask: torch.Tensor | None) -> bool:
