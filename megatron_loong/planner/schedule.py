@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_loong.planner.tiles import Held, Mask, Tile, held_segments, tiles
+from megatron_loong.planner.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles
 from megatron_loong.topology.tokens import Run, TokenLayout, starts_of
 
 Rows = tuple[Run, ...]
@@ -178,16 +178,15 @@ class RingSchedule:
 
     def tiles(self, ring_rank: int, owner: int) -> list[Tile]:
         """Tiles of `ring_rank` with all of `owner`'s block."""
-        q, kv = self._held
-        if ring_rank != owner:
-            q, kv = self._shared
+        q, kv = self._held if ring_rank == owner else self._shared
         return tiles(self.q, self.kv, q[ring_rank], kv[owner], self.mask)
 
     def needs(self, ring_rank: int, owner: int) -> Rows:
         """Rows of `owner`'s block that `ring_rank` sees."""
         if (ring_rank, owner) not in self._known_needs:
-            rows = union((tile.kv.start, tile.kv.stop) for tile in self.tiles(ring_rank, owner))
-            self._known_needs[ring_rank, owner] = rows
+            q, kv = self._held if ring_rank == owner else self._shared
+            seen = seen_rows(self.q, self.kv, q[ring_rank], kv[owner], self.mask)
+            self._known_needs[ring_rank, owner] = union(seen)
         return self._known_needs[ring_rank, owner]
 
     @functools.cached_property

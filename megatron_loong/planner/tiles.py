@@ -151,6 +151,33 @@ def tiles(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Ma
     return found
 
 
+def seen_rows(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Mask) -> Iterator[Run]:
+    """Runs of the block `kv_held` of which a rank holding `q_held` sees every row: what `tiles` reads, told faster."""
+    left, right = (math.inf if x is None else x for x in (mask.left, mask.right))
+    for document, q_segments in q_held.items():
+        if document not in kv_held:
+            continue
+        kv_segments = kv_held[document]
+        shift = (kv.documents[document + 1] - kv.documents[document]) - (
+            q.documents[document + 1] - q.documents[document]
+        )
+        for segment in q_segments:
+            first, last = segment.start + shift, segment.stop - 1 + shift
+            seen = _rows_before(kv_segments, first - left), _rows_before(kv_segments, last + right + 1)
+            if seen[0] < seen[1]:
+                yield seen
+
+
+def _rows_before(segments: list[Segment], place: float) -> int:
+    """Row behind those of a document's keys that stand before `place`."""
+    row = segments[0].local
+    for segment in segments:
+        if place <= segment.start:
+            break
+        row = segment.local + int(min(place, segment.stop)) - segment.start
+    return row
+
+
 class _Stretch(NamedTuple):
     """Rows [first, last] of q whose visible keys begin and end at `low` and `high`: values at first and last row."""
 
@@ -163,10 +190,6 @@ class _Stretch(NamedTuple):
 def _document_tiles(q: list[Segment], kv: list[Segment], mask: Mask, shift: int) -> list[Tile]:
     origin, end = kv[0].local, kv[-1].local + kv[-1].stop - kv[-1].start
 
-    def rows_before(place: float) -> int:
-        """Rows of the block whose key stands before `place`."""
-        return origin + sum(int(min(max(place - x.start, 0), x.stop - x.start)) for x in kv)
-
     left, right = (math.inf if x is None else x for x in (mask.left, mask.right))
     # Where the ends of what a row sees begin or stop to grow.
     kinks = sorted(
@@ -177,8 +200,8 @@ def _document_tiles(q: list[Segment], kv: list[Segment], mask: Mask, shift: int)
         cuts = [segment.start, *(x for x in kinks if segment.start < x < segment.stop), segment.stop]
         for start, stop in itertools.pairwise(cuts):
             places = (start + shift, stop - 1 + shift)
-            low = tuple(rows_before(p - left) for p in places)
-            high = tuple(rows_before(p + right + 1) for p in places)
+            low = tuple(_rows_before(kv, p - left) for p in places)
+            high = tuple(_rows_before(kv, p + right + 1) for p in places)
             row = segment.local + start - segment.start
             stretches += _nonempty(_Stretch(row, row + stop - 1 - start, low, high))  # type: ignore[arg-type]
     assert all(origin <= x.low[0] and x.high[1] <= end for x in stretches)

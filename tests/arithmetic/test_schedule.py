@@ -93,6 +93,15 @@ def test_every_allowed_pair_is_computed_once_over_all_ranks_and_no_other(schedul
 
 
 @settings(max_examples=100, deadline=None)
+@given(schedules())
+def test_what_is_sent_is_what_the_tiles_read(schedule: RingSchedule) -> None:
+    for rank in range(schedule.ring_size):
+        for owner in range(schedule.ring_size):
+            read = union((tile.kv.start, tile.kv.stop) for tile in schedule.tiles(rank, owner))
+            assert schedule.needs(rank, owner) == read
+
+
+@settings(max_examples=100, deadline=None)
 @given(schedules(), st.booleans())
 def test_every_message_is_received_in_the_step_in_which_it_is_sent(schedule: RingSchedule, backward: bool) -> None:
     sent, received = Counter(), Counter()
