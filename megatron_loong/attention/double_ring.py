@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_loong.attention.merge import merge_
+from megatron_loong.comm.ring import Ring
+from megatron_loong.kernels.interface import AttentionKernel
 from megatron_loong.planner.schedule import (
     Run,
     Tile,
@@ -21,8 +23,6 @@ from megatron_loong.planner.schedule import (
     gradient_sources,
     tiles,
 )
-from megatron_loong.comm.ring import Ring
-from megatron_loong.kernels.interface import AttentionKernel
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -92,9 +92,7 @@ def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:
         tuple(
             (head, index)
             for _, head, index in sorted(
-                (run, head, index)
-                for head in range(hp)
-                for index, run in enumerate(rank_runs[ring_rank * hp + head])
+                (run, head, index) for head in range(hp) for index, run in enumerate(rank_runs[ring_rank * hp + head])
             )
         )
         for ring_rank in range(config.ring_size)
