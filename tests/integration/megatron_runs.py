@@ -6,11 +6,13 @@ log rounds a gradient norm to three decimals, which hides the mistakes looked fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import json
 import os
+import random
 import runpy
 import socket
 import sys
@@ -22,6 +24,7 @@ from tests.integration.nursery import nursery_of, serve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECORD = "megatron_loong test record: "
+RELATIVE_TOLERANCE = 1e-5
 
 #: A model small enough for a core and a half, with what long-context models have: RoPE, GQA, SwiGLU, RMSNorm. SGD,
 #: for Adam forgives a gradient that is wrong by a factor. Three steps: the first shows the forward, the others
@@ -38,6 +41,13 @@ TOY_MODEL = tuple(
     --attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader
     """.split()
 )
+
+
+#: A flag that a run may be given, and what of the toy model it takes the place of.
+CONTRADICTIONS = {
+    "--data-path": "--mock-data",
+    "--multi-latent-attention": "--group-query-attention --num-query-groups 2",
+}
 
 
 @dataclass(frozen=True)
@@ -67,15 +77,32 @@ def own_script() -> Path | None:
 def train(script: Path, world_size: int, *flags: str, timeout_s: int = 300) -> list[Step]:
     """Losses and gradient norms of a CPU training run of `script` on `world_size` ranks, one `Step` per step.
 
-    Remembered for the session: several tests share a baseline. Raises `RuntimeError` with the end of the log of
+    A flag of `CONTRADICTIONS` takes the place of the toy model's own. Remembered for the session: several tests
+    share a baseline. Raises `RuntimeError` with the end of the log of
     the rank that failed first.
     """
+    model = " ".join(TOY_MODEL)
+    for flag, replaced in CONTRADICTIONS.items():
+        if flag in flags:
+            model = model.replace(replaced, "")
     with tempfile.TemporaryDirectory(prefix="megatron_runs_") as folder:
-        logs = _run_ranks([str(script), *TOY_MODEL, *flags], world_size, Path(folder), timeout_s)
+        logs = _run_ranks([str(script), *model.split(), *flags], world_size, Path(folder), timeout_s)
     records = [line.removeprefix(RECORD) for log in logs for line in log.splitlines() if line.startswith(RECORD)]
     if not records:
         raise RuntimeError(f"{script} ended well but reported no step:\n{_tail(logs[-1])}")
     return [Step(**json.loads(record)) for record in records]
+
+
+def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = RELATIVE_TOLERANCE) -> None:
+    """Every loss and gradient norm within `tolerance` of its size; a failure names the step and the quantity."""
+    assert len(steps) == len(expected)
+    for number, (step, wanted) in enumerate(zip(steps, expected, strict=True), start=1):
+        for quantity, value in vars(step).items():
+            reference = getattr(wanted, quantity)
+            error = abs(value - reference) / abs(reference)
+            assert error <= tolerance, (
+                f"{quantity} of step {number}: {value} instead of {reference}, relative error {error:.1e}"
+            )
 
 
 def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: int) -> list[str]:
@@ -103,9 +130,12 @@ def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: i
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, from below those that a system gives to outgoing connections."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port among a hundred between 20000 and 32000")
 
 
 def _tail(log: str, lines: int = 40) -> str:
