@@ -39,7 +39,7 @@ def add_loong_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def mend_help(parser: argparse.ArgumentParser) -> None:
-    """Escape a bare % in Megatron's own help texts (0.18 and 0.19 have one), at which `--help` would end in an error."""
+    """Escape a bare % in help texts (Megatron 0.18 and 0.19 have one), at which `--help` would end in an error."""
     for action in parser._actions:  # argparse has no public view of its options
         try:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}

@@ -25,6 +25,7 @@ options:
 #: Other things `python -m megatron_loong NAME ...` can do: name -> ("module:function", one line of help).
 #: The function takes the remaining arguments as a list and returns an exit code; modules are imported when called.
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("megatron_loong.integration.doctor:main", "what is installed, which kernels serve, whether flags fit"),
     "sbatch": ("megatron_loong.launch.slurm:main", "write a Slurm batch script"),
     "patch": ("megatron_loong.launch.patch:main", "put the flag into a Megatron-LM tree, or take it out"),
 }
