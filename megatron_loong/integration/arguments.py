@@ -58,6 +58,15 @@ def add_loong_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag_of(field), default=getattr(defaults, field), help=text, **extra)
 
 
+def mend_help(parser: argparse.ArgumentParser) -> None:
+    """Escape a bare % in help texts (Megatron 0.18 and 0.19 have one), at which `--help` would end in an error."""
+    for action in parser._actions:  # argparse has no public view of its options
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError):
+            action.help = (action.help or "").replace("%", "%%")
+
+
 def listen(parser: argparse.ArgumentParser, on_parsed: Callable[[argparse.Namespace], None]) -> None:
     """Call `on_parsed` with what this one parser returns, before Megatron sees it.
 

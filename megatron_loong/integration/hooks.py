@@ -101,6 +101,7 @@ def _hook_add_megatron_arguments(state: Runtime, original: Callable[..., Any]) -
     def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
         parser = original(*args, **kwargs)
         arguments.add_loong_arguments(parser)
+        arguments.mend_help(parser)
         arguments.listen(parser, state.on_parsed)
         return parser
 
