@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from megatron_loong.bench.rivals.interface import Contestant, Shape
+from megatron_loong.bench.rivals.internevo import InternEvoDoubleRing
 from megatron_loong.bench.rivals.others import DeepSpeedUlysses, RingFlashAttn, YunchangUlysses, YunchangUSP
 from megatron_loong.bench.rivals.ours import ComputeAlone, Loong
 from megatron_loong.bench.rivals.torch_cp import TorchContextParallel
@@ -17,7 +18,6 @@ CANNOT_RUN = {
     "MagiAttention": "its engine needs a GPU",
     "flash-attn varlen rings, llama3 of ring-flash-attn": "not balanced: 1.75x the work on one rank of 4",
     "ring-attention-pytorch": "wrong dk and dv; naive kernel, about 8x slower on a CPU",
-    "InternEvo, LoongTrain's own implementation": "not usable from the package index: its release there predates 2D",
 }
 
 
@@ -34,7 +34,17 @@ def all_contestants(world_size: int) -> list[Contestant]:
     ]
     usp = [YunchangUSP(n, u, first) for u in divisors(n) if 1 < u < n for first in (True, False)]
     ring = [TorchContextParallel(n, rotation) for rotation in ("all-gather", "all-to-all")]
-    return [ComputeAlone(n), *ours, *usp, YunchangUlysses(n), DeepSpeedUlysses(n), RingFlashAttn(n), *ring]
+    internevo = [InternEvoDoubleRing(n, u, w) for u in divisors(n) for w in divisors(n // u) if 1 < w < n // u]
+    return [
+        ComputeAlone(n),
+        *ours,
+        *usp,
+        YunchangUlysses(n),
+        DeepSpeedUlysses(n),
+        RingFlashAttn(n),
+        *ring,
+        *internevo,
+    ]
 
 
 def choose(
