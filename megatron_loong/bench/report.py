@@ -71,6 +71,8 @@ def _row(entry: Entry, cluster: dict[str, Any] | None) -> dict[str, Any]:
         "forward_backward_s": timing.forward_backward_s,
         "quartiles_s": timing.spread_s,
         "cpu_s": timing.cpu_s,
+        "main_cpu_s": timing.main_cpu_s,
+        "attention_cpu_s": statistics.median(one.attention_cpu_s for one in entry.counts),
         "rounds": timing.rounds,
         "forward_sent_bytes": max(sum(one.forward_sent_bytes) for one in entry.counts),
         "sent_bytes": max(sum(one.sent_bytes) for one in entry.counts),
