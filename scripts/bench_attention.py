@@ -6,6 +6,7 @@ sudo scripts/emulate_cluster.sh 2 4 --nic 400mbit -- python scripts/bench_attent
 
 The rivals come from requirements/bench.txt, installed beside the environment so that they bring no other PyTorch:
 pip install --no-deps --target runs/rivals -r requirements/bench.txt; export PYTHONPATH=runs/rivals
+InternEvo's double ring is in no release: export INTERNEVO_PATH=(a checkout of InternEvo).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw records of scripts/bench_attention.py: one panel each, fastest on top.
+"""Draw records of scripts/bench_attention.py, one panel each, fastest on top, and print their tables.
 
 python scripts/bench_picture.py runs/bench/mha.json runs/bench/gqa.json --picture docs/images/bench.png
 """
@@ -11,6 +11,10 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from megatron_loong.bench.report import markdown
 
 OURS, RIVAL, BOUND, INK = "#1f4e79", "#f2a154", "#9aa5ae", "#b03a2e"
 
@@ -80,6 +84,8 @@ def main() -> int:
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.picture, dpi=110)
+    for record in records:
+        print(f"### {title(record)}\n\n{markdown(record)}\n".replace("\nS ", ", S "))
     print(f"picture: {args.picture}")
     return 0
 

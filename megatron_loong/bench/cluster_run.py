@@ -186,7 +186,8 @@ def run_ranks(cluster: Cluster, command: list[str], extra_environment: dict[str,
     processes = [
         subprocess.Popen(
             ["ip", "netns", "exec", cluster.rank(rank), *command],
-            env={**os.environ, **cluster.environment(rank), **extra_environment},
+            # The namespaces have no names for their addresses, of which torch would warn once per connection.
+            env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **cluster.environment(rank), **extra_environment},
             preexec_fn=_die_with_parent,
         )
         for rank in range(cluster.world_size)

@@ -28,6 +28,8 @@ class Counts:
 
     flops: int
     attention_calls: int
+    attention_cpu_s: float
+    """CPU time inside the operator."""
     peak_live_bytes: int
     """Above the inputs."""
     forward_sent_bytes: list[int]
@@ -122,6 +124,7 @@ def _observe(contestant: Contestant, local: list[torch.Tensor], entry: Entry) ->
     mine = Counts(
         seen.flops,
         seen.attention_calls,
+        seen.attention_cpu_s,
         seen.peak_live_bytes,
         [forward_sent.get(peer, 0) for peer in range(world_size)],
         [sent.get(peer, 0) for peer in range(world_size)],

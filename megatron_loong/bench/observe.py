@@ -6,6 +6,7 @@ Observed runs are slow; times are taken in other ones.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -38,6 +39,8 @@ class Observer(TorchDispatchMode):
         self.flops = 0
         """Of the CPU flash operator."""
         self.attention_calls = 0
+        self.attention_cpu_s = 0.0
+        """CPU time inside the operator, of the calling thread."""
         self.sent_bytes: Counter[int] = Counter()
         """To each global rank, without what a rank sends itself. A gather counts as what its ring carries."""
         self.peak_live_bytes = 0
@@ -50,11 +53,14 @@ class Observer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        started = time.thread_time()
         if name in (_FORWARD, _BACKWARD):
             self._count_flops(name == _BACKWARD, args, kwargs)
         elif not name.startswith(_LOCAL):
             self._count_bytes(name.split("::")[1].rstrip("_"), args)
         result = func(*args, **kwargs)
+        if name in (_FORWARD, _BACKWARD):
+            self.attention_cpu_s += time.thread_time() - started
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._watch(leaf)

@@ -6,9 +6,23 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-Phases = tuple[float, float, float]
-"""Seconds of forward, of backward, and of CPU time in both, of one rank in one round."""
+
+class Phases(NamedTuple):
+    """One rank in one round, in seconds."""
+
+    forward_s: float
+    backward_s: float
+    cpu_s: float
+    """CPU time of all its threads."""
+    main_cpu_s: float
+    """CPU time of the thread that computes; the rest is gloo's."""
+
+    @property
+    def whole_s(self) -> float:
+        """Forward and backward."""
+        return self.forward_s + self.backward_s
 
 
 @dataclass(frozen=True)
@@ -23,24 +37,30 @@ class Timing:
     """Quartiles of the same."""
     cpu_s: float
     """Median of the CPU time of the rank that used most: what is left when the machine has cores for all."""
+    main_cpu_s: float
+    """The computing thread's part of it."""
     rounds: int
 
 
 def summarise(rounds: Sequence[Sequence[Phases]]) -> Timing:
     """`rounds[i][rank]` of one contestant as one `Timing`; `ValueError` when there are no rounds.
 
-    >>> summarise([[(1.0, 2.0, 2.5), (1.5, 2.0, 3.0)], [(2.0, 2.0, 3.0), (1.0, 1.0, 2.0)]]).forward_backward_s
+    >>> one = [Phases(1.0, 2.0, 2.5, 2.0), Phases(1.5, 2.0, 3.0, 2.5)]
+    >>> other = [Phases(2.0, 2.0, 3.0, 2.0), Phases(1.0, 1.0, 2.0, 1.5)]
+    >>> summarise([one, other]).forward_backward_s
     3.75
     """
     if not rounds:
         raise ValueError("no rounds were run, so there is nothing to summarise")
-    whole = [max(forward + backward for forward, backward, _ in ranks) for ranks in rounds]
+    whole = whole_s(rounds)
+    busiest = [max(ranks, key=lambda rank: rank.cpu_s) for ranks in rounds]
     low, _, high = statistics.quantiles(whole, n=4, method="inclusive") if len(whole) > 1 else whole * 3
     return Timing(
-        forward_s=statistics.median(max(forward for forward, _, _ in ranks) for ranks in rounds),
+        forward_s=statistics.median(max(rank.forward_s for rank in ranks) for ranks in rounds),
         forward_backward_s=statistics.median(whole),
         spread_s=(low, high),
-        cpu_s=statistics.median(max(cpu for _, _, cpu in ranks) for ranks in rounds),
+        cpu_s=statistics.median(rank.cpu_s for rank in busiest),
+        main_cpu_s=statistics.median(rank.main_cpu_s for rank in busiest),
         rounds=len(rounds),
     )
 
@@ -61,18 +81,22 @@ def interleaved(
         first = index % len(names)
         for name in names[first:] + names[:first]:
             barrier()
-            cpu, started = time.process_time(), time.perf_counter()
+            cpu, main_cpu, started = time.process_time(), time.thread_time(), time.perf_counter()
             forward_end, backward_end = contestants[name]()
             if index >= warmups:
-                used = time.process_time() - cpu
-                taken[name].append((forward_end - started, backward_end - forward_end, used))
+                used, main_used = time.process_time() - cpu, time.thread_time() - main_cpu
+                taken[name].append(Phases(forward_end - started, backward_end - forward_end, used, main_used))
     return taken
 
 
-def ratio_to(rounds: Sequence[Sequence[Phases]], reference: Sequence[Sequence[Phases]]) -> float:
-    """Median over rounds of (this contestant's time / the reference's time in the same round)."""
+def whole_s(rounds: Sequence[Sequence[Phases]]) -> list[float]:
+    """By round: forward and backward of the slowest rank."""
+    return [max(rank.whole_s for rank in ranks) for ranks in rounds]
 
-    def whole(ranks: Sequence[Phases]) -> float:
-        return max(forward + backward for forward, backward, _ in ranks)
 
-    return statistics.median(whole(a) / whole(b) for a, b in zip(rounds, reference, strict=True))
+def ratio_to(
+    rounds: Sequence[Sequence[Phases]], reference: Sequence[Sequence[Phases]], at_least_s: float = 0.0
+) -> float:
+    """Median over rounds of this contestant's time over the reference's in the same round, or over `at_least_s`."""
+    pairs = zip(whole_s(rounds), whole_s(reference), strict=True)
+    return statistics.median(mine / max(theirs, at_least_s) for mine, theirs in pairs)

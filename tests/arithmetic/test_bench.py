@@ -12,7 +12,7 @@ from megatron_loong.bench.compare import Counts, Entry
 from megatron_loong.bench.report import busiest_nic_bytes, make_record, markdown
 from megatron_loong.bench.rivals.interface import Shape, zigzag_positions
 from megatron_loong.bench.rivals.registry import all_contestants, choose
-from megatron_loong.bench.timing import interleaved, ratio_to, summarise
+from megatron_loong.bench.timing import Phases, interleaved, ratio_to, summarise
 
 SHAPE = Shape(64, 8, 2, 16, torch.bfloat16)
 CLUSTER = {"nodes": 2, "ranks_per_node": 2, "nics_per_node": 1, "inter_bytes_per_s": 1e3}
@@ -23,8 +23,8 @@ def entry(name: str, package: str, times_s: list[float], sent: int) -> Entry:
     counts = []
     for rank in range(4):
         to_peers = [sent if peer == (rank + 1) % 4 else 0 for peer in range(4)]
-        counts.append(Counts(100, 4, 2**20, [0] * 4, to_peers))
-    rounds = [[(t / 8, t / 8, 0.1)] * 3 + [(t / 2, t / 2, 0.1)] for t in times_s]
+        counts.append(Counts(100, 4, 0.1, 2**20, [0] * 4, to_peers))
+    rounds = [[Phases(t / 8, t / 8, 0.2, 0.1)] * 3 + [Phases(t / 2, t / 2, 0.1, 0.1)] for t in times_s]
     return Entry(name, package, None, 1.0, counts, rounds)
 
 
@@ -43,6 +43,8 @@ def test_a_ratio_is_taken_within_rounds() -> None:
     slow = [1.0, 3.0, 1.0]
     ours, rival = entry("a", "x", slow, 0), entry("b", "y", [2 * t for t in slow], 0)
     assert ratio_to(ours.rounds, rival.rounds) == 0.5
+    # A bound of 4 s counts where the rival (2, 6, 2) is faster than that.
+    assert ratio_to(ours.rounds, rival.rounds, at_least_s=4.0) == 0.25
 
 
 def test_every_round_runs_everyone_and_begins_with_another() -> None:

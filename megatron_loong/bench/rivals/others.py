@@ -33,9 +33,7 @@ class RingFlashAttn(Contestant):
         self._function: Any = None
 
     def why_not(self, shape: Shape) -> str | None:
-        """Its own fault with float32, or not installed."""
-        if shape.dtype == torch.float32:
-            return "wrong gradients in float32: its accumulator is an alias of the block's buffer"
+        """Not installed."""
         return _absent("ring_flash_attn")
 
     def set_up(self, groups: GroupCache, shape: Shape) -> None:
@@ -70,11 +68,9 @@ class YunchangUSP(Contestant):
         self._layer: Any = None
 
     def why_not(self, shape: Shape) -> str | None:
-        """Heads that do not divide, its own fault with float32, or not installed."""
+        """Heads that do not divide, or not installed."""
         if shape.heads % self.ulysses or shape.kv_heads % self.ulysses:
             return f"ulysses {self.ulysses} must divide {shape.heads} heads and {shape.kv_heads} KV heads"
-        if shape.dtype == torch.float32:
-            return "wrong gradients in float32: its accumulator is an alias of the block's buffer"
         return _absent("yunchang")
 
     def set_up(self, groups: GroupCache, shape: Shape) -> None:

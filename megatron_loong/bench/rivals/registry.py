@@ -6,18 +6,19 @@ import fnmatch
 from collections.abc import Sequence
 
 from megatron_loong.bench.rivals.interface import Contestant, Shape
+from megatron_loong.bench.rivals.internevo import InternEvoDoubleRing
 from megatron_loong.bench.rivals.others import DeepSpeedUlysses, RingFlashAttn, YunchangUlysses, YunchangUSP
 from megatron_loong.bench.rivals.ours import ComputeAlone, Loong
 from megatron_loong.bench.rivals.torch_cp import TorchContextParallel
 from megatron_loong.config import LoongConfig, divisors
 
-#: Implementations that no adapter can run here, whatever the shape.
-CANNOT_RUN = {
+#: Implementations without an adapter, whatever the shape.
+NO_ADAPTER = {
     "TransformerEngine (Megatron's own CP)": "needs a GPU",
     "MagiAttention": "its engine needs a GPU",
-    "flash-attn varlen rings, llama3 of ring-flash-attn": "not balanced: 1.75x the work on one rank of 4",
-    "ring-attention-pytorch": "wrong dk and dv; naive kernel, about 8x slower on a CPU",
-    "InternEvo, LoongTrain's own implementation": "not usable from the package index: its release there predates 2D",
+    "ring-flash-attn llama3 and basic": "no adapter: not balanced, up to 1.75 times the work on one of 4 ranks",
+    "axolotl-ringmaster": "no adapter: its rings live inside transformers' attention interface",
+    "ring-attention-pytorch": "no adapter: its own naive kernel, so not the same work",
 }
 
 
@@ -34,7 +35,17 @@ def all_contestants(world_size: int) -> list[Contestant]:
     ]
     usp = [YunchangUSP(n, u, first) for u in divisors(n) if 1 < u < n for first in (True, False)]
     ring = [TorchContextParallel(n, rotation) for rotation in ("all-gather", "all-to-all")]
-    return [ComputeAlone(n), *ours, *usp, YunchangUlysses(n), DeepSpeedUlysses(n), RingFlashAttn(n), *ring]
+    internevo = [InternEvoDoubleRing(n, u, w) for u in divisors(n) for w in divisors(n // u) if 1 < w < n // u]
+    return [
+        ComputeAlone(n),
+        *ours,
+        *usp,
+        YunchangUlysses(n),
+        DeepSpeedUlysses(n),
+        RingFlashAttn(n),
+        *ring,
+        *internevo,
+    ]
 
 
 def choose(
@@ -52,4 +63,4 @@ def choose(
     wanted = [one for one in everyone if any(fnmatch.fnmatch(one.name, pattern) for pattern in patterns)]
     reasons = {one.name: one.why_not(shape) for one in wanted}
     left_out = [(name, reason) for name, reason in reasons.items() if reason is not None]
-    return [one for one in wanted if reasons[one.name] is None], [*left_out, *CANNOT_RUN.items()]
+    return [one for one in wanted if reasons[one.name] is None], [*left_out, *NO_ADAPTER.items()]
