@@ -1,0 +1,1 @@
+"""Implementations of context-parallel attention behind one interface, ours among them."""

@@ -1,0 +1,95 @@
+"""Interleaved rounds: every contestant once a round, so that a machine that slows down slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Phases(NamedTuple):
+    """One rank in one round, in seconds."""
+
+    forward_s: float
+    backward_s: float
+    cpu_s: float
+    """CPU time of all its threads."""
+    main_cpu_s: float
+    """CPU time of the thread that computes; the rest is gloo's."""
+
+    @property
+    def whole_s(self) -> float:
+        """Forward and backward."""
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contestant over all rounds. A round lasts as long as its slowest rank."""
+
+    forward_s: float
+    """Median over rounds of the slowest rank's forward."""
+    forward_backward_s: float
+    """Median over rounds of the slowest rank's forward and backward together."""
+    spread_s: tuple[float, float]
+    """Quartiles of the same."""
+    cpu_s: float
+    """Median of the CPU time of the rank that used most: what is left when the machine has cores for all."""
+    main_cpu_s: float
+    """The computing thread's part of it."""
+    rounds: int
+
+
+def summarise(rounds: Sequence[Sequence[Phases]]) -> Timing:
+    """`rounds[i][rank]` of one contestant as one `Timing`; `ValueError` when there are no rounds.
+
+    >>> one = [Phases(1.0, 2.0, 2.5, 2.0), Phases(1.5, 2.0, 3.0, 2.5)]
+    >>> other = [Phases(2.0, 2.0, 3.0, 2.0), Phases(1.0, 1.0, 2.0, 1.5)]
+    >>> summarise([one, other]).forward_backward_s
+    3.75
+    """
+    if not rounds:
+        raise ValueError("no rounds were run, so there is nothing to summarise")
+    whole = [max(rank.whole_s for rank in ranks) for ranks in rounds]
+    busiest = [max(ranks, key=lambda rank: rank.cpu_s) for ranks in rounds]
+    low, _, high = statistics.quantiles(whole, n=4, method="inclusive") if len(whole) > 1 else whole * 3
+    return Timing(
+        forward_s=statistics.median(max(rank.forward_s for rank in ranks) for ranks in rounds),
+        forward_backward_s=statistics.median(whole),
+        spread_s=(low, high),
+        cpu_s=statistics.median(rank.cpu_s for rank in busiest),
+        main_cpu_s=statistics.median(rank.main_cpu_s for rank in busiest),
+        rounds=len(rounds),
+    )
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], tuple[float, float]]],
+    rounds: int,
+    warmups: int,
+    barrier: Callable[[], object],
+) -> dict[str, list[Phases]]:
+    """Run each contestant once a round, in an order that moves on by one each round; the first `warmups` do not count.
+
+    A contestant returns the clock (`time.perf_counter`) at the end of its forward and of its backward.
+    """
+    names = list(contestants)
+    taken: dict[str, list[Phases]] = {name: [] for name in names}
+    for index in range(warmups + rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            barrier()
+            cpu, main_cpu, started = time.process_time(), time.thread_time(), time.perf_counter()
+            forward_end, backward_end = contestants[name]()
+            if index >= warmups:
+                used, main_used = time.process_time() - cpu, time.thread_time() - main_cpu
+                taken[name].append(Phases(forward_end - started, backward_end - forward_end, used, main_used))
+    return taken
+
+
+def ratio_to(rounds: Sequence[Sequence[Phases]], reference: Sequence[Sequence[Phases]]) -> float:
+    """Median over rounds of (this contestant's time / the reference's time in the same round)."""
+    pairs = zip(rounds, reference, strict=True)
+    return statistics.median(max(x.whole_s for x in a) / max(x.whole_s for x in b) for a, b in pairs)
