@@ -18,6 +18,12 @@ NAMED_PLACEMENTS = {
 
 SEQUENCE_LAYOUTS = ("zigzag", "contiguous")
 
+#: Windows as FlashAttention reads them: (keys to the left, keys to the right), -1 unbounded, counted from the bottom
+#: right: the last row stands at the last key.
+UNBOUNDED = -1
+FULL = (UNBOUNDED, UNBOUNDED)
+CAUSAL = (UNBOUNDED, 0)
+
 
 def divisors(n: int) -> list[int]:
     """All positive divisors of `n`, ascending.

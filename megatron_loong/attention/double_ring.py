@@ -1,28 +1,25 @@
 """Double-Ring-Attention over the KV owners: one loop forward, one backward (LoongTrain section 4.3).
 
-A single ring and Ulysses (ring_size 1) are the same loops with other numbers. Tensors are [s, b, h, d] views of
-whatever memory they came in; a KV block is one flat buffer so that a hop is one message.
+A single ring, Ulysses (ring_size 1), a pack of documents and a sliding window are the same loops with other
+schedules. Tensors are [s, b, h, d] views of whatever memory they came in; a KV block is one flat buffer so that a hop
+is one message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
-from megatron_loong.attention.merge import merge_
-from megatron_loong.planner.schedule import (
-    Run,
-    Tile,
-    Visit,
-    backward_visits,
-    forward_visits,
-    gradient_sources,
-    tiles,
-)
-from megatron_loong.comm.ring import Ring
-from megatron_loong.kernels.interface import AttentionKernel
+from megatron_loong.attention.heads import expand_heads, sum_heads
+from megatron_loong.attention.merge import add_sink_, merge_
+from megatron_loong.attention.plan import RingPlan
+from megatron_loong.comm.ring import Message, Wait
+from megatron_loong.kernels.max_logit import raise_to_max_logits_
+from megatron_loong.planner.schedule import OWN, Hop, Rows, Visit, row_count, slice_within
+from megatron_loong.planner.tiles import Tile
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,146 +32,172 @@ class KVBlock:
     """k [s, b, g, d] and v [s, b, g, dv] (or their gradients) as two views of one flat buffer."""
 
     flat: torch.Tensor
-    k_shape: tuple[int, ...]
-    v_shape: tuple[int, ...]
+    k_row: tuple[int, ...]
+    """[b, g, d]."""
+    v_row: tuple[int, ...]
+    """[b, g, dv]."""
 
     @classmethod
-    def empty(cls, k_shape: tuple[int, ...], v_shape: tuple[int, ...], like: torch.Tensor) -> KVBlock:
+    def empty(cls, rows: int, k_row: Iterable[int], v_row: Iterable[int], like: torch.Tensor) -> KVBlock:
         """An uninitialised block on the device and in the dtype of `like`."""
-        size = torch.Size(k_shape).numel() + torch.Size(v_shape).numel()
-        return cls(torch.empty(size, dtype=like.dtype, device=like.device), tuple(k_shape), tuple(v_shape))
+        k_row, v_row = torch.Size(k_row), torch.Size(v_row)
+        flat = torch.empty(rows * (k_row.numel() + v_row.numel()), dtype=like.dtype, device=like.device)
+        return cls(flat, k_row, v_row)
 
     def with_data(self, flat: torch.Tensor) -> KVBlock:
-        """The same shapes over another buffer."""
-        return KVBlock(flat, self.k_shape, self.v_shape)
+        """Rows of the same shape in another buffer."""
+        return KVBlock(flat, self.k_row, self.v_row)
 
-    def zeros(self, dtype: torch.dtype) -> KVBlock:
-        """A gradient block for this one."""
-        return self.with_data(torch.zeros_like(self.flat, dtype=dtype))
+    def buffer(self, rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised buffer for so many rows."""
+        return torch.empty(rows * self._width, dtype=dtype or self.flat.dtype, device=self.flat.device)
+
+    def chosen(self, held: Rows, wanted: Rows) -> torch.Tensor:
+        """The buffer of the rows `wanted` out of this block, which holds `held`; a copy unless it wants all."""
+        if wanted == held:
+            return self.flat
+        places = [slice_within(held, run) for run in wanted]
+        return torch.cat([x[place].reshape(-1) for x in (self.k, self.v) for place in places])
+
+    @property
+    def _width(self) -> int:
+        return torch.Size(self.k_row).numel() + torch.Size(self.v_row).numel()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows s."""
+        return self.flat.numel() // self._width
 
     @property
     def k(self) -> torch.Tensor:
         """[s, b, g, d]."""
-        return self.flat[: torch.Size(self.k_shape).numel()].view(self.k_shape)
+        return self.flat[: self.rows * torch.Size(self.k_row).numel()].view(self.rows, *self.k_row)
 
     @property
     def v(self) -> torch.Tensor:
         """[s, b, g, dv]."""
-        return self.flat[torch.Size(self.k_shape).numel() :].view(self.v_shape)
+        return self.flat[self.rows * torch.Size(self.k_row).numel() :].view(self.rows, *self.v_row)
 
 
-@dataclass(frozen=True)
-class RingPlan:
-    """Everything the loops need that is not a tensor."""
+class Traffic:
+    """Messages under way on a pair of rings: posted together by step, waited for when they are due."""
 
-    ring_rank: int
-    outer_ring_size: int
-    inner_ring_size: int
-    runs: tuple[tuple[Run, ...], ...]
-    """Runs of the global sequence that each ring rank holds."""
-    rings: dict[str, Ring]
-    """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
-    kernel: AttentionKernel
-    causal: bool
-    softmax_scale: float
-    deterministic: bool
+    def __init__(self, plan: RingPlan, suffix: str, what: str) -> None:
+        self._plan, self._suffix, self._what = plan, suffix, what
+        self._sent: defaultdict[int, list[tuple[Wait, torch.Tensor]]] = defaultdict(list)
 
-    @property
-    def ring_size(self) -> int:
-        """Number of KV owners."""
-        return self.outer_ring_size * self.inner_ring_size
+    def post(self, hops: list[tuple[Hop, torch.Tensor]]) -> list[tuple[Hop, torch.Tensor, Wait]]:
+        """Begin the hops of one step; returns those that receive, each with its wait."""
+        arriving = []
+        for ring in ("inner", "outer"):
+            ends = [(hop, block) for hop, block in hops if hop.ring == ring]
+            if not ends:
+                continue
+            messages = [Message(hop.send, hop.peer, block, f"{self._what} {tuple(hop.visit)}") for hop, block in ends]
+            waits = self._plan.rings[ring + self._suffix].post(messages)
+            for (hop, block), wait in zip(ends, waits, strict=True):
+                if hop.send:
+                    self._sent[hop.due].append((wait, block))
+                else:
+                    arriving.append((hop, block, wait))
+        return arriving
 
-    def tiles_of(self, visit: Visit) -> list[Tile]:
-        """Tiles that this rank computes with the block of a visit."""
-        owner = visit.owner(self.ring_rank, self.ring_size, self.inner_ring_size)
-        return tiles(list(self.runs[self.ring_rank]), list(self.runs[owner]), self.causal)
+    def finish_sends(self, step: int) -> None:
+        """Wait for what was sent and is wanted by now at the other end, and let go of its memory."""
+        for wait, _ in self._sent.pop(step, ()):
+            wait()
 
 
-Arrival = tuple[torch.Tensor, Callable[[], None]]
-
-
-@dataclass
 class Circulation:
-    """Brings the KV blocks in the order of `visits`, each hop posted before the tile that hides it.
+    """Brings the KV blocks of a passage, each hop posted before the tiles that hide it.
 
     Outer hops are posted as soon as the block they carry is here, that is, a whole inner round ahead. Besides the
     rank's own block it holds, on each of the two rings, the block that travels and the one that arrives.
     """
 
-    plan: RingPlan
-    own: KVBlock
-    visits: list[Visit]
-    _blocks: dict[Visit, torch.Tensor] = field(default_factory=dict)
-    _under_way: dict[Visit, Arrival] = field(default_factory=dict)
-    _posted: set[Visit] = field(default_factory=set)
+    def __init__(self, plan: RingPlan, own: KVBlock, backward: bool) -> None:
+        self._work = plan.passage(backward)
+        self._own = own
+        self._blocks: dict[Visit, torch.Tensor] = {OWN: own.flat}
+        self._arriving: dict[Visit, tuple[torch.Tensor, Wait]] = {}
+        self._traffic = Traffic(plan, "", "KV block")
 
-    def __post_init__(self) -> None:
-        self._arrived(Visit(0, 0), self.own.flat)
+    def begin(self, step: int) -> None:
+        """Post what belongs to a step (-1: before the first)."""
+        if step >= 0 and self._work.visits[step] in self._arriving:
+            self.block(self._work.visits[step])
+        hops = [(hop, self._buffer(hop)) for hop in self._work.hops.get(step, ())]
+        self._traffic.finish_sends(step)
+        for hop, buffer, wait in self._traffic.post(hops):
+            self._arriving[hop.visit] = buffer, wait
 
-    def block(self, index: int) -> KVBlock:
-        """The block of `visits[index]`; posts what the next visit needs before it returns."""
-        flat = self._fetch(self.visits[index])
-        if index + 1 < len(self.visits):
-            self._post(self.visits[index + 1])
-        self._forget(self.visits[: index + 1])
-        return self.own.with_data(flat)
-
-    def _fetch(self, visit: Visit) -> torch.Tensor:
-        self._post(visit)
-        if visit in self._under_way:
-            incoming, wait = self._under_way.pop(visit)
+    def block(self, visit: Visit) -> KVBlock:
+        """The block of a visit, here."""
+        if visit in self._arriving:
+            self._blocks[visit], wait = self._arriving.pop(visit)
             wait()
-            self._arrived(visit, incoming)
-        return self._blocks[visit]
+        return self._own.with_data(self._blocks[visit])
 
-    def _arrived(self, visit: Visit, flat: torch.Tensor) -> None:
-        self._blocks[visit] = flat
-        following = Visit(visit.outer_shift + 1, 0)
-        if visit.inner_shift == 0 and following.outer_shift < self.plan.outer_ring_size:
-            self._post(following)
+    def end(self, step: int) -> None:
+        """Drop the blocks that are not used after `step`."""
+        for visit in [x for x in self._blocks if self._work.last_use[x] <= step]:
+            del self._blocks[visit]
 
-    def _post(self, visit: Visit) -> None:
-        source = visit.source()
-        if source is None or visit in self._posted:
-            return
-        self._posted.add(visit)
-        ring = self.plan.rings["inner" if visit.inner_shift else "outer"]
-        self._under_way[visit] = ring.pass_on(self._fetch(source), f"KV block {tuple(visit)}")
-
-    def _forget(self, done: list[Visit]) -> None:
-        """Drop the blocks that were visited and passed on; a hop under way keeps its own reference."""
-        waiting = {visit.source() for visit in self.visits if visit not in self._posted}
-        for visit in done:
-            if visit not in waiting:
-                self._blocks.pop(visit, None)
+    def _buffer(self, hop: Hop) -> torch.Tensor:
+        if hop.send:
+            return self.block(hop.visit).chosen(self._work.kv_rows[hop.visit], hop.rows)
+        return self._own.buffer(row_count(hop.rows))
 
 
 def ring_forward(q: torch.Tensor, kv: KVBlock, plan: RingPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the local q over every rank's kv.
 
-    q [s, b, h, d], kv of the same s. Returns out [s, b, h, dv] in q's dtype and lse [s, b, h] in float32 (float64).
+    q [s, b, h, d]. Returns out [s, b, h, dv] in q's dtype and lse [s, b, h] in float32 (float64); a row that no key
+    is visible to has out 0 and lse -inf.
     """
-    visits = forward_visits(plan.outer_ring_size, plan.inner_ring_size)
-    circulation = Circulation(plan, kv, visits)
-    out = lse = None
-    for index, visit in enumerate(visits):
-        block = circulation.block(index)
-        for tile in plan.tiles_of(visit):
-            block_out, block_lse = plan.kernel.forward(
-                _bshd(q[tile.q]),
-                _bshd(block.k[tile.kv]),
-                _bshd(block.v[tile.kv]),
-                softmax_scale=plan.softmax_scale,
-                causal=tile.causal,
-            )
-            if out is None or lse is None:  # the rank's own tile: it covers every row
-                out, lse = block_out, block_lse
-                if plan.ring_size > 1:
-                    out, lse = out.to(accumulator_dtype(q.dtype)), lse.clone()
-            else:
-                merge_(out[:, tile.q], lse[:, tile.q], block_out, block_lse)
-    assert out is not None and lse is not None
+    work, circulation = plan.passage(backward=False), Circulation(plan, kv, backward=False)
+    wide = accumulator_dtype(q.dtype)
+    result: tuple[torch.Tensor, torch.Tensor] | None = None
+    circulation.begin(-1)
+    for step, visit in enumerate(work.visits):
+        circulation.begin(step)
+        rows = None
+        for tile in work.tiles.get(visit, ()):
+            for call in plan.calls(tile):
+                block_out, block_lse = _tile_forward(q, circulation.block(visit), call, visit, plan)
+                if result is None and call.q == slice(0, q.shape[0]):
+                    result = (block_out, block_lse) if plan.one_call else (block_out.to(wide), block_lse.clone())
+                    rows = call.q
+                    continue
+                out, lse = result = result or _nothing_seen(q, kv, wide)
+                # Rows that meet their first keys need no merging: the own block comes first, in tiles of other rows.
+                if visit == OWN and call.q != rows:
+                    out[:, call.q], lse[:, call.q] = block_out, block_lse
+                else:
+                    merge_(out[:, call.q], lse[:, call.q], block_out, block_lse)
+                rows = call.q
+        circulation.end(step)
+    out, lse = result or _nothing_seen(q, kv, wide)
+    if plan.sink is not None:
+        out, lse = out.to(wide), lse.clone()
+        add_sink_(out, lse, plan.sink)
     return out.to(q.dtype).transpose(0, 1), lse.transpose(0, 1)
+
+
+def _tile_forward(
+    q: torch.Tensor, block: KVBlock, tile: Tile, visit: Visit, plan: RingPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rules = plan.rules_of(tile, visit, plan.passage(backward=False), q.device)
+    k, v = (expand_heads(_bshd(x[tile.kv]), plan.kv_of_query) for x in (block.k, block.v))
+    if plan.max_logits is not None:
+        raise_to_max_logits_(plan.max_logits, _bshd(q[tile.q]), k, rules)
+    return plan.kernel.forward(_bshd(q[tile.q]), k, v, rules)
+
+
+def _nothing_seen(q: torch.Tensor, kv: KVBlock, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    s, b, h = q.shape[:3]
+    out = torch.zeros(b, s, h, kv.v_row[-1], dtype=wide, device=q.device)
+    return out, torch.full((b, s, h), -torch.inf, dtype=wide, device=q.device)
 
 
 def ring_backward(
@@ -185,32 +208,57 @@ def ring_backward(
     KV goes round again. The gradient of a block travels with the visits, on communicators of its own, and is at
     home after ring_size - 1 hops (`backward_visits`).
     """
-    visits = backward_visits(plan.outer_ring_size, plan.inner_ring_size)
-    circulation = Circulation(plan, kv, visits)
-    sum_dtype = accumulator_dtype(q.dtype)
-    dq = torch.zeros(q.shape, dtype=sum_dtype, device=q.device)
-    arriving: dict[Visit, Arrival] = {}
-    for index, visit in enumerate(visits):
-        block = circulation.block(index)
-        grads = [(tile, _tile_backward(dout, q, block, out, lse, tile, plan)) for tile in plan.tiles_of(visit)]
-        del block
-        dkv = None
-        for source in gradient_sources(visit, plan.outer_ring_size, plan.inner_ring_size):
-            incoming, wait = arriving.pop(source)
-            wait()
-            dkv = kv.with_data(incoming if dkv is None else dkv.flat.add_(incoming))
-        dkv = dkv or kv.zeros(sum_dtype)
-        for tile, (_, tile_dk, tile_dv) in grads:
-            dkv.k[tile.kv].add_(tile_dk.transpose(0, 1))
-            dkv.v[tile.kv].add_(tile_dv.transpose(0, 1))
-        if index + 1 == len(visits):
-            return_dkv = dkv
-        else:
-            ring = plan.rings["outer_dkv" if visit.inner_shift == 0 else "inner_dkv"]
-            arriving[visit] = ring.pass_on(dkv.flat, f"dKV of block {tuple(visit)}")
-        for tile, (tile_dq, _, _) in grads:
-            dq[tile.q].add_(tile_dq.transpose(0, 1))
-    return dq, return_dkv
+    work, circulation = plan.passage(backward=True), Circulation(plan, kv, backward=True)
+    wide = accumulator_dtype(q.dtype)
+    traffic = Traffic(plan, "_dkv", "dKV of block")
+    arriving: defaultdict[Visit, list[tuple[Rows, torch.Tensor, Wait]]] = defaultdict(list)
+    dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+    dkv = None
+    circulation.begin(-1)
+    for step, visit in enumerate(work.visits):
+        circulation.begin(step)
+        traffic.finish_sends(step)
+        grads = []
+        if visit in work.kv_rows:
+            block = circulation.block(visit) if work.tiles[visit] else kv
+            for tile, place in zip(work.tiles[visit], work.gradient_tiles(visit), strict=True):
+                for call in plan.calls(tile):
+                    shift = place.start - tile.kv.start
+                    keys = slice(call.kv.start + shift, call.kv.stop + shift)
+                    grads.append((call, keys, _tile_backward(dout, q, block, out, lse, call, visit, plan)))
+            del block
+            dkv = _gathered(kv, work.gradient_rows[visit], arriving.pop(visit, []), wide)
+            for _, keys, (_, dk, dv) in grads:
+                dkv.k[keys].add_(dk.transpose(0, 1))
+                dkv.v[keys].add_(dv.transpose(0, 1))
+        circulation.end(step)
+        hops = [
+            (hop, dkv.flat if hop.send and dkv is not None else kv.buffer(row_count(hop.rows), wide))
+            for hop in work.gradient_hops.get(step, ())
+        ]
+        for hop, buffer, wait in traffic.post(hops):
+            arriving[hop.visit].append((hop.rows, buffer, wait))
+        for call, _, (tile_dq, _, _) in grads:
+            dq[call.q].add_(tile_dq.transpose(0, 1))
+    assert dkv is not None, "the rank's own block comes last"
+    return dq, dkv
+
+
+def _gathered(kv: KVBlock, rows: Rows, arriving: list[tuple[Rows, torch.Tensor, Wait]], dtype: torch.dtype) -> KVBlock:
+    """The gradient of `rows` as far as it has come: what the neighbours gathered, waited for and added up."""
+    total: KVBlock | None = None
+    for arrived_rows, flat, wait in sorted(arriving, key=lambda x: x[0] != rows):
+        wait()
+        if total is None and arrived_rows == rows:
+            total = kv.with_data(flat)
+            continue
+        total = total or kv.with_data(kv.buffer(row_count(rows), dtype).zero_())
+        part, start = kv.with_data(flat), 0
+        for run in arrived_rows:
+            place, mine = slice_within(rows, run), slice(start, start := start + run[1] - run[0])
+            total.k[place] += part.k[mine]
+            total.v[place] += part.v[mine]
+    return total or kv.with_data(kv.buffer(row_count(rows), dtype).zero_())
 
 
 def _tile_backward(
@@ -220,19 +268,24 @@ def _tile_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     tile: Tile,
+    visit: Visit,
     plan: RingPlan,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return plan.kernel.backward(
+    k, v = (expand_heads(_bshd(x[tile.kv]), plan.kv_of_query) for x in (block.k, block.v))
+    dq, dk, dv = plan.kernel.backward(
         _bshd(dout[tile.q]),
         _bshd(q[tile.q]),
-        _bshd(block.k[tile.kv]),
-        _bshd(block.v[tile.kv]),
+        k,
+        v,
         _bshd(out[tile.q]),
         _bshd(lse[tile.q]),
-        softmax_scale=plan.softmax_scale,
-        causal=tile.causal,
+        plan.rules_of(tile, visit, plan.passage(backward=True), q.device),
         deterministic=plan.deterministic,
     )
+    if plan.kv_of_query is not None:
+        wide = accumulator_dtype(q.dtype)
+        dk, dv = (sum_heads(x.to(wide), plan.kv_of_query, block.k_row[1]) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def _bshd(x: torch.Tensor) -> torch.Tensor:

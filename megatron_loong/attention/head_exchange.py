@@ -1,117 +1,170 @@
 """The all-to-all that trades a share of the sequence for a share of the heads (DeepSpeed-Ulysses; LoongTrain 4.2).
 
-    shares of the sequence [S/cp, b, h, d]  <->  shares of the heads [S/ring, b, h/hp, d]
+    shares of the sequence [s of the rank, b, h, d]  <->  shares of the heads [s of the ring rank, b, heads of it, d]
 
-All tensors of one exchange travel in one message per peer, packed by one copy each and put in the order of the
-sequence by one copy each on arrival.
+All tensors of one exchange travel in one message per peer, a row of the message being all that one token has: packed
+by one copy per tensor and put in the order of the sequence by one copy per tensor on arrival.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from megatron_loong.comm.all_to_all import all_to_all
-from megatron_loong.sequence.sharding import head_group_chunk_order
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.topology.groups import GroupHandle
+from megatron_loong.topology.tokens import TokenLayout, starts_of
+
+Shares = tuple[range, ...]
+"""By head coordinate: the heads that it takes of one tensor."""
 
 
-def replicas_per_kv_head(kv_heads: int, head_parallel_size: int) -> int:
-    """Copies of each KV head so that the head group divides them evenly.
+@dataclass(frozen=True, eq=False)
+class HeadExchange:
+    """The exchange of one head group, for one layout of the tokens."""
 
-    >>> [replicas_per_kv_head(g, 4) for g in (1, 2, 4, 6, 8)]
-    [4, 2, 1, 2, 1]
-    """
-    return head_parallel_size // math.gcd(kv_heads, head_parallel_size)
+    handle: GroupHandle
+    layout: TokenLayout
+    ring_rank: int
+
+    def split(
+        self,
+        tensors: Sequence[torch.Tensor],
+        shares: Sequence[Shares],
+        what: str,
+        into: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[torch.Tensor]:
+        """Shares of the sequence to shares of the heads: each [s, b, heads, d] -> [s_ring, b, heads of this rank, d].
+
+        One dtype for all; the result is in the order of `TokenLayout.ring_runs`. `into` gives contiguous tensors to
+        write results to; without one, and without a head group, a tensor is returned as it is.
+        """
+        into = into or [None] * len(tensors)
+        if self.handle.size == 1:
+            return [x if out is None else out.copy_(x) for x, out in zip(tensors, into, strict=True)]
+        tokens, me = self._tokens(), self.handle.rank
+        widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
+        send = self._buffer(tensors[0], [tokens[me] * sum(w) for w in widths])
+        for index, (x, heads) in enumerate(zip(tensors, shares, strict=True)):
+            _give_out(x, heads, send, widths, index)
+        lengths = [n * sum(widths[me]) for n in tokens]
+        received = all_to_all(send, [tokens[me] * sum(w) for w in widths], lengths, self.handle, what)
+        rows = received.view(sum(tokens), sum(widths[me]))
+        order = _order(self.layout, self.ring_rank, rows.device)
+        results = []
+        columns = starts_of(widths[me])
+        for index, (x, heads, out) in enumerate(zip(tensors, shares, into, strict=True)):
+            out = x.new_empty(sum(tokens), x.shape[1], len(heads[me]), x.shape[3]) if out is None else out
+            part = rows[:, columns[index] : columns[index + 1]]
+            if order is None:
+                out.view(part.shape).copy_(part)
+            else:
+                torch.index_select(part, 0, order, out=out.view(part.shape))
+            results.append(out)
+        return results
+
+    def join(self, tensors: Sequence[torch.Tensor], shares: Sequence[Shares], what: str) -> list[torch.Tensor]:
+        """The inverse of `split`: each [s_ring, b, heads of this rank, d] -> [s, b, heads, d].
+
+        What several ranks have of one head is added up, in float32 or wider, and rounded once.
+        """
+        if self.handle.size == 1:
+            return list(tensors)
+        tokens, me = self._tokens(), self.handle.rank
+        widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
+        send = self._buffer(tensors[0], [n * sum(widths[me]) for n in tokens])
+        rows, columns = send.view(sum(tokens), sum(widths[me])), starts_of(widths[me])
+        order = _order(self.layout, self.ring_rank, send.device)
+        for index, x in enumerate(tensors):
+            part = rows[:, columns[index] : columns[index + 1]]
+            part.copy_(x.reshape(part.shape)) if order is None else part.index_copy_(0, order, x.reshape(part.shape))
+        lengths = [tokens[me] * sum(w) for w in widths]
+        received = all_to_all(send, [n * sum(widths[me]) for n in tokens], lengths, self.handle, what)
+        return [
+            _put_together(x, heads, received, widths, index, tokens[me])
+            for index, (x, heads) in enumerate(zip(tensors, shares, strict=True))
+        ]
+
+    @property
+    def _peers(self) -> range:
+        return range(self.handle.size)
+
+    def _tokens(self) -> list[int]:
+        """Tokens of each rank of the head group."""
+        return [self.layout.tokens_of(self.ring_rank * self.handle.size + peer) for peer in self._peers]
+
+    @staticmethod
+    def _buffer(like: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        return torch.empty(sum(lengths), dtype=like.dtype, device=like.device)
 
 
-def replicate_heads(x: torch.Tensor, replicas: int) -> torch.Tensor:
-    """[s, b, g, d] -> [s, b, g * replicas, d], copies of a head adjacent."""
-    return x if replicas == 1 else x.repeat_interleave(replicas, dim=2)
+def _row(x: torch.Tensor, heads: range) -> int:
+    """Elements that one token has of `heads` of x [s, b, heads, d]."""
+    return x.shape[1] * len(heads) * x.shape[3]
 
 
-def sum_replicas(x: torch.Tensor, replicas: int) -> torch.Tensor:
-    """The adjoint of `replicate_heads`, summed in float32 (float64)."""
-    if replicas == 1:
-        return x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.unflatten(2, (-1, replicas)).sum(3, dtype=wide).to(x.dtype)
+def _in_order_and_equal(shares: Shares) -> bool:
+    """Whether the shares are equal pieces of all the heads, in order."""
+    size = len(shares[0])
+    return all(x == range(i * size, (i + 1) * size) for i, x in enumerate(shares))
 
 
-def split_heads(
-    tensors: Sequence[torch.Tensor],
-    groups: LoongGroups,
-    what: str,
-    into: Sequence[torch.Tensor | None] | None = None,
+def _views(
+    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
 ) -> list[torch.Tensor]:
-    """Shares of the sequence to shares of the heads: each [s, b, heads, d] -> [s * hp, b, heads / hp, d].
-
-    The result is in the order of `ring_runs`. Every heads must be a multiple of hp; one dtype for all. `into` gives
-    contiguous tensors to write the results to; without one, and without a head group, a tensor is returned as it is.
-    """
-    handle, config = groups.handle("head"), groups.config
-    into = into or [None] * len(tensors)
-    if handle.size == 1:
-        return [x if out is None else out.copy_(x) for x, out in zip(tensors, into, strict=True)]
-    chunks = config.chunks_per_rank
-    shapes = [_chunk_shape(x, chunks, x.shape[2] // handle.size) for x in tensors]
-    send = _buffer(tensors[0], handle.size, chunks, shapes)
-    for x, part in zip(tensors, _parts(send, shapes), strict=True):
-        # part [peer, chunk, chunk_len, b, heads/hp, d]
-        part.copy_(x.unflatten(0, (chunks, -1)).unflatten(3, (handle.size, -1)).permute(3, 0, 1, 2, 4, 5))
-    received = all_to_all(send, handle, what)
-    rows = received.flatten(0, 1)
-    order = _order(groups).to(rows.device)
-    results = []
-    for (shape, span), out in zip(_spans(shapes), into, strict=True):
-        out_rows = None if out is None else out.view(rows.shape[0], -1)
-        in_order = torch.index_select(rows[:, span], 0, order, out=out_rows)
-        results.append(in_order.view(-1, *shape[1:]))
-    return results
+    """By peer: the view [tokens, b, heads, d] of what tensor `index` has in a buffer of rows."""
+    totals = [sum(w) for w in widths]
+    views = []
+    for heads, width, piece in zip(shares, widths, buffer.split([tokens * n for n in totals]), strict=True):
+        column = sum(width[:index])
+        part = piece.view(tokens, sum(width))[:, column : column + width[index]]
+        views.append(part.unflatten(1, (x.shape[1], len(heads), x.shape[3])))
+    return views
 
 
-def join_heads(tensors: Sequence[torch.Tensor], groups: LoongGroups, what: str) -> list[torch.Tensor]:
-    """The inverse of `split_heads`: each [s * hp, b, heads / hp, d] -> [s, b, heads, d]."""
-    handle, config = groups.handle("head"), groups.config
-    if handle.size == 1:
-        return list(tensors)
-    chunks = config.chunks_per_rank
-    shapes = [_chunk_shape(x, chunks * handle.size, x.shape[2]) for x in tensors]
-    send = _buffer(tensors[0], handle.size, chunks, shapes)
-    order = _order(groups).tolist()
-    for x, part in zip(tensors, _parts(send, shapes), strict=True):
-        rows = part.flatten(0, 1)
-        for piece, row in zip(x.unflatten(0, (len(order), -1)).unbind(0), order, strict=True):
-            rows[row].copy_(piece)
-    received = all_to_all(send, handle, what)
-    # part [peer, chunk, chunk_len, b, heads/hp, d] -> [chunk, chunk_len, b, peer, heads/hp, d]
-    joined = [part.permute(1, 2, 3, 0, 4, 5).flatten(3, 4) for part in _parts(received, shapes)]
-    return [x.reshape(-1, *x.shape[2:]) for x in joined]
+def _one_view(
+    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
+) -> torch.Tensor:
+    """As `_views` for equal shares, in one: [tokens, b, peer, heads of a peer, d]."""
+    column, width = sum(widths[0][:index]), widths[0][index]
+    rows = buffer.view(len(shares), tokens, sum(widths[0]))[:, :, column : column + width]
+    return rows.unflatten(2, (x.shape[1], len(shares[0]), x.shape[3])).permute(1, 2, 0, 3, 4)
 
 
-def _order(groups: LoongGroups) -> torch.Tensor:
-    """Row `head * chunks_per_rank + chunk` of the exchange buffer, in the order of the sequence."""
-    pairs = head_group_chunk_order(groups.config, groups.ring_rank)
-    return torch.tensor([head * groups.config.chunks_per_rank + chunk for head, chunk in pairs])
+def _give_out(x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int) -> None:
+    if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
+        view = _one_view(x, shares, buffer, widths, index, x.shape[0])
+        view.copy_(x.unflatten(2, (len(shares), len(shares[0]))))
+        return
+    for heads, view in zip(shares, _views(x, shares, buffer, widths, index, x.shape[0]), strict=True):
+        view.copy_(x[:, :, heads.start : heads.stop])
 
 
-def _chunk_shape(x: torch.Tensor, chunks: int, heads: int) -> tuple[int, ...]:
-    return (x.shape[0] // chunks, x.shape[1], heads, x.shape[3])
+def _put_together(
+    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
+) -> torch.Tensor:
+    if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
+        return _one_view(x, shares, buffer, widths, index, tokens).flatten(2, 3)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(tokens, x.shape[1], shares[-1].stop, x.shape[3], dtype=wide, device=x.device)
+    for heads, view in zip(shares, _views(x, shares, buffer, widths, index, tokens), strict=True):
+        total[:, :, heads.start : heads.stop] += view
+    return total.to(x.dtype)
 
 
-def _spans(shapes: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], slice]]:
-    spans, start = [], 0
-    for shape in shapes:
-        spans.append((shape, slice(start, start := start + math.prod(shape))))
-    return spans
-
-
-def _buffer(like: torch.Tensor, peers: int, chunks: int, shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    return torch.empty(peers, chunks, sum(map(math.prod, shapes)), dtype=like.dtype, device=like.device)
-
-
-def _parts(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Views [peer, chunk, *shape] of an exchange buffer, one per tensor."""
-    return [buffer[:, :, span].unflatten(2, shape) for shape, span in _spans(shapes)]
+@functools.lru_cache(maxsize=64)
+def _order(layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.Tensor | None:
+    """int64 [s_ring]: rows of the exchange buffer (rank after rank) in the order of the sequence; None: as they are."""
+    hp = layout.head_parallel_size
+    rank_runs = [layout.rank_runs[ring_rank * hp + head] for head in range(hp)]
+    first_row = starts_of(sum(b - a for a, b in runs) for runs in rank_runs)
+    run_row = [starts_of(b - a for a, b in runs) for runs in rank_runs]
+    order: list[int] = []
+    for head, index in layout.ring_order[ring_rank]:
+        start, stop = rank_runs[head][index]
+        row = first_row[head] + run_row[head][index]
+        order.extend(range(row, row + stop - start))
+    return None if order == list(range(len(order))) else torch.tensor(order, device=device)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_loong.comm.ring import Ring
-from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
+from megatron_loong.comm.ring import Message, Ring
+from megatron_loong.config import CAUSAL, FULL
+from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.topology.groups import LoongGroups
 
@@ -53,12 +54,12 @@ def overhead(tile: Tile, seconds: float) -> float:
 
 
 def _attention_call(tile: Tile, length: int, causal: bool, backward: bool) -> Callable[[], object]:
-    kernel, scale = tile.kernel(), tile.head_dim**-0.5
+    kernel, rules = tile.kernel(), TileRules(tile.head_dim**-0.5, CAUSAL if causal else FULL)
     q, k, v, dout = (tile.random(length) for _ in range(4))
     if not backward:
-        return lambda: kernel.forward(q, k, v, softmax_scale=scale, causal=causal)
-    out, lse = kernel.forward(q, k, v, softmax_scale=scale, causal=causal)
-    return lambda: kernel.backward(dout, q, k, v, out, lse, softmax_scale=scale, causal=causal, deterministic=False)
+        return lambda: kernel.forward(q, k, v, rules)
+    out, lse = kernel.forward(q, k, v, rules)
+    return lambda: kernel.backward(dout, q, k, v, out, lse, rules, deterministic=False)
 
 
 def matmul(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
@@ -78,14 +79,16 @@ def memory(device: torch.device, seconds: float) -> float:
 def hop(groups: LoongGroups, ring: str, device: torch.device, seconds: float) -> Link:
     """A hop of the `inner` or `outer` ring, all ranks at once: latency of a small one, rate of the rest of a large."""
     small, large = 1 << 10, (1 << 28) if device.type == "cuda" else (1 << 22)
-    pass_on = Ring(groups.handle(ring)).pass_on
+    handle = groups.handle(ring)
+    neighbours = (handle.rank + 1) % handle.size, (handle.rank - 1) % handle.size
 
     def once(size: int) -> Callable[[], None]:
-        block = torch.zeros(size, dtype=torch.uint8, device=device)
+        outgoing, incoming = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
 
         def send() -> None:
-            _, wait = pass_on(block, "calibration")
-            wait()
+            ends = ((True, neighbours[0], outgoing), (False, neighbours[1], incoming))
+            for wait in Ring(handle).post([Message(*end, "calibration") for end in ends]):
+                wait()
 
         return send
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -10,33 +12,43 @@ from megatron_loong.comm.errors import CommunicationError
 from megatron_loong.topology.groups import GroupHandle
 
 
-def all_to_all(send: torch.Tensor, handle: GroupHandle, what: str) -> torch.Tensor:
-    """Exchange row p of `send` [P, ...] (contiguous) with head coordinate p; row p of the result came from p.
+def all_to_all(
+    send: torch.Tensor, send_lengths: Sequence[int], receive_lengths: Sequence[int], handle: GroupHandle, what: str
+) -> torch.Tensor:
+    """Exchange pieces of flat buffers: piece p of `send` goes to head coordinate p, piece p of the result came from p.
 
-    `what` says in errors what was under way. Raises `CommunicationError` when a peer is gone or time runs out.
+    `send_lengths[p]` and `receive_lengths[p]` are in elements. `what` says in errors what was under way. Raises
+    `CommunicationError` when a peer is gone or time runs out.
     """
     group = handle.process_group
-    assert group is not None and send.shape[0] == handle.size and send.is_contiguous()
-    slots = handle.slots
-    in_order = slots == list(range(handle.size))
-    received = torch.empty_like(send)
-    ledger.record(handle.name, send.numel() * send.element_size() * (handle.size - 1) // handle.size)
-    # Rows travel in the group's own order (ascending global ranks), which may differ from the coordinates'.
-    outgoing = send if in_order else send[_inverse(slots)]
+    assert group is not None and send.is_contiguous() and send.numel() == sum(send_lengths)
+    width = send.element_size()
+    ledger.record(handle.name, (send.numel() - send_lengths[handle.rank]) * width)
+    # Pieces travel in the group's own order (ascending global ranks), which may differ from the coordinates'.
+    order = sorted(range(handle.size), key=lambda peer: handle.global_ranks[peer])
+    in_order = order == list(range(handle.size))
+    received = torch.empty(sum(receive_lengths), dtype=send.dtype, device=send.device)
+    outgoing = send if in_order else _reordered(send, send_lengths, order)
     try:
         # Bytes, so that the backend need not know the dtype.
-        dist.all_to_all_single(_as_bytes(received), _as_bytes(outgoing), group=group)
+        dist.all_to_all_single(
+            received.view(torch.uint8),
+            outgoing.view(torch.uint8),
+            [receive_lengths[peer] * width for peer in order],
+            [send_lengths[peer] * width for peer in order],
+            group=group,
+        )
     except RuntimeError as error:
         raise CommunicationError(
             f"all-to-all of {what} in the head group {list(handle.global_ranks)} did not complete; one of these "
             f"processes is gone, or did not get here within the group's timeout. Cause: {error}"
         ) from error
-    return received if in_order else received[slots]
+    if in_order:
+        return received
+    back = [order.index(peer) for peer in range(handle.size)]
+    return _reordered(received, [receive_lengths[peer] for peer in order], back)
 
 
-def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(x.shape[0], -1).view(torch.uint8)
-
-
-def _inverse(permutation: list[int]) -> list[int]:
-    return [permutation.index(i) for i in range(len(permutation))]
+def _reordered(buffer: torch.Tensor, lengths: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+    pieces = buffer.split(list(lengths))
+    return torch.cat([pieces[i] for i in order])

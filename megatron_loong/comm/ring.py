@@ -1,8 +1,9 @@
-"""One hop of a ring: post, compute, wait."""
+"""The hops of a ring: post, compute, wait."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,62 +12,89 @@ from megatron_loong.comm import ledger
 from megatron_loong.comm.errors import CommunicationError
 from megatron_loong.topology.groups import GroupHandle
 
+Wait = Callable[[], None]
+
+
+class Message(NamedTuple):
+    """One end of a hop."""
+
+    send: bool
+    peer: int
+    """Coordinate of the other end on this ring."""
+    block: torch.Tensor
+    """Contiguous. Sent: not to be written until waited for. Received into: not to be read until waited for."""
+    what: str
+    """Says in errors where in the schedule this hop belongs."""
+
 
 class Ring:
-    """A ring over the members of one communicator: sends to coordinate + 1, receives from coordinate - 1."""
+    """Point-to-point messages between the members of one communicator."""
 
     def __init__(self, handle: GroupHandle) -> None:
         self.handle = handle
-        self.next_global_rank = handle.global_ranks[(handle.rank + 1) % handle.size]
-        self.previous_global_rank = handle.global_ranks[(handle.rank - 1) % handle.size]
 
-    def pass_on(self, block: torch.Tensor, step: str) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Post the hop of `block` (contiguous) and of its counterpart from the previous member.
+    def post(self, messages: Sequence[Message]) -> list[Wait]:
+        """Begin all messages of one step; returns, for each, the function that waits for it (once).
 
-        Returns (incoming, wait): `incoming` has block's shape and may be read after `wait()`; until then `block`
-        must not be written. `step` says in errors where in the schedule this hop belongs. `wait` raises
-        `CommunicationError`, naming group, step and peer, when the peer is gone or the group's timeout runs out.
+        Both ends post a message in the same step, so a step never depends on a later one. A failure to post or to
+        arrive in the group's timeout raises `CommunicationError` from the wait or from here, naming group, message
+        and peer.
         """
         group = self.handle.process_group
-        assert group is not None, f"a ring of size 1 has nobody to pass on to ({self.handle.name})"
-        incoming = torch.empty_like(block)
-        ledger.record(self.handle.name, block.numel() * block.element_size())
+        assert group is not None, f"a ring of size 1 has nobody to talk to ({self.handle.name})"
+        for message in messages:
+            if message.send:
+                ledger.record(self.handle.name, message.block.numel() * message.block.element_size())
+        if dist.get_backend(group) == "gloo":
+            return [self._waiting([message], self._post_alone(message, group)) for message in messages]
+        # NCCL: one group call, so that a ring of two cannot deadlock on the order of its sends and receives.
         try:
-            works = self._post(block, incoming, group)
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend if x.send else dist.irecv, x.block, self._global_rank(x), group)
+                    for x in messages
+                ]
+            )
         except (RuntimeError, ValueError) as error:
-            raise self._failure(
-                step, f"ranks {self.previous_global_rank} and {self.next_global_rank}", error
-            ) from error
+            raise self._failure(messages, error) from error
+        if len(works) == len(messages):
+            return [self._waiting([message], work) for message, work in zip(messages, works, strict=True)]
+        wait = self._waiting(messages, *works)
+        return [wait] * len(messages)
+
+    def _post_alone(self, message: Message, group: dist.ProcessGroup) -> dist.Work:
+        peer = self._global_rank(message)
+        try:
+            if message.send:
+                work = dist.isend(message.block, dst=peer, group=group)
+            else:
+                work = dist.irecv(message.block, src=peer, group=group)
+        except (RuntimeError, ValueError) as error:
+            raise self._failure([message], error) from error
+        assert work is not None
+        return work
+
+    def _waiting(self, messages: Sequence[Message], *works: dist.Work) -> Wait:
+        remaining = list(works)
 
         def wait() -> None:
             # A second wait() on a gloo p2p work blocks until the timeout, so each is waited for once, here; and
             # gloo's wait() without an argument ignores the timeout of the group.
-            for peer, work in works:
+            while remaining:
                 try:
-                    work.wait(self.handle.timeout)
+                    remaining.pop().wait(self.handle.timeout)
                 except RuntimeError as error:
-                    raise self._failure(step, peer, error) from error
-            works.clear()
+                    raise self._failure(messages, error) from error
 
-        return incoming, wait
+        return wait
 
-    def _post(
-        self, block: torch.Tensor, incoming: torch.Tensor, group: dist.ProcessGroup
-    ) -> list[tuple[str, dist.Work]]:
-        receive_from, send_to = self.previous_global_rank, self.next_global_rank
-        if dist.get_backend(group) == "gloo":
-            receive = dist.irecv(incoming, src=receive_from, group=group)
-            send = dist.isend(block, dst=send_to, group=group)
-            assert receive is not None and send is not None
-            return [(f"rank {receive_from} (receiving)", receive), (f"rank {send_to} (sending)", send)]
-        # NCCL: one group call, so that a ring of two cannot deadlock on the order of its sends and receives.
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, block, send_to, group), dist.P2POp(dist.irecv, incoming, receive_from, group)]
-        )
-        return [(f"ranks {receive_from} and {send_to}", work) for work in works]
+    def _global_rank(self, message: Message) -> int:
+        return self.handle.global_ranks[message.peer]
 
-    def _failure(self, step: str, peer: str, error: Exception) -> CommunicationError:
+    def _failure(self, messages: Sequence[Message], error: Exception) -> CommunicationError:
+        steps = ", ".join(dict.fromkeys(x.what for x in messages))
+        ends = " and ".join(f"rank {self._global_rank(x)} ({'sending' if x.send else 'receiving'})" for x in messages)
         return CommunicationError(
-            f"{self.handle.name} ring {list(self.handle.global_ranks)}, {step}: the hop with {peer} did not complete; "
+            f"{self.handle.name} ring {list(self.handle.global_ranks)}, {steps}: the hop with {ends} did not complete; "
             f"that process is gone, or did not get here within the group's timeout. Cause: {error}"
         )

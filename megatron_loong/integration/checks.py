@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from megatron_loong.config import LoongConfig, divisors
 from megatron_loong.integration.memory_options import check_recompute
 from megatron_loong.integration.options import LoongOptions
-from megatron_loong.topology.placement import fitting_head_parallel_sizes
 
 
 def check_options(
@@ -56,17 +55,17 @@ def check_options(
 
 
 def check_heads(head_parallel_size: int | str, *, cp: int, tp: int, num_attention_heads: int) -> None:
-    """Raise `ValueError` when the query heads of one TP rank cannot be split over `head_parallel_size`."""
+    """Raise `ValueError` when one TP rank has fewer query heads than `head_parallel_size`."""
     heads, rest = divmod(num_attention_heads, tp)
     if rest:
         raise ValueError(
             f"--num-attention-heads {num_attention_heads} is not a multiple of --tensor-model-parallel-size {tp}"
         )
-    if isinstance(head_parallel_size, int) and heads % head_parallel_size:
+    if isinstance(head_parallel_size, int) and heads < head_parallel_size:
         raise ValueError(
-            f"--loong-head-parallel-size {head_parallel_size} does not divide the {heads} query heads of one "
+            f"--loong-head-parallel-size {head_parallel_size} is more than the {heads} query heads of one "
             f"tensor-parallel rank (--num-attention-heads {num_attention_heads} / --tensor-model-parallel-size {tp}); "
-            f"with --context-parallel-size {cp} these work: {fitting_head_parallel_sizes(cp, heads)}"
+            f"with --context-parallel-size {cp} these work: {[n for n in divisors(cp) if n <= heads]}"
         )
 
 
@@ -108,15 +107,8 @@ def _is_set(value: Any) -> bool:
 #: Looked up on the args before anything starts, and on each layer's TransformerConfig. An attribute that the version
 #: at hand lacks is not set.
 REFUSALS = (
-    Refusal(
-        "attention_dropout", _is_set, "--attention-dropout {value} (Megatron's default is 0.1)", "--attention-dropout 0"
-    ),
-    Refusal("window_size", _is_set, "--window-size {value}", "full causal attention: leave it out"),
-    Refusal("softmax_type", lambda v: v not in (None, "vanilla"), "--softmax-type {value}", "--softmax-type vanilla"),
     Refusal("fp8", _is_set, "--fp8-format {value}", "--bf16"),
     Refusal("fp4", _is_set, "--fp4-format {value}", "--bf16"),
-    Refusal("qk_clip", _is_set, "--qk-clip", "training without it"),
-    Refusal("log_max_attention_logit", _is_set, "--log-max-attention-logit", "training without it"),
     Refusal(
         "hybrid_context_parallel", _is_set, "--hybrid-context-parallel", "one context-parallel size for all batches"
     ),

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_loong.attention.attention_2d import attention_2d, kernel_request
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse
 from megatron_loong.integration.recompute import level_of_layer
+from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.topology.groups import LoongGroups
 
-#: Mask types whose meaning does not depend on a mask tensor: what `attention_2d(causal=...)` is given for each.
-#: `causal_bottom_right` differs from `causal` only where queries and keys differ in number, which is refused later.
+#: Mask types whose meaning does not depend on a mask tensor: what `attention_2d(causal=...)` is given for each. With
+#: as many keys as queries `causal` is `causal_bottom_right`; with others `attention_2d` is bottom-right.
 CAUSAL_OF = {AttnMaskType.causal: True, AttnMaskType.causal_bottom_right: True, AttnMaskType.no_mask: False}
 
 
 class LoongCoreAttention(MegatronModule):
-    """2D-Attention in the place of `DotProductAttention` / `TEDotProductAttention`. No parameters, no state.
+    """2D-Attention in the place of `DotProductAttention` / `TEDotProductAttention`.
 
-    Not a subclass of either: the local one refuses context parallelism in its constructor, the other is a mock
-    where TransformerEngine is missing. All layers share one `LoongGroups`.
+    Its one parameter is `softmax_offset` [heads of a TP rank], with `--softmax-type learnable`. Not a subclass of
+    either: the local one refuses context parallelism in its constructor, the other is a mock where TransformerEngine
+    is missing. All layers share one `LoongGroups`.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class LoongCoreAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
         self.v_channels = v_channels
-        _refuse_construction(config, attention_type, attention_dropout, unknown)
+        _refuse_construction(config, attention_type, unknown)
         chosen = runtime.active().options(config) if groups is None else None
         if chosen is not None:
             check_options(chosen, cp=config.context_parallel_size, cp_comm_type=cp_comm_type)
@@ -74,8 +80,63 @@ class LoongCoreAttention(MegatronModule):
         # again inside it. Scores are float32 here, so there is nothing to divide.
         self.softmax_scale = 1 / math.sqrt(k_channels or config.kv_channels) if softmax_scale is None else softmax_scale
         self.deterministic = bool(getattr(config, "deterministic_mode", False))
-        self.softmax_offset = None  # read by Megatron where sinks are in use
-        self.current_max_attn_logits = None  # read by --qk-clip
+        self.window_size = _window_of_layer(config, self.layer_number)
+        self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.tp_group = compat.group_of(pg_collection, "tp")
+        self._make_softmax_offset()
+        # Raised by every forward where asked for, read and put back to None by --qk-clip.
+        self.current_max_attn_logits: torch.Tensor | None = None
+        self._wants_max_logits = any(getattr(config, name, False) for name in ("qk_clip", "log_max_attention_logit"))
+        self._check_kernel(k_channels, v_channels)
+
+    def _make_softmax_offset(self) -> None:
+        """Megatron's sinks: none, zeros, or a parameter, of the size of this TP rank's heads."""
+        kind = getattr(self.config, "softmax_type", "vanilla")
+        heads = self.config.num_attention_heads // self.config.tensor_model_parallel_size
+        if kind == "vanilla":
+            self.softmax_offset = None
+            return
+        offset = torch.zeros(heads, device=_device(), dtype=self.config.params_dtype)
+        if kind == "off-by-one":
+            self.softmax_offset = offset
+        elif kind == "learnable":
+            self.softmax_offset = torch.nn.Parameter(offset)
+            if self.config.perform_initialization and self.config.init_method is not None:
+                self.config.init_method(self.softmax_offset)
+        else:
+            raise ValueError(f"--softmax-type {kind} is unknown; use vanilla, off-by-one or learnable")
+
+    def _check_kernel(self, k_channels: int | None, v_channels: int | None) -> None:
+        """Find now, on every rank alike, that no kernel here has what the configuration asks for."""
+        config = self.config
+        tp, width = config.tensor_model_parallel_size, config.kv_channels
+        heads = config.num_attention_heads // tp
+        kv_heads = heads if config.multi_latent_attention else max(1, (config.num_query_groups or heads * tp) // tp)
+        dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype
+        assert width is not None  # TransformerConfig fills it in
+        shapes = ((heads, k_channels or width), (kv_heads, k_channels or width), (kv_heads, v_channels or width))
+        q, k, v = (torch.empty(1, 1, *shape, dtype=dtype, device="meta") for shape in shapes)
+        request = dataclasses.replace(self._request(q, k, v), device_type=_device().type)
+        try:
+            choose_kernel(request, self.kernel)
+        except ValueError as error:
+            if not request.dropout:
+                raise
+            raise ValueError(
+                f"--attention-dropout {self.attention_dropout} (Megatron's default is 0.1): {error}\n"
+                "(or give --attention-dropout 0)"
+            ) from None
+
+    def _request(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> KernelRequest:
+        return kernel_request(
+            query,
+            key,
+            value,
+            self.groups.config.head_parallel_size,
+            self.deterministic,
+            windowed=self.window_size is not None,
+            dropout=bool(self.attention_dropout),
+        )
 
     def forward(
         self,
@@ -91,12 +152,14 @@ class LoongCoreAttention(MegatronModule):
         """Attention over the whole sequence for this rank's tokens.
 
         Shapes: query [s, b, h, d], key [s, b, g, d], value [s, b, g, dv] with s = S / cp_size; returns
-        [s, b, h * dv]. As with TransformerEngine, a causal mask type ignores `attention_mask`. Raises
-        `NotImplementedError` for packed sequences, biases and masks that only a tensor can describe.
+        [s, b, h * dv]. As with TransformerEngine, a causal mask type ignores `attention_mask`. In cross-attention key
+        and value are this rank's share of the other sequence. Raises `NotImplementedError` for packed sequences,
+        biases and masks that only a tensor can describe.
         """
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
         _refuse_inputs(attention_bias, packed_seq_params, unknown)
         self._say_kernel(query, key, value)
+        cp = self.groups.config.context_parallel_size
         with keeping(self.kept_in_checkpoint):
             out = attention_2d(
                 query,
@@ -106,20 +169,64 @@ class LoongCoreAttention(MegatronModule):
                 qkv_format="sbhd",
                 causal=causal,
                 softmax_scale=self.softmax_scale,
+                window_size=self.window_size,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+                dropout_seed=self._dropout_seed(),
+                softmax_offset=self.softmax_offset,
+                max_logits=self._max_logits(query),
                 kernel=self.kernel,
                 deterministic=self.deterministic,
+                seq_len=query.shape[0] * cp,
+                kv_seq_len=None if self.attention_type == "self" else key.shape[0] * cp,
             )
         return out.reshape(*out.shape[:2], -1)
+
+    def _dropout_seed(self) -> int | None:
+        """A number from Megatron's RNG, which recomputation puts back before it replays the layer."""
+        if not self.attention_dropout or not self.training:
+            return None
+        tracker = get_cuda_rng_tracker()
+        assert tracker is not None
+        with contextlib.nullcontext() if self.config.sequence_parallel else tracker.fork():
+            return int(torch.randint(2**62, (), device=_device()))
+
+    def _max_logits(self, query: torch.Tensor) -> torch.Tensor | None:
+        """Where `--qk-clip` finds the greatest score of each head; it takes the maximum over the ranks itself."""
+        if not self._wants_max_logits:
+            return None
+        if self.current_max_attn_logits is None:
+            self.current_max_attn_logits = torch.full((query.shape[2],), -torch.inf, device=query.device)
+        return self.current_max_attn_logits
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As `DotProductAttention`'s: `softmax_offset`, where it is learned, split over tensor-parallel ranks."""
+        if not isinstance(self.softmax_offset, torch.nn.Parameter):
+            return {}
+        return make_sharded_tensors_for_checkpoint(
+            {"softmax_offset": self.softmax_offset},
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
 
     def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Log once which kernel serves, and why not the others; known only now that there are tensors."""
         if self._kernel_said:
             return
         self._kernel_said = True
-        request = kernel_request(query, key, value, self.groups.config.head_parallel_size, self.deterministic)
+        request = self._request(query, key, value)
         taken = choose_kernel(request, self.kernel).name
         others = [line for line in explain(request, self.kernel).splitlines() if not line.startswith(f"{taken}:")]
         runtime.active().say(f"attention kernel {taken} (--loong-kernel {self.kernel}); " + "; ".join(others))
+
+
+def _device() -> torch.device:
+    """Where Megatron puts its tensors; in CPU mode `torch.cuda` is played by the CPU."""
+    return torch.empty(0, device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu").device
 
 
 def causal_of(mask_type: AttnMaskType, attention_mask: torch.Tensor | None) -> bool:
@@ -133,6 +240,14 @@ def causal_of(mask_type: AttnMaskType, attention_mask: torch.Tensor | None) -> b
         f"attention mask type {getattr(mask_type, 'name', mask_type)} does not work with --context-parallel-impl loong "
         f"yet; supported: {', '.join(kind.name for kind in CAUSAL_OF)} (or --context-parallel-impl native)"
     )
+
+
+def _window_of_layer(config: Any, layer_number: int) -> tuple[int, int] | None:
+    """`--window-size` where `--window-attn-skip-freq` lets this layer (counted from 1) have it."""
+    window = getattr(config, "window_size", None)
+    if not window or not is_layer_window_attention(window, config.window_attn_skip_freq, layer_number):
+        return None
+    return tuple(window)
 
 
 def _groups_for(config: Any, pg_collection: Any, chosen: Any) -> LoongGroups:
@@ -151,19 +266,12 @@ def _groups_for(config: Any, pg_collection: Any, chosen: Any) -> LoongGroups:
     return plugin.groups_of_layer(chosen, cp_ranks, heads=config.num_attention_heads, tp=tp)
 
 
-def _refuse_construction(
-    config: Any, attention_type: str, attention_dropout: float | None, unknown: dict[str, Any]
-) -> None:
+def _refuse_construction(config: Any, attention_type: str, unknown: dict[str, Any]) -> None:
     refuse(config)
-    supported = "supported: self-attention with Megatron's own arguments (or --context-parallel-impl native)"
-    if attention_type != "self":
+    supported = "supported: self- and cross-attention with Megatron's own arguments (or --context-parallel-impl native)"
+    if attention_type not in ("self", "cross"):
         raise NotImplementedError(
             f"attention_type={attention_type!r} does not work with --context-parallel-impl loong yet; {supported}"
-        )
-    if attention_dropout:
-        raise NotImplementedError(
-            f"attention_dropout={attention_dropout} does not work with --context-parallel-impl loong yet; "
-            "supported: --attention-dropout 0"
         )
     given = sorted(name for name, value in unknown.items() if value is not None)
     if given:

@@ -16,12 +16,22 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def request_fault(request: KernelRequest) -> str | None:
-    """The reason that holds for every kernel: attention dropout, or head counts that do not fit; else None."""
-    if request.dropout_p != 0:
-        return f"attention dropout must be 0, not {request.dropout_p:g}: no kernel here replays dropout in backward yet"
+    """The reason that holds for every kernel: head counts that do not fit; else None."""
     if request.kv_heads < 1 or request.query_heads % request.kv_heads:
         return f"{request.query_heads} query heads are no multiple of {request.kv_heads} KV heads"
     return None
+
+
+def feature_fault(request: KernelRequest, *features: str) -> str | None:
+    """None when the request asks for none of `features` (`windowed`, `softcap`, `alibi`, `dropout`)."""
+    names = {
+        "windowed": "sliding windows",
+        "softcap": "soft caps on scores",
+        "alibi": "ALiBi",
+        "dropout": "attention dropout that backward and replay repeat",
+    }
+    asked = [names[x] for x in features if getattr(request, x)]
+    return f"does not do {' and '.join(asked)}" if asked else None
 
 
 def dtype_fault(request: KernelRequest, dtypes: tuple[torch.dtype, ...]) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from megatron_loong.kernels.common import dtype_fault, lse_from_bhs, request_fault, unit_stride, widen
-from megatron_loong.kernels.interface import KernelRequest
+from megatron_loong.config import CAUSAL, FULL, UNBOUNDED
+from megatron_loong.kernels.common import dtype_fault, feature_fault, lse_from_bhs, request_fault, unit_stride, widen
+from megatron_loong.kernels.interface import KernelRequest, TileRules
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -14,10 +17,11 @@ class CpuFlashKernel:
     """`AttentionKernel` on `aten._scaled_dot_product_flash_attention_for_cpu`. Shapes: `interface.AttentionKernel`.
 
     GQA is native. The operator wants one width for k and v, so the narrower is padded with zeros, which is exact.
-    Its backward gives the same bits every time. Gradients come in q's dtype.
+    Its backward gives the same bits every time. Gradients come in q's dtype. Sliding windows are cut into blocks.
     """
 
     name = "cpu_flash"
+    bottom_right = False
     proven_on = "CPU"
     devices = "CPU"
     dtypes = "bfloat16, float16, float32, float64"
@@ -29,17 +33,29 @@ class CpuFlashKernel:
             return f"runs on cpu, the tensors are on {request.device_type}"
         if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
             return f"torch {torch.__version__} lacks the CPU flash operator"
-        return request_fault(request) or dtype_fault(request, _DTYPES)
+        return (
+            request_fault(request)
+            or dtype_fault(request, _DTYPES)
+            or feature_fault(request, "softcap", "alibi", "dropout")
+        )
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv], lse [b, s_q, h]); lse is float32, float64 for float64."""
         width = max(q.shape[-1], v.shape[-1])
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_operand(x, width) for x in (q, k, v)), 0.0, causal, scale=softmax_scale
-        )
-        return out.transpose(1, 2)[..., : v.shape[-1]], lse_from_bhs(lse, q.shape[1])
+        outs, lses = [], []
+        for rows, keys, mask in _calls(q, k, rules):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(_operand(x, width) for x in (q[:, rows], k[:, keys], v[:, keys])),
+                0.0,
+                rules.window == CAUSAL,
+                attn_mask=mask,
+                scale=rules.softmax_scale,
+            )
+            outs.append(out.transpose(1, 2)[..., : v.shape[-1]])
+            lses.append(lse_from_bhs(lse, outs[-1].shape[1]))
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 1))
 
     def backward(
         self,
@@ -49,23 +65,57 @@ class CpuFlashKernel:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        rules: TileRules,
         *,
-        softmax_scale: float,
-        causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
+        """(dq, dk, dv) of this tile from `out` and `lse` of the whole row; in q's dtype, wider for a window."""
         d, dv_width = q.shape[-1], v.shape[-1]
         width = max(d, dv_width)
-        operands = [_operand(x, width) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
-        lse = lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32).transpose(1, 2)
-        dq, dk, dv = (
-            x.transpose(1, 2)
-            for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *operands, lse, 0.0, causal, scale=softmax_scale
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        calls = _calls(q, k, rules)
+        grads = []
+        for rows, keys, mask in calls:
+            operands = (dout[:, rows].to(q.dtype), q[:, rows], k[:, keys], v[:, keys], out[:, rows].to(q.dtype))
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(_operand(x, width) for x in operands),
+                lse[:, rows].to(wide).transpose(1, 2),
+                0.0,
+                rules.window == CAUSAL,
+                attn_mask=mask,
+                scale=rules.softmax_scale,
             )
-        )
-        return dq[..., :d], dk[..., :d], dv[..., :dv_width]
+            grads.append((dq.transpose(1, 2)[..., :d], dk.transpose(1, 2)[..., :d], dv.transpose(1, 2)[..., :dv_width]))
+        if rules.window in (FULL, CAUSAL):
+            return grads[0]
+        sum_dk, sum_dv = (torch.zeros(x.shape, dtype=wide) for x in (k, v))
+        for (_, keys, _), (_, dk, dv) in zip(calls, grads, strict=True):
+            sum_dk[:, keys] += dk
+            sum_dv[:, keys] += dv
+        return torch.cat([dq for dq, _, _ in grads], 1), sum_dk, sum_dv
+
+
+def _calls(q: torch.Tensor, k: torch.Tensor, rules: TileRules) -> list[tuple[slice, slice, torch.Tensor | None]]:
+    """(rows, keys, additive mask) of the operator's calls for a tile: one, or for a window one per block of rows.
+
+    The operator takes a mask at dense cost, so that each block is given only the keys that its rows reach.
+    """
+    n, m = q.shape[1], k.shape[1]
+    if rules.window in (FULL, CAUSAL):
+        assert rules.window == FULL or n == m, "causal tiles are square here"
+        return [(slice(0, n), slice(0, m), None)]
+    left, right = (n + m if x == UNBOUNDED else x for x in rules.window)
+    block = min(512, max(64, (left + right) // 4))
+    calls = []
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        first, last = max(0, start + m - n - left), min(m, stop - 1 + m - n + right + 1)
+        places = torch.arange(start, stop).unsqueeze(1) + m - n
+        keys = torch.arange(first, last)
+        hidden = (keys < places - left) | (keys > places + right)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf) if hidden.any() else None
+        calls.append((slice(start, stop), slice(first, last), mask))
+    return calls
 
 
 def _operand(x: torch.Tensor, width: int) -> torch.Tensor:

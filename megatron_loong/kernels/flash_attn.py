@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels.common import (
     call_by_name,
+    feature_fault,
     flash_backward_fault,
     gpu_capability,
     gpu_fault,
@@ -24,7 +27,7 @@ from megatron_loong.kernels.common import (
     parameter_names,
     round_up,
 )
-from megatron_loong.kernels.interface import KernelRequest
+from megatron_loong.kernels.interface import KernelRequest, TileRules
 
 _ABSENT = (
     "k_new", "v_new", "qv", "out", "out_", "kv_batch_idx", "leftpad_k", "page_table",
@@ -46,6 +49,22 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 
+def _rules(function: Callable[..., Any], rules: TileRules) -> dict[str | tuple[str, ...], Any]:
+    """`TileRules` in the words of one version's function; a feature that is off is not mentioned."""
+    said: dict[str | tuple[str, ...], Any] = {
+        "softmax_scale": rules.softmax_scale,
+        ("causal", "is_causal"): rules.window == CAUSAL,
+    }
+    if rules.window not in (FULL, CAUSAL):
+        if "window_size" in parameter_names(function):
+            said["window_size"] = rules.window
+        else:
+            said["window_size_left"], said["window_size_right"] = rules.window
+    if rules.softcap:
+        said["softcap"] = rules.softcap
+    return said
+
+
 class _FlashAttnKernel:
     """What the two packages share: [b, s, h, d] tensors, lse [b, h, s] float32, native GQA, a deterministic flag."""
 
@@ -54,6 +73,7 @@ class _FlashAttnKernel:
     module: str
     proven_on = "nothing yet"
     dtypes = "bfloat16, float16"
+    bottom_right = True
 
     def _import(self) -> ModuleType:
         return importlib.import_module(self.module)
@@ -73,19 +93,19 @@ class _FlashAttnKernel:
         return None
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h] float32)."""
         width = round_up(max(q.shape[-1], v.shape[-1]), 8)
         padded_q, padded_k, padded_v = (gpu_operand(x, width) for x in (q, k, v))
+        function = self._import()._flash_attn_forward
         results = call_by_name(
-            self._import()._flash_attn_forward,
+            function,
             {
                 "q": padded_q,
                 "k": padded_k,
                 "v": padded_v,
-                "softmax_scale": softmax_scale,
-                ("causal", "is_causal"): causal,
+                **_rules(function, rules),
             },
             _NEUTRAL,
         )
@@ -101,9 +121,8 @@ class _FlashAttnKernel:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        rules: TileRules,
         *,
-        softmax_scale: float,
-        causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
@@ -111,16 +130,16 @@ class _FlashAttnKernel:
         padded = [gpu_operand(x, width) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
         # The kernels write into these; what they return differs between versions.
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in padded[1:4])
+        function = self._import()._flash_attn_backward
         call_by_name(
-            self._import()._flash_attn_backward,
+            function,
             {
                 **dict(zip(("dout", "q", "k", "v", "out"), padded, strict=True)),
                 "softmax_lse": lse_to_bhs(lse),
                 "dq": dq,
                 "dk": dk,
                 "dv": dv,
-                "softmax_scale": softmax_scale,
-                ("causal", "is_causal"): causal,
+                **_rules(function, rules),
                 "deterministic": deterministic,
             },
             _NEUTRAL,
@@ -139,7 +158,18 @@ class FlashAttn2Kernel(_FlashAttnKernel):
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
-        return gpu_fault(request, max_width=256) or flash_backward_fault(request) or self._import_fault()
+        return (
+            gpu_fault(request, max_width=256)
+            or flash_backward_fault(request)
+            or feature_fault(request, "alibi", "dropout")
+            or self._import_fault()
+            or self._softcap_fault(request)
+        )
+
+    def _softcap_fault(self, request: KernelRequest) -> str | None:
+        if request.softcap and "softcap" not in parameter_names(self._import()._flash_attn_backward):
+            return f"this version of {self.module} has no soft cap"
+        return None
 
 
 class FlashAttn3Kernel(_FlashAttnKernel):
@@ -153,7 +183,7 @@ class FlashAttn3Kernel(_FlashAttnKernel):
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
-        fault = gpu_fault(request, max_width=256)
+        fault = gpu_fault(request, max_width=256) or feature_fault(request, "alibi", "dropout")
         if fault:
             return fault
         capability, width = gpu_capability(), max(request.head_dim, request.value_head_dim)

@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from megatron_loong.config import FULL
+
 
 @dataclass(frozen=True)
 class KernelRequest:
@@ -22,8 +24,42 @@ class KernelRequest:
     """Query heads of one tile (after the all-to-all)."""
     kv_heads: int
     """KV heads of one tile (after the all-to-all)."""
-    dropout_p: float = 0.0
     deterministic: bool = False
+    windowed: bool = False
+    """Whether tiles come with windows other than FULL and CAUSAL."""
+    softcap: bool = False
+    alibi: bool = False
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Attention dropout whose mask depends on the place of a pair in the batch alone, not on who computes it when."""
+
+    p: float
+    """Probability to drop; what is kept is divided by 1 - p."""
+    seed: int
+    """The same in forward, backward and replay."""
+    first_head: int = 0
+    """Head 0 of the tile among all heads of the layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileRules:
+    """How the scores of one tile are made and masked."""
+
+    softmax_scale: float
+    window: tuple[int, int] = FULL
+    """(left, right) as FlashAttention reads it: -1 is unbounded, the last row stands at the last key. CAUSAL tiles are
+    square unless the kernel says `bottom_right`."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(scores / softcap), before the mask; 0: they stay."""
+    alibi_slopes: torch.Tensor | None = None
+    """[h] float32: slope * distance is taken off each score."""
+    dropout: Dropout | None = None
+    q_places: torch.Tensor | None = None
+    """int64 [s_q]: places of the rows in the whole sequence; given with ALiBi and dropout."""
+    kv_places: torch.Tensor | None = None
 
 
 @runtime_checkable
@@ -32,10 +68,12 @@ class AttentionKernel(Protocol):
 
     Shapes: q, dout, out [b, s_q, h, d]; k, v [b, s_kv, g, d] with h a multiple of g (query head i reads KV head
     i // (h // g)); lse [b, s_q, h], natural log, float32 (float64 when q is float64). Inputs may be strided views.
-    `causal` is only asked for with s_q == s_kv. No row is ever masked as a whole, no length is ever 0.
+    No row is ever masked as a whole, no length is ever 0.
     """
 
     name: str
+    bottom_right: bool
+    """Whether it takes CAUSAL tiles with more keys than rows; else such a tile comes in two."""
     proven_on: str
     """Devices on which this repository's tests have run it, in words; 'nothing yet' where they have not."""
 
@@ -44,7 +82,7 @@ class AttentionKernel(Protocol):
         ...
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of this tile alone; out in q's dtype."""
         ...
@@ -57,9 +95,8 @@ class AttentionKernel(Protocol):
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        rules: TileRules,
         *,
-        softmax_scale: float,
-        causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this tile, given `out` and `lse` of the whole row (all tiles merged).

@@ -6,17 +6,21 @@ import math
 
 import torch
 
+from megatron_loong.config import UNBOUNDED
 from megatron_loong.kernels.common import request_fault
-from megatron_loong.kernels.interface import KernelRequest
+from megatron_loong.kernels.dropout import keep_mask
+from megatron_loong.kernels.interface import KernelRequest, TileRules
 
 
 class ReferenceKernel:
     """`AttentionKernel` for every device, dtype and head width. Shapes and rules: `interface.AttentionKernel`.
 
-    Computes in float64 for float64 inputs, else in float32; gradients come in that wider dtype.
+    Does every feature of `TileRules`. Computes in float64 for float64 inputs, else in float32; gradients come in that
+    wider dtype.
     """
 
     name = "reference"
+    bottom_right = True
     proven_on = "CPU"
     devices = "any"
     dtypes = "any floating point"
@@ -29,13 +33,14 @@ class ReferenceKernel:
         return request_fault(request)
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h])."""
         wide = _compute_dtype(q)
-        scores = _scores(q.to(wide), k.to(wide), softmax_scale, causal)
+        scores, _ = _scores(q.to(wide), k.to(wide), rules)
         lse = scores.logsumexp(-1, keepdim=True)
-        out = torch.einsum("bgrqk,bkgd->bqgrd", (scores - lse).exp(), v.to(wide)).flatten(2, 3)
+        p = (scores - lse).exp() * _kept(q, k, rules)
+        out = torch.einsum("bgrqk,bkgd->bqgrd", p, v.to(wide)).flatten(2, 3)
         return out.to(q.dtype), _heads_last(lse.squeeze(-1))
 
     def backward(
@@ -46,21 +51,23 @@ class ReferenceKernel:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        rules: TileRules,
         *,
-        softmax_scale: float,
-        causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) in float32 (float64), from `out` and `lse` of the whole row."""
         wide, g = _compute_dtype(q), k.shape[2]
         q, k, v, dout, out = (x.to(wide) for x in (q, k, v, dout, out))
-        p = (_scores(q, k, softmax_scale, causal) - _grouped_rows(lse.to(wide), g)).exp()
+        scores, slope = _scores(q, k, rules)
+        p = (scores - _grouped_rows(lse.to(wide), g)).exp()
+        kept = _kept(q, k, rules)
         delta = _grouped_rows((dout * out).sum(-1), g)
         grouped_dout = dout.unflatten(2, (g, -1))
-        ds = p * (torch.einsum("bqgrd,bkgd->bgrqk", grouped_dout, v) - delta) * softmax_scale
+        dp = torch.einsum("bqgrd,bkgd->bgrqk", grouped_dout, v) * kept
+        ds = p * (dp - delta) * slope * rules.softmax_scale
         dq = torch.einsum("bgrqk,bkgd->bqgrd", ds, k).flatten(2, 3)
         dk = torch.einsum("bgrqk,bqgrd->bkgd", ds, q.unflatten(2, (g, -1)))
-        dv = torch.einsum("bgrqk,bqgrd->bkgd", p, grouped_dout)
+        dv = torch.einsum("bgrqk,bqgrd->bkgd", p * kept, grouped_dout)
         return dq, dk, dv
 
 
@@ -68,14 +75,41 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, softmax_scale: float, causal: bool) -> torch.Tensor:
-    """[b, g, h // g, s_q, s_kv]; -inf where the causal mask forbids."""
-    scores = torch.einsum("bqgrd,bkgd->bgrqk", q.unflatten(2, (k.shape[2], -1)), k) * softmax_scale
-    if causal:
-        assert q.shape[1] == k.shape[1], "causal tiles are square"
-        forbidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(forbidden, -math.inf)
-    return scores
+def _scores(q: torch.Tensor, k: torch.Tensor, rules: TileRules) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """[b, g, h // g, s_q, s_kv], -inf where the window forbids; and what a soft cap multiplies their gradient by."""
+    g = k.shape[2]
+    scores = torch.einsum("bqgrd,bkgd->bgrqk", q.unflatten(2, (g, -1)), k) * rules.softmax_scale
+    slope: torch.Tensor | float = 1.0
+    if rules.softcap:
+        bent = torch.tanh(scores / rules.softcap)
+        scores, slope = rules.softcap * bent, 1 - bent.square()
+    if rules.alibi_slopes is not None:
+        assert rules.q_places is not None and rules.kv_places is not None
+        distance = (rules.q_places.unsqueeze(1) - rules.kv_places).abs()
+        scores = scores - rules.alibi_slopes.to(scores.dtype).view(1, g, -1, 1, 1) * distance
+    return scores.masked_fill(hidden_by(rules.window, q.shape[1], k.shape[1], q.device), -math.inf), slope
+
+
+def hidden_by(window: tuple[int, int], rows: int, keys: int, device: torch.device) -> torch.Tensor:
+    """bool [rows, keys]: True where a window, counted from the bottom right, forbids."""
+    hidden = torch.zeros(rows, keys, dtype=torch.bool, device=device)
+    left, right = window
+    if right != UNBOUNDED:
+        hidden |= torch.ones_like(hidden).triu(keys - rows + right + 1)
+    if left != UNBOUNDED:
+        hidden |= torch.ones_like(hidden).tril(keys - rows - left - 1)
+    return hidden
+
+
+def _kept(q: torch.Tensor, k: torch.Tensor, rules: TileRules) -> torch.Tensor | float:
+    """What dropout multiplies probabilities by: [b, g, h // g, s_q, s_kv], or 1."""
+    if rules.dropout is None:
+        return 1.0
+    assert rules.q_places is not None and rules.kv_places is not None
+    p, first = rules.dropout.p, rules.dropout.first_head
+    heads = range(first, first + q.shape[2])
+    kept = keep_mask(rules.dropout.seed, p, q.shape[0], heads, rules.q_places, rules.kv_places)
+    return kept.unflatten(1, (k.shape[2], -1)).to(q.dtype) / (1 - p)
 
 
 def _grouped_rows(rows: torch.Tensor, g: int) -> torch.Tensor:

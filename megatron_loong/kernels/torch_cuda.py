@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from megatron_loong.config import CAUSAL
 from megatron_loong.kernels.common import (
+    feature_fault,
     flash_backward_fault,
     gpu_capability,
     gpu_fault,
@@ -24,7 +26,7 @@ from megatron_loong.kernels.common import (
     lse_to_bhs,
     round_up,
 )
-from megatron_loong.kernels.interface import KernelRequest
+from megatron_loong.kernels.interface import KernelRequest, TileRules
 from megatron_loong.kernels.reference import ReferenceKernel
 
 # Up to 9.15.0 cuDNN is wrong for lengths that are no multiple of 128; torch itself prefers cuDNN only after it.
@@ -42,6 +44,7 @@ class TorchFlashKernel:
     """
 
     name = "torch_flash"
+    bottom_right = False
     proven_on = "nothing yet"
     devices = "CUDA, compute capability 8.0 or newer"
     dtypes = "bfloat16, float16"
@@ -49,18 +52,18 @@ class TorchFlashKernel:
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason."""
-        fault = gpu_fault(request, max_width=256) or flash_backward_fault(request)
+        fault = gpu_fault(request, max_width=256) or flash_backward_fault(request) or _plain_fault(request)
         if fault is None and not torch.backends.cuda.is_flash_attention_available():
             fault = f"torch {torch.__version__} was built without flash attention"
         return fault
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h] float32)."""
         operands = (_operand(x, _common_width(q, v)) for x in (q, k, v))
         out, lse, *_ = _operator("_scaled_dot_product_flash_attention")(
-            *operands, 0.0, causal, False, scale=softmax_scale
+            *operands, 0.0, rules.window == CAUSAL, False, scale=rules.softmax_scale
         )
         return out.transpose(1, 2)[..., : v.shape[-1]], lse_from_bhs(lse, q.shape[1])
 
@@ -72,9 +75,8 @@ class TorchFlashKernel:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        rules: TileRules,
         *,
-        softmax_scale: float,
-        causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
@@ -84,8 +86,8 @@ class TorchFlashKernel:
         unused = torch.zeros((), dtype=torch.uint64, device=q.device)
         with _deterministic_algorithms() if deterministic else contextlib.nullcontext():
             dq, dk, dv = _operator("_scaled_dot_product_flash_attention_backward")(
-                *operands, lse_to_bhs(lse), None, None, q.shape[1], k.shape[1], 0.0, causal, rng_state, unused,
-                scale=softmax_scale,
+                *operands, lse_to_bhs(lse), None, None, q.shape[1], k.shape[1], 0.0, rules.window == CAUSAL,
+                rng_state, unused, scale=rules.softmax_scale,
             )  # fmt: skip
         return _narrow(dq, q), _narrow(dk, k), _narrow(dv, v)
 
@@ -97,6 +99,7 @@ class TorchCudnnKernel:
     """
 
     name = "torch_cudnn"
+    bottom_right = False
     proven_on = "nothing yet"
     devices = "CUDA, compute capability 9.x or 10.x, cuDNN 9.15.1 or newer"
     dtypes = "bfloat16, float16"
@@ -108,6 +111,7 @@ class TorchCudnnKernel:
             fault = gpu_fault(request, max_width=192)
         else:
             fault = gpu_fault(request, max_width=128)
+        fault = fault or _plain_fault(request)
         if fault:
             return fault
         if request.deterministic:
@@ -122,14 +126,14 @@ class TorchCudnnKernel:
         return None
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h] float32)."""
         if k.shape[1] == 1:  # refused by cuDNN, and one column of scores is nothing
-            return ReferenceKernel().forward(q, k, v, softmax_scale=softmax_scale, causal=causal)
+            return ReferenceKernel().forward(q, k, v, rules)
         out, lse, *_ = _operator("_scaled_dot_product_cudnn_attention")(
-            *(_operand(x, round_up(x.shape[-1], 8)) for x in (q, k, v)), None, True, 0.0, causal, False,
-            scale=softmax_scale,
+            *(_operand(x, round_up(x.shape[-1], 8)) for x in (q, k, v)), None, True, 0.0, rules.window == CAUSAL, False,
+            scale=rules.softmax_scale,
         )  # fmt: skip
         return out.transpose(1, 2)[..., : v.shape[-1]], lse_from_bhs(lse.flatten(2), q.shape[1])
 
@@ -141,25 +145,33 @@ class TorchCudnnKernel:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        rules: TileRules,
         *,
-        softmax_scale: float,
-        causal: bool,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
         if deterministic:
             raise NotImplementedError("cuDNN's backward is not deterministic; use --loong-kernel torch_flash")
         if k.shape[1] == 1:
-            return ReferenceKernel().backward(
-                dout, q, k, v, out, lse, softmax_scale=softmax_scale, causal=causal, deterministic=False
-            )
+            return ReferenceKernel().backward(dout, q, k, v, out, lse, rules, deterministic=False)
         operands = [_operand(x, round_up(x.shape[-1], 8)) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
         lse = lse_to_bhs(lse)
         if _cudnn_lse_dims(q.device, q.dtype) == 4:
             lse = lse.unsqueeze(-1)
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv = _operator("_scaled_dot_product_cudnn_attention_backward")(
-            *operands, lse, seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, causal, scale=softmax_scale
+            *operands,
+            lse,
+            seed,
+            seed,
+            None,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            rules.window == CAUSAL,
+            scale=rules.softmax_scale,
         )
         return _narrow(dq, q), _narrow(dk, k), _narrow(dv, v)
 
@@ -180,6 +192,10 @@ def _deterministic_algorithms() -> Iterator[None]:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+
+
+def _plain_fault(request: KernelRequest) -> str | None:
+    return feature_fault(request, "windowed", "softcap", "alibi", "dropout")
 
 
 def _common_width(q: torch.Tensor, v: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method, Program
 from megatron_loong.planner.simulate import PassTime
-from megatron_loong.planner.tiles import TileCosts
+from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, exchange_bytes, hop_bytes
 
 

@@ -7,18 +7,12 @@ visits, hops and tiles. All ranks run one program; which tokens a visit brings f
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections import defaultdict
 from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.schedule import (
-    Tile,
-    Visit,
-    backward_visits,
-    forward_visits,
-    gradient_sources,
-    tiles,
-)
+from megatron_loong.planner.schedule import RingSchedule, Visit
+from megatron_loong.planner.tiles import Mask, Tile, held_segments, tiles
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 
@@ -42,63 +36,53 @@ def forward_program(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...
     >>> [f"{op.kind} {op.ring}{tuple(op.visit)}" for op in forward_program(1, 2)]
     ['post inner(0, 1)', 'tile (0, 0)', 'wait inner(0, 1)', 'tile (0, 1)']
     """
-    visits = forward_visits(outer_ring_size, inner_ring_size)
-    ops: list[Op] = []
-    for visit, arrivals in zip(visits, _arrivals(visits, outer_ring_size), strict=True):
-        ops += [*arrivals, Op("tile", visit)]
-    return tuple(ops)
+    return _program(outer_ring_size, inner_ring_size, backward=False)
 
 
 @functools.lru_cache(maxsize=256)
 def backward_program(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...]:
     """Operations of `ring_backward`: KV goes round again, and the gradient of each block goes home behind it."""
-    visits = backward_visits(outer_ring_size, inner_ring_size)
+    return _program(outer_ring_size, inner_ring_size, backward=True)
+
+
+def _program(outer_ring_size: int, inner_ring_size: int, backward: bool) -> tuple[Op, ...]:
+    """The passage of any one rank: with one causal document in zigzag, all ranks do the same."""
+    ring = outer_ring_size * inner_ring_size
+    layout = zigzag_or_contiguous(LoongConfig(ring), 2 * ring)
+    passage = RingSchedule(layout, layout, Mask(right=0), inner_ring_size).passage(0, backward)
     ops: list[Op] = []
-    for visit, arrivals in zip(visits, _arrivals(visits, outer_ring_size), strict=True):
-        ops += [*arrivals, Op("tile", visit)]
-        for source in gradient_sources(visit, outer_ring_size, inner_ring_size):
-            ops.append(Op("wait", source, _gradient_ring(source)))
-        if visit != visits[-1]:
-            # The block's gradient is complete on this rank before it is sent on.
-            ops += [Op("fold", visit), Op("post", visit, _gradient_ring(visit))]
-        else:
+    under_way: dict[Visit, str] = {}
+    gradients: dict[Visit, list[Op]] = defaultdict(list)
+
+    def fetch(visit: Visit) -> None:
+        if visit in under_way:
+            ops.append(Op("wait", visit, under_way.pop(visit)))
+
+    def begin(step: int) -> None:
+        hops = passage.hops.get(step, ())
+        for hop in hops:
+            if hop.send:
+                fetch(hop.visit)
+        for hop in hops:
+            if not hop.send:
+                ops.append(Op("post", hop.visit, hop.ring))
+                under_way[hop.visit] = hop.ring
+
+    begin(-1)
+    for step, visit in enumerate(passage.visits):
+        fetch(visit)
+        begin(step)
+        ops.append(Op("tile", visit))
+        if backward:
+            ops += gradients.pop(visit, [])
             ops.append(Op("fold", visit))
+        for hop in passage.gradient_hops.get(step, ()):
+            # The block's gradient is complete on this rank before it is sent on; the neighbour's comes in exchange.
+            if hop.send:
+                ops.append(Op("post", visit, f"{hop.ring}_dkv"))
+            else:
+                gradients[hop.visit].append(Op("wait", visit, f"{hop.ring}_dkv"))
     return tuple(ops)
-
-
-def _gradient_ring(visit: Visit) -> str:
-    return "outer_dkv" if visit.inner_shift == 0 else "inner_dkv"
-
-
-def _arrivals(visits: list[Visit], outer_ring_size: int) -> Iterator[list[Op]]:
-    """Posts and waits of `Circulation` before each tile: the next inner hop, and outer hops a whole round ahead."""
-    here, posted = {Visit(0, 0)}, set()
-
-    def post(visit: Visit) -> list[Op]:
-        source = visit.source()
-        if source is None or visit in posted:
-            return []
-        posted.add(visit)
-        return [*fetch(source), Op("post", visit, "inner" if visit.inner_shift else "outer")]
-
-    def fetch(visit: Visit) -> list[Op]:
-        if visit in here:
-            return []
-        ops = [*post(visit), Op("wait", visit, "inner" if visit.inner_shift else "outer")]
-        here.add(visit)
-        return ops + post_outer_after(visit)
-
-    def post_outer_after(visit: Visit) -> list[Op]:
-        following = Visit(visit.outer_shift + 1, 0)
-        return post(following) if visit.inner_shift == 0 and following.outer_shift < outer_ring_size else []
-
-    start = post_outer_after(Visit(0, 0))
-    for index, visit in enumerate(visits):
-        ops = start + fetch(visit)
-        start = []
-        if index + 1 < len(visits):
-            ops += post(visits[index + 1])
-        yield ops
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,7 +97,7 @@ class Tokens:
 
     def __init__(self, config: LoongConfig, seq_len: int, causal: bool) -> None:
         self.layout = _layout(config.context_parallel_size, config.head_parallel_size, config.sequence_layout, seq_len)
-        self.causal = causal
+        self.mask = Mask(right=0) if causal else Mask()
         self.balanced = config.sequence_layout == "zigzag" or not causal
         """Whether all tiles of a kind (own block, before it, after it) cost the same."""
 
@@ -132,5 +116,5 @@ class Tokens:
 
     def tiles(self, ring_rank: int, owner: int) -> list[Tile]:
         """Tiles that `ring_rank` computes with the block of `owner`."""
-        q_runs, kv_runs = (list(self.layout.ring_runs(rank)) for rank in (ring_rank, owner))
-        return tiles(q_runs, kv_runs, self.causal)
+        q_held, kv_held = (held_segments(self.layout, rank) for rank in (ring_rank, owner))
+        return tiles(self.layout, self.layout, q_held, kv_held, self.mask)

@@ -1,16 +1,33 @@
-"""Which KV block is attended to when, by which hop it comes, and which part of it counts. Pure functions.
+"""Which KV block is attended to when, and by which hop it comes: pure functions.
 
 A double ring is only another visit order (LoongTrain section 4.3): what a rank computes with a block depends on
 (ring_rank, kv_owner) alone. A visit is a pair of shifts (outer, inner): the block of the ring rank that stands
-that many places back on each ring. Block (j, i) with i > 0 comes from block (j, i-1) by an inner hop, and block
-(j, 0) with j > 0 from block (j-1, 0) by an outer hop, which can be posted a whole inner round ahead.
+that many places back on each ring. A block goes round its owner's inner ring, and from the owner to its places on
+the other inner rings by outer hops, each of which begins an inner round there:
+
+    (0,0) -inner-> (0,1) -inner-> (0,2)          forward: every hop is posted in the step in which its sender
+      | outer                                    attends to the block, so the hop hides behind that step's tiles,
+    (1,0) -inner-> (1,1) -inner-> (1,2)          and an outer hop behind a whole inner round
+
+Gradients go home the other way: along each inner ring to its first place, and from there along the outer ring.
+A rank that needs nothing of a block, and hands it to nobody on the other ring, is passed over. Where the ranks of an
+inner ring need different rows (a window: the two neighbours), its first place sends each of them its own instead.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-Run = tuple[int, int]
+from megatron_loong.planner.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles
+from megatron_loong.topology.tokens import Run, TokenLayout, starts_of
+
+Rows = tuple[Run, ...]
+"""Rows of a block as ascending, disjoint runs."""
 
 
 class Visit(NamedTuple):
@@ -19,17 +36,22 @@ class Visit(NamedTuple):
     outer_shift: int
     inner_shift: int
 
-    def source(self) -> Visit | None:
-        """The visit whose block, held by the neighbour on one ring, becomes this one by a hop; None for one's own."""
-        if self.inner_shift:
-            return Visit(self.outer_shift, self.inner_shift - 1)
-        return Visit(self.outer_shift - 1, 0) if self.outer_shift else None
-
     def owner(self, ring_rank: int, ring_size: int, inner_ring_size: int) -> int:
         """Ring rank whose block this is, seen from `ring_rank`."""
-        outer, inner = divmod(ring_rank, inner_ring_size)
-        outer = (outer - self.outer_shift) % (ring_size // inner_ring_size)
-        return outer * inner_ring_size + (inner - self.inner_shift) % inner_ring_size
+        return _shifted(ring_rank, ring_size, inner_ring_size, -self.outer_shift, -self.inner_shift)
+
+    def visitor(self, owner: int, ring_size: int, inner_ring_size: int) -> int:
+        """Ring rank that sees `owner`'s block in this visit."""
+        return _shifted(owner, ring_size, inner_ring_size, self.outer_shift, self.inner_shift)
+
+
+OWN = Visit(0, 0)
+
+
+def _shifted(ring_rank: int, ring_size: int, inner_ring_size: int, outer_shift: int, inner_shift: int) -> int:
+    outer, inner = divmod(ring_rank, inner_ring_size)
+    outer = (outer + outer_shift) % (ring_size // inner_ring_size)
+    return outer * inner_ring_size + (inner + inner_shift) % inner_ring_size
 
 
 def forward_visits(outer_ring_size: int, inner_ring_size: int) -> list[Visit]:
@@ -51,23 +73,8 @@ def backward_visits(outer_ring_size: int, inner_ring_size: int) -> list[Visit]:
     """
     last_on_inner = [*range(1, inner_ring_size), 0]
     visits = [Visit(j, i) for j in range(outer_ring_size) for i in last_on_inner]
-    visits.remove(Visit(0, 0))
-    return [*visits, Visit(0, 0)]
-
-
-def gradient_sources(visit: Visit, outer_ring_size: int, inner_ring_size: int) -> list[Visit]:
-    """Visits of the neighbours (one hop back) whose accumulated dKV joins this visit's, inner ring first.
-
-    >>> gradient_sources(Visit(0, 0), outer_ring_size=2, inner_ring_size=2)
-    [Visit(outer_shift=0, inner_shift=1), Visit(outer_shift=1, inner_shift=0)]
-    """
-    j, i = visit
-    sources = []
-    if inner_ring_size > 1 and i != 1:
-        sources.append(Visit(j, (i - 1) % inner_ring_size))
-    if i == 0 and outer_ring_size > 1 and j != 1:
-        sources.append(Visit((j - 1) % outer_ring_size, 0))
-    return sources
+    visits.remove(OWN)
+    return [*visits, OWN]
 
 
 def kv_visit_order(ring_rank: int, ring_size: int, inner_ring_size: int) -> list[int]:
@@ -82,43 +89,324 @@ def kv_visit_order(ring_rank: int, ring_size: int, inner_ring_size: int) -> list
     return [visit.owner(ring_rank, ring_size, inner_ring_size) for visit in visits]
 
 
-class Tile(NamedTuple):
-    """One attention call: rows of the local q, rows of the visited block, and whether the diagonal masks it."""
+class Hop(NamedTuple):
+    """One message of this rank on one ring. Both ends post it in the same step and want it by the same step."""
 
-    q: slice
-    kv: slice
-    causal: bool
+    send: bool
+    ring: str
+    """`inner` or `outer`."""
+    peer: int
+    """Coordinate of the other end on that ring."""
+    visit: Visit
+    """The block, as a visit of this rank: the one that is sent on, or the one that arrives."""
+    rows: Rows
+    """Rows of the owner's block that travel."""
+    due: int
+    """Step in which it must have arrived."""
 
 
-def tiles(q_runs: list[Run], kv_runs: list[Run], causal: bool) -> list[Tile]:
-    """Tiles that one rank computes with one block, from the runs of the global sequence that each of them holds.
+@dataclass(frozen=True)
+class Passage:
+    """What one rank does in one direction, step by step; step -1 is before the first visit. `visits[i]` is step i."""
 
-    The runs of two ranks are equal or disjoint (`sequence.sharding.ring_runs`). For zigzag this gives
-                     kv_owner
-        ring_rank |  0  1  2  3      D everything, causal
-                0 |  D  U  U  U      L all of q, first half of kv
-                1 |  L  D  U  U      U second half of q, all of kv
-                2 |  L  L  D  U      every L and U costs the same, so no rank waits
-                3 |  L  L  L  D
+    visits: tuple[Visit, ...]
+    tiles: Mapping[Visit, tuple[Tile, ...]]
+    """Tiles of each visit; kv slices count rows of `kv_rows`."""
+    kv_rows: Mapping[Visit, Rows]
+    """Rows of the owner's block that are here during a visit; a visit without an entry is passed over."""
+    hops: Mapping[int, tuple[Hop, ...]]
+    """KV hops by the step in which they are posted."""
+    last_use: Mapping[Visit, int]
+    """Step after which a block may be dropped."""
+    gradient_rows: Mapping[Visit, Rows]
+    """Rows of the owner's block to which this rank, or those before it, have a gradient; backward only."""
+    gradient_hops: Mapping[int, tuple[Hop, ...]]
+    """dKV hops by step; backward only."""
 
-    >>> tiles([(2, 4), (4, 6)], [(0, 2), (6, 8)], causal=True)    # L
-    [Tile(q=slice(0, 4, None), kv=slice(0, 2, None), causal=False)]
-    >>> tiles([(0, 2), (6, 8)], [(2, 4), (4, 6)], causal=True)    # U
-    [Tile(q=slice(2, 4, None), kv=slice(0, 4, None), causal=False)]
+    def gradient_tiles(self, visit: Visit) -> list[slice]:
+        """For every tile of a visit, the rows of `gradient_rows` that its keys are."""
+        held, rows = self.kv_rows[visit], self.gradient_rows[visit]
+        return [slice_within(rows, original_rows(held, tile.kv)) for tile in self.tiles[visit]]
+
+
+@dataclass(frozen=True, eq=False)
+class RingSchedule:
+    """Everything that follows from who holds which tokens and from the mask; the same on every rank of a ring.
+
+    What was worked out once is remembered: all layers of a model ask for the same.
     """
-    q_len, kv_len = (sum(stop - start for start, stop in runs) for runs in (q_runs, kv_runs))
-    if not causal or q_runs == kv_runs:
-        return [Tile(slice(0, q_len), slice(0, kv_len), causal)]
-    found: list[Tile] = []
-    q_offset = 0
-    for q_start, q_stop in q_runs:
-        rows = slice(q_offset, q_offset + q_stop - q_start)
-        q_offset = rows.stop
-        # Runs are ascending, so those that lie before q are the first ones of the block.
-        visible = sum(stop - start for start, stop in kv_runs if stop <= q_start)
-        if not visible:
-            continue
-        if found and found[-1].kv.stop == visible:
-            rows = slice(found.pop().q.start, rows.stop)
-        found.append(Tile(rows, slice(0, visible), False))
-    return found
+
+    q: TokenLayout
+    kv: TokenLayout
+    mask: Mask
+    inner_ring_size: int
+    _known_needs: dict[tuple[int, int], Rows] = field(default_factory=dict, repr=False)
+    _known_trees: dict[int | Rows, _Tree] = field(default_factory=dict, repr=False)
+    _known_passages: dict[tuple[int, bool], Passage] = field(default_factory=dict, repr=False)
+
+    @property
+    def ring_size(self) -> int:
+        """Number of KV owners."""
+        return self.q.ring_size
+
+    @property
+    def outer_ring_size(self) -> int:
+        """Rounds of the double ring."""
+        return self.ring_size // self.inner_ring_size
+
+    @functools.cached_property
+    def whole_blocks(self) -> bool:
+        """Whether blocks travel whole: one document, no window, and everybody sees something of every block.
+
+        Somebody further along then needs all of every block (but for the half of one block in causal zigzag), so
+        that choosing rows would cost a copy per hop and save next to nothing.
+        """
+        if len(self.q.documents) != 2 or self.mask.left is not None:
+            return False
+        q_runs, kv_runs = ([x.ring_runs(rank) for rank in range(self.ring_size)] for x in (self.q, self.kv))
+        if not all(q_runs) or not all(kv_runs):
+            return False
+        if self.mask.right is None:
+            return True
+        first_place_seen_last = min(max(stop for _, stop in runs) for runs in q_runs) + self.kv.seq_len - self.q.seq_len
+        return max(min(start for start, _ in runs) for runs in kv_runs) < first_place_seen_last + self.mask.right
+
+    def block_rows(self, owner: int) -> Rows:
+        """All rows of an owner's block."""
+        length = sum(stop - start for start, stop in self.kv.ring_runs(owner))
+        return ((0, length),) if length else ()
+
+    def tiles(self, ring_rank: int, owner: int) -> list[Tile]:
+        """Tiles of `ring_rank` with all of `owner`'s block."""
+        q, kv = self._held if ring_rank == owner else self._shared
+        return tiles(self.q, self.kv, q[ring_rank], kv[owner], self.mask)
+
+    def needs(self, ring_rank: int, owner: int) -> Rows:
+        """Rows of `owner`'s block that `ring_rank` sees."""
+        if (ring_rank, owner) not in self._known_needs:
+            q, kv = self._held if ring_rank == owner else self._shared
+            seen = seen_rows(self.q, self.kv, q[ring_rank], kv[owner], self.mask)
+            self._known_needs[ring_rank, owner] = union(seen)
+        return self._known_needs[ring_rank, owner]
+
+    @functools.cached_property
+    def _held(self) -> tuple[list[Held], list[Held]]:
+        q, kv = ([held_segments(x, rank) for rank in range(self.ring_size)] for x in (self.q, self.kv))
+        return q, kv
+
+    @functools.cached_property
+    def _shared(self) -> tuple[list[Held], list[Held]]:
+        """What is held of the documents that lie on several ranks: most of a pack's documents lie on one."""
+        holders: defaultdict[int, set[int]] = defaultdict(set)
+        for side in self._held:
+            for rank, held in enumerate(side):
+                for document in held:
+                    holders[document].add(rank)
+        q, kv = (
+            [{document: x for document, x in held.items() if len(holders[document]) > 1} for held in side]
+            for side in self._held
+        )
+        return q, kv
+
+    def passage(self, ring_rank: int, backward: bool) -> Passage:
+        """What `ring_rank` does in the forward or in the backward pass."""
+        if (ring_rank, backward) not in self._known_passages:
+            visits = (backward_visits if backward else forward_visits)(self.outer_ring_size, self.inner_ring_size)
+            self._known_passages[ring_rank, backward] = self._passage(ring_rank, visits, backward)
+        return self._known_passages[ring_rank, backward]
+
+    def _passage(self, ring_rank: int, visits: list[Visit], backward: bool) -> Passage:
+        step = {visit: index for index, visit in enumerate(visits)}
+        kv_rows, gradient_rows, last_use, tiles_of = {}, {}, {}, {}
+        hops: defaultdict[int, list[Hop]] = defaultdict(list)
+        gradient_hops: defaultdict[int, list[Hop]] = defaultdict(list)
+        for visit in visits:
+            owner = visit.owner(ring_rank, self.ring_size, self.inner_ring_size)
+            tree = self._tree(owner)
+            if visit not in tree.carried:
+                continue
+            kv_rows[visit] = tree.carried[visit]
+            last_use[visit] = max(
+                [step[visit], *(self._post_step(x, tree, step, backward) for x in tree.children[visit])]
+            )
+            tiles_of[visit] = tuple(
+                tile._replace(kv=slice_within(kv_rows[visit], (tile.kv.start, tile.kv.stop)))
+                for tile in self.tiles(ring_rank, owner)
+            )
+            ends = [(True, child, child) for child in tree.children[visit]]
+            if visit != OWN:
+                ends.append((False, tree.parent[visit], visit))
+            for send, other, child in ends:
+                due = min([step[child], *(self._post_step(x, tree, step, backward) for x in tree.children[child])])
+                hop = self._hop(send, visit, other, owner, tree.carried[child], due)
+                hops[self._post_step(child, tree, step, backward)].append(hop)
+            if backward:
+                gradient_rows[visit] = tree.gathered[visit]
+                for source in tree.gradient_sources.get(visit, ()):
+                    rows = tree.gathered[source]
+                    gradient_hops[step[source]].append(self._hop(False, visit, source, owner, rows, step[visit]))
+                if visit != OWN:
+                    target, rows = tree.gradient_target[visit], tree.gathered[visit]
+                    gradient_hops[step[visit]].append(self._hop(True, visit, target, owner, rows, step[target]))
+        return Passage(
+            visits=tuple(visits),
+            tiles=tiles_of,
+            kv_rows=kv_rows,
+            hops=_frozen(hops),
+            last_use=last_use,
+            gradient_rows=gradient_rows,
+            gradient_hops=_frozen(gradient_hops),
+        )
+
+    def _post_step(self, child: Visit, tree: _Tree, step: dict[Visit, int], backward: bool) -> int:
+        """The step in which the hop to `child` is posted.
+
+        Backward, an inner round begins with the second place of the ring (the first comes last), so what the first
+        place hands on is posted a step ahead of that.
+        """
+        if child in tree.direct:
+            return step[child] - 1
+        sender = tree.parent[child]
+        if not backward or sender.inner_shift:
+            return step[sender]
+        if self.inner_ring_size > 1:
+            return step[Visit(sender.outer_shift, 1)] - 1
+        return -1 if sender == OWN else step[sender]
+
+    def _hop(self, send: bool, visit: Visit, other: Visit, owner: int, rows: Rows, due: int) -> Hop:
+        ring = "outer" if visit.inner_shift == other.inner_shift else "inner"
+        peer = other.visitor(owner, self.ring_size, self.inner_ring_size)
+        coordinate = peer // self.inner_ring_size if ring == "outer" else peer % self.inner_ring_size
+        return Hop(send, ring, coordinate, visit, rows, due)
+
+    def _tree(self, owner: int) -> _Tree:
+        # Where blocks travel whole, those of one length go the same way.
+        key = self.block_rows(owner) if self.whole_blocks else owner
+        if key not in self._known_trees:
+            self._known_trees[key] = self._make_tree(owner)
+        return self._known_trees[key]
+
+    def _make_tree(self, owner: int) -> _Tree:
+        whole = self.block_rows(owner)
+
+        def need(visit: Visit) -> Rows:
+            if self.whole_blocks:
+                return whole
+            return self.needs(visit.visitor(owner, self.ring_size, self.inner_ring_size), owner)
+
+        rounds = {}
+        for j in range(self.outer_ring_size):
+            inner = [visit for i in range(1, self.inner_ring_size) if need(visit := Visit(j, i))]
+            if j == 0 or inner or need(Visit(j, 0)):
+                rounds[j] = [Visit(j, 0), *inner]
+        tree = _Tree({}, {}, {}, {}, {}, {OWN: []}, set())
+        for head, *inner in rounds.values():
+            needs = [need(visit) for visit in inner]
+            in_chain = running_unions(needs[::-1])[::-1]
+            if 3 * sum(map(row_count, needs)) <= 2 * sum(map(row_count, in_chain)):
+                tree.add_direct(head, inner, needs)
+            else:
+                tree.add_chain([head, *inner], needs)
+        # Along the outer ring travels what a whole inner round needs.
+        of_rounds = [running_unions([need(visit) for visit in rounds[j]])[-1] for j in rounds if j]
+        tree.add_chain([places[0] for places in rounds.values()], of_rounds)
+        tree.carried[OWN] = tree.gathered[OWN] = whole
+        return tree
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The way of one owner's block, and of its gradient home."""
+
+    carried: dict[Visit, Rows]
+    """Rows that come to each place: what it and those behind it need."""
+    gathered: dict[Visit, Rows]
+    """Rows whose gradient leaves each place: what it and those before it need."""
+    parent: dict[Visit, Visit]
+    gradient_target: dict[Visit, Visit]
+    gradient_sources: dict[Visit, list[Visit]]
+    """Places whose gathered gradient joins that of another, the same inner ring first."""
+    children: dict[Visit, list[Visit]]
+    direct: set[Visit]
+    """Places served by the first of their inner ring itself: nobody between needs what they need."""
+
+    def add_chain(self, places: list[Visit], needs: list[Rows]) -> None:
+        """`places` pass blocks on one to the next; `needs` are of all but the first."""
+        for visit, rows in zip(places[1:], running_unions(needs), strict=True):
+            self.gathered[visit] = rows
+        for visit, rows in zip(places[:0:-1], running_unions(needs[::-1]), strict=True):
+            self.carried[visit] = rows
+        for i, visit in enumerate(places[1:]):
+            self._link(visit, parent=places[i], target=(*places[i + 2 : i + 3], places[0])[0])
+
+    def add_direct(self, head: Visit, places: list[Visit], needs: list[Rows]) -> None:
+        """`places` get what they need from `head`, each for itself, and send their gradients straight to it."""
+        for visit, rows in zip(places, needs, strict=True):
+            self.carried[visit] = self.gathered[visit] = rows
+            self._link(visit, parent=head, target=head)
+            self.direct.add(visit)
+
+    def _link(self, visit: Visit, parent: Visit, target: Visit) -> None:
+        self.parent[visit], self.gradient_target[visit] = parent, target
+        self.gradient_sources.setdefault(target, []).append(visit)
+        self.children.setdefault(visit, [])
+        self.children.setdefault(parent, []).append(visit)
+
+
+def union(runs: Iterable[Run]) -> Rows:
+    """Runs in any order, overlapping or not, as ascending disjoint runs.
+
+    >>> union([(4, 6), (0, 2), (2, 3), (5, 8)])
+    ((0, 3), (4, 8))
+    """
+    merged: list[Run] = []
+    for start, stop in sorted(runs):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def running_unions(parts: Iterable[Rows]) -> list[Rows]:
+    """The union of the first one, two, three ...
+
+    >>> running_unions([((0, 2),), ((4, 5),), ((2, 3),)])
+    [((0, 2),), ((0, 2), (4, 5)), ((0, 3), (4, 5))]
+    """
+    return list(itertools.accumulate(parts, lambda a, b: a if a == b else union((*a, *b))))
+
+
+def row_count(rows: Rows) -> int:
+    """Number of rows."""
+    return sum(stop - start for start, stop in rows)
+
+
+def slice_within(rows: Rows, run: Run) -> slice:
+    """Where `run` stands among `rows` put one after another; it must lie inside one of them.
+
+    >>> slice_within(((2, 4), (8, 12)), (9, 11))
+    slice(3, 5, None)
+    """
+    for (start, stop), offset in zip(rows, starts_of(b - a for a, b in rows), strict=False):
+        if start <= run[0] and run[1] <= stop:
+            return slice(run[0] - start + offset, run[1] - start + offset)
+    raise AssertionError(f"rows {run} are not among {rows}")
+
+
+def original_rows(rows: Rows, place: slice) -> Run:
+    """The inverse of `slice_within`."""
+    for (start, stop), offset in zip(rows, starts_of(b - a for a, b in rows), strict=False):
+        if offset <= place.start and place.stop <= offset + stop - start:
+            return (place.start - offset + start, place.stop - offset + start)
+    raise AssertionError(f"places {place} are not among {rows}")
+
+
+def _frozen(hops: Mapping[int, list[Hop]]) -> dict[int, tuple[Hop, ...]]:
+    return {step: tuple(x) for step, x in hops.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def ring_schedule(q: TokenLayout, kv: TokenLayout, mask: Mask, inner_ring_size: int) -> RingSchedule:
+    """The schedule of a ring, remembered: every layer of a model asks for the same."""
+    return RingSchedule(q, kv, mask, inner_ring_size)

@@ -1,72 +1,273 @@
-"""What the tiles of one layout cost a rank: kernel, merge, gradient sums, the copies of the all-to-all."""
+"""Masks turned into tiles: which rows of the local q meet which rows of a KV block, in as few kernel calls as possible.
+
+Pure functions. A mask is a band around the diagonal of every document; what a row sees of one owner's block is then
+one interval of that block's rows, and its two ends grow by 0 or 1 from row to row. A tile is a stretch of rows over
+which both ends can be told by one FlashAttention window.
+"""
 
 from __future__ import annotations
 
-from megatron_loong.config import LoongConfig
-from megatron_loong.planner.hardware import Hardware
-from megatron_loong.planner.methods import Method
-from megatron_loong.planner.programs import Tokens
-from megatron_loong.planner.traffic import AttentionShape, hop_bytes
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_loong.config import CAUSAL, FULL, UNBOUNDED
+from megatron_loong.topology.tokens import Run, TokenLayout
 
 
-class TileCosts:
-    """Seconds by (ring rank, owner), each computed once."""
+@dataclass(frozen=True)
+class Mask:
+    """A query sees the keys of its own document from `left` places before to `right` places after its own place.
 
-    def __init__(
-        self, config: LoongConfig, shape: AttentionShape, hardware: Hardware, backward: bool, method: Method
-    ) -> None:
-        self.config, self.shape, self.hardware, self.backward, self.method = config, shape, hardware, backward, method
-        self.tokens = Tokens(config, shape.seq_len, shape.causal)
-        self.heads = shape.heads // config.head_parallel_size
-        self.block_tokens = self.tokens.block_tokens(0)
-        elements = hop_bytes(config, shape, self.block_tokens, 1)
-        self.fold_s = elements * method.dkv_bytes_per_element / hardware.memory_bytes_per_s
-        """Adding the gradients of one block."""
-        self._known: dict[tuple[int, int], tuple[float, float]] = {}
+    None is unbounded. With more or fewer keys than queries the last query stands at the last key (bottom-right, as
+    FlashAttention has it). Causal is `right=0`; a causal sliding window is `left=w, right=0`.
+    """
 
-    def of(self, ring_rank: int, owner: int) -> tuple[float, float]:
-        """(kernel, merge) of all tiles that `ring_rank` computes with the block of `owner`."""
-        key = self.tokens.kind(ring_rank, owner)
-        if key not in self._known:
-            kernel_s = merge_s = 0.0
-            for tile in self.tokens.tiles(*key):
-                query_len, kv_len = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
-                kernel_s += self._kernel_s(query_len, kv_len, tile.causal)
-                merge_s += self._merge_s(query_len, own=key[0] == key[1])
-            self._known[key] = kernel_s, merge_s
-        return self._known[key]
+    left: int | None = None
+    right: int | None = None
 
-    def pass_s(self, ring_rank: int) -> float:
-        """Kernels, merges and gradient sums of one rank over all blocks: compute that no layout of the ring avoids."""
-        ring = self.config.ring_size
-        if self.tokens.balanced:
-            visits = [(ring_rank, 1), (0, ring_rank), (ring - 1, ring - 1 - ring_rank)]
-        else:
-            visits = [(owner, 1) for owner in range(ring)]
-        tiles = sum(times * sum(self.of(ring_rank, owner)) for owner, times in visits if times)
-        return tiles + (ring * self.fold_s if self.backward else 0.0)
+    def __post_init__(self) -> None:
+        for side, reach in (("left", self.left), ("right", self.right)):
+            if reach is not None and reach < 0:
+                raise ValueError(f"{side}={reach}: a window reaches 0 or more places (None: unbounded)")
 
-    def copy_s(self, rank_bytes: int) -> float:
-        """Packing (or unpacking) what one all-to-all exchanges, the rank's own share included."""
-        hp = self.config.head_parallel_size
-        return 2 * rank_bytes * hp / (hp - 1) / self.hardware.memory_bytes_per_s
+    @classmethod
+    def of(cls, causal: bool, window_size: tuple[int, int] | None) -> Mask:
+        """From Megatron's and FlashAttention's words: `window_size=(left, right)`, -1 unbounded; causal closes right.
 
-    def _kernel_s(self, query_len: int, kv_len: int, causal: bool) -> float:
-        shape = self.shape
-        area = query_len * kv_len / (2 if causal else 1)
-        flops = 2 * shape.batch * area * self.heads * (shape.head_dim + shape.value_dim)
-        if self.backward:
-            flops *= 2.5
-        rate = self.hardware.attention_flops_per_s(query_len, kv_len, causal=causal, backward=self.backward)
-        return flops / rate + self.hardware.kernel_overhead_s
+        >>> Mask.of(causal=True, window_size=(127, -1))
+        Mask(left=127, right=0)
+        """
+        left, right = FULL if window_size is None else window_size
+        if min(left, right) < UNBOUNDED:
+            raise ValueError(f"window_size={window_size}: each side must be -1 (unbounded), 0 or more")
+        return cls(None if left < 0 else left, 0 if causal else None if right < 0 else right)
 
-    def _merge_s(self, query_len: int, own: bool) -> float:
-        """Forward: folding the tile's output in; the own tile is the running result. Backward: adding dq."""
-        rows = self.shape.batch * query_len * self.heads
-        if self.backward:
-            moved = rows * self.shape.head_dim * self.method.dq_bytes_per_element
-        elif own:
-            moved = 0
-        else:
-            moved = rows * self.shape.value_dim * self.method.merge_bytes_per_element
-        return moved / self.hardware.memory_bytes_per_s
+    def pairs(self, q_len: int, kv_len: int) -> int:
+        """Number of (query, key) pairs of one document; attention FLOPs are 4 * d per pair and head, forward.
+
+        >>> Mask(right=0).pairs(3, 3), Mask(left=1, right=0).pairs(3, 3), Mask().pairs(2, 5)
+        (6, 5, 10)
+        """
+        shift = kv_len - q_len
+        upper = 0 if self.right is None else _clipped_sum(q_len, shift + self.right + 1, kv_len)
+        lower = 0 if self.left is None else _clipped_sum(q_len, shift - self.left, kv_len)
+        return (q_len * kv_len if self.right is None else upper) - lower
+
+
+def _clipped_sum(rows: int, first: int, cap: int) -> int:
+    """Sum over i < rows of min(max(first + i, 0), cap)."""
+    below = min(max(-first, 0), rows)
+    growing = min(max(cap - first, below), rows)
+    count = growing - below
+    return count * (first + below) + count * (count - 1) // 2 + (rows - growing) * cap
+
+
+class Tile(NamedTuple):
+    """One attention call: rows of the local q, rows of the visited block, and the window between them."""
+
+    q: slice
+    kv: slice
+    window: tuple[int, int]
+    """(left, right) as FlashAttention reads it: -1 is unbounded, and the last row stands at the last key."""
+
+
+def squared(tile: Tile) -> list[Tile]:
+    """A causal tile with more keys than rows as two: the keys that every row sees, and a square.
+
+    >>> squared(Tile(slice(0, 2), slice(0, 6), CAUSAL))[0]
+    Tile(q=slice(0, 2, None), kv=slice(0, 4, None), window=(-1, -1))
+    """
+    rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+    if tile.window != CAUSAL or rows == keys:
+        return [tile]
+    middle = tile.kv.stop - rows
+    return [Tile(tile.q, slice(tile.kv.start, middle), FULL), Tile(tile.q, slice(middle, tile.kv.stop), CAUSAL)]
+
+
+class Segment(NamedTuple):
+    """A piece of one document that a ring rank holds in one piece."""
+
+    start: int
+    """Place in the document."""
+    stop: int
+    local: int
+    """Row of `start` in what the rank holds."""
+
+
+Held = dict[int, list[Segment]]
+"""By document: the segments that a ring rank holds, ascending; their rows follow one another."""
+
+
+def held_segments(layout: TokenLayout, ring_rank: int) -> Held:
+    """What a ring rank holds, cut at the boundaries of documents.
+
+    Raises `ValueError` for a layout in which the pieces of one document are not neighbours, or not in order.
+    """
+    held: Held = {}
+    local, last = 0, None
+    for start, stop in layout.ring_runs(ring_rank):
+        for document, (begin, end) in _documents_in(layout.documents, (start, stop)):
+            segments = held.setdefault(document, [])
+            origin = layout.documents[document]
+            if segments and (last != document or segments[-1].stop > begin - origin):
+                raise ValueError(f"ring rank {ring_rank} holds the pieces of document {document} apart or out of order")
+            segments.append(Segment(begin - origin, end - origin, local))
+            local, last = local + end - begin, document
+    return held
+
+
+def _documents_in(boundaries: Sequence[int], run: Run) -> Iterator[tuple[int, Run]]:
+    """The documents that a run touches, each with the part of the run inside it."""
+    start, stop = run
+    document = bisect_right(boundaries, start) - 1
+    while start < stop:
+        end = min(stop, boundaries[document + 1])
+        if start < end:
+            yield document, (start, end)
+        start, document = end, document + 1
+
+
+def tiles(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Mask) -> list[Tile]:
+    """Tiles that a rank holding `q_held` computes with the block `kv_held`; no row is in two of them.
+
+    Together they cover every pair that the mask allows between the two, once, and no other; every row of a tile sees
+    a key of it, and every key is seen. For one causal document in zigzag:
+                     kv_owner
+        ring_rank |  0  1  2  3      D everything, causal
+                0 |  D  U  U  U      L all of q, first half of kv
+                1 |  L  D  U  U      U second half of q, all of kv
+                2 |  L  L  D  U      every L and U costs the same, so no rank waits
+                3 |  L  L  L  D
+    """
+    found = []
+    for document, q_segments in q_held.items():
+        if document in kv_held:
+            q_len, kv_len = (x.documents[document + 1] - x.documents[document] for x in (q, kv))
+            found += _document_tiles(q_segments, kv_held[document], mask, shift=kv_len - q_len)
+    return found
+
+
+def seen_rows(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Mask) -> Iterator[Run]:
+    """Runs of the block `kv_held` of which a rank holding `q_held` sees every row: what `tiles` reads, told faster."""
+    left, right = (math.inf if x is None else x for x in (mask.left, mask.right))
+    for document, q_segments in q_held.items():
+        if document not in kv_held:
+            continue
+        kv_segments = kv_held[document]
+        shift = (kv.documents[document + 1] - kv.documents[document]) - (
+            q.documents[document + 1] - q.documents[document]
+        )
+        for segment in q_segments:
+            first, last = segment.start + shift, segment.stop - 1 + shift
+            seen = _rows_before(kv_segments, first - left), _rows_before(kv_segments, last + right + 1)
+            if seen[0] < seen[1]:
+                yield seen
+
+
+def _rows_before(segments: list[Segment], place: float) -> int:
+    """Row behind those of a document's keys that stand before `place`."""
+    row = segments[0].local
+    for segment in segments:
+        if place <= segment.start:
+            break
+        row = segment.local + int(min(place, segment.stop)) - segment.start
+    return row
+
+
+class _Stretch(NamedTuple):
+    """Rows [first, last] of q whose visible keys begin and end at `low` and `high`: values at first and last row."""
+
+    first: int
+    last: int
+    low: tuple[int, int]
+    high: tuple[int, int]
+
+
+def _document_tiles(q: list[Segment], kv: list[Segment], mask: Mask, shift: int) -> list[Tile]:
+    origin, end = kv[0].local, kv[-1].local + kv[-1].stop - kv[-1].start
+
+    left, right = (math.inf if x is None else x for x in (mask.left, mask.right))
+    # Where the ends of what a row sees begin or stop to grow.
+    kinks = sorted(
+        {e + d - shift for x in kv for e in (x.start, x.stop) for d in (left, -right - 1) if d**2 < math.inf}
+    )
+    stretches = []
+    for segment in q:
+        cuts = [segment.start, *(x for x in kinks if segment.start < x < segment.stop), segment.stop]
+        for start, stop in itertools.pairwise(cuts):
+            places = (start + shift, stop - 1 + shift)
+            low = tuple(_rows_before(kv, p - left) for p in places)
+            high = tuple(_rows_before(kv, p + right + 1) for p in places)
+            row = segment.local + start - segment.start
+            stretches += _nonempty(_Stretch(row, row + stop - 1 - start, low, high))  # type: ignore[arg-type]
+    assert all(origin <= x.low[0] and x.high[1] <= end for x in stretches)
+    return _merged(stretches)
+
+
+def _nonempty(x: _Stretch) -> list[_Stretch]:
+    """The rows of a stretch that see anything: all, none, or all but some at one end."""
+    seen = [h - lo for lo, h in zip(x.low, x.high, strict=True)]
+    if seen[0] > 0 and seen[1] > 0:
+        return [x]
+    if seen[0] <= 0 and seen[1] <= 0:
+        return []
+    rows = x.last - x.first
+    low_step, high_step = ((ends[1] - ends[0]) // rows for ends in (x.low, x.high))
+    skip, drop = max(0, 1 - seen[0]), max(0, 1 - seen[1])
+    low = (x.low[0] + skip * low_step, x.low[1] - drop * low_step)
+    high = (x.high[0] + skip * high_step, x.high[1] - drop * high_step)
+    return [_Stretch(x.first + skip, x.last - drop, low, high)]
+
+
+class _Band(NamedTuple):
+    """Rows [first, last]; row i sees keys [max(start, i + lowest), min(stop, i + highest))."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    lowest: float
+    highest: float
+
+    def fits(self, x: _Stretch) -> bool:
+        """Whether this band tells what the rows of a stretch see. Both are linear or bend once: the ends tell."""
+        return all(
+            max(self.start, row + self.lowest) == low and min(self.stop, row + self.highest) == high
+            for row, low, high in ((x.first, x.low[0], x.high[0]), (x.last, x.low[1], x.high[1]))
+        )
+
+    def tile(self) -> Tile:
+        """The call, its window counted from the bottom right."""
+        rows = self.last + 1 - self.first
+        corner = self.last - (self.stop - 1)
+        left = UNBOUNDED if self.lowest + self.first <= self.start - (rows - 1) else int(-self.lowest - corner)
+        right = UNBOUNDED if self.highest + self.first >= self.stop else int(self.highest - 1 + corner)
+        return Tile(slice(self.first, self.last + 1), slice(self.start, self.stop), (left, right))
+
+
+def _merged(stretches: list[_Stretch]) -> list[Tile]:
+    """Neighbouring stretches joined where one window tells both."""
+    bands: list[tuple[_Band, list[_Stretch]]] = []
+    for x in stretches:
+        if bands and bands[-1][0].last + 1 == x.first:
+            parts = [*bands[-1][1], x]
+            joined = next((band for band in _candidates(parts) if all(map(band.fits, parts))), None)
+            if joined is not None:
+                bands[-1] = (joined, parts)
+                continue
+        alone = next(band for band in _candidates([x]) if band.fits(x))
+        bands.append((alone, [x]))
+    return [band.tile() for band, _ in bands]
+
+
+def _candidates(parts: list[_Stretch]) -> Iterator[_Band]:
+    """Bands that could tell what all the parts see: each end fixed, or growing as it does in one of the parts."""
+    first, last = parts[0].first, parts[-1].last
+    start, stop = parts[0].low[0], parts[-1].high[1]
+    for lowest in (-math.inf, parts[-1].low[1] - last, parts[0].low[1] - parts[0].last):
+        for highest in (math.inf, parts[0].high[0] - first, parts[-1].high[0] - parts[-1].first):
+            yield _Band(first, last, start, stop, lowest, highest)

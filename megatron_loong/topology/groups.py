@@ -191,7 +191,16 @@ def build_groups(
     else:
         wanted = dict.fromkeys((c, r) for c, r, _ in sorted(requests, key=lambda request: request[1]))
         _make_communicators(groups, list(wanted), timeout, members_alone=False)
+    _wait_until_connected(groups)
     return groups
+
+
+def _wait_until_connected(groups: LoongGroups) -> None:
+    """gloo connects all members before `new_group` returns, but not at the same moment: a member that releases its
+    groups at once would cut off one that still connects."""
+    for handle in groups.handles.values():
+        if handle.process_group is not None and dist.get_backend(handle.process_group) == "gloo":
+            dist.barrier(group=handle.process_group)
 
 
 def _make_communicators(

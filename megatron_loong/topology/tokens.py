@@ -30,9 +30,8 @@ class TokenLayout:
     rank_runs: tuple[tuple[Run, ...], ...]
     """By logical rank: its runs of the global sequence, in local order."""
 
-    ring_order: tuple[tuple[tuple[int, int], ...], ...]
-    """By ring rank: (head, index into that rank's runs) of every run that the head group holds together, in the order
-    in which the ring rank holds them after the all-to-all."""
+    head_parallel_size: int
+    """Ranks that form one ring rank: neighbours in logical rank."""
 
     @property
     def seq_len(self) -> int:
@@ -42,12 +41,7 @@ class TokenLayout:
     @property
     def ring_size(self) -> int:
         """Number of ring ranks."""
-        return len(self.ring_order)
-
-    @property
-    def head_parallel_size(self) -> int:
-        """Ranks that form one ring rank."""
-        return len(self.rank_runs) // self.ring_size
+        return len(self.rank_runs) // self.head_parallel_size
 
     def tokens_of(self, logical_rank: int) -> int:
         """Number of tokens that a logical rank holds."""
@@ -62,10 +56,27 @@ class TokenLayout:
         return self._ring_runs[ring_rank]
 
     @functools.cached_property
+    def ring_order(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """By ring rank: (head, index into that rank's runs) of every run that its head group holds, in the order in
+        which it holds them after the all-to-all: that of the sequence."""
+        hp = self.head_parallel_size
+        return tuple(
+            tuple(
+                (head, index)
+                for _, head, index in sorted(
+                    (run, head, index)
+                    for head in range(hp)
+                    for index, run in enumerate(self.rank_runs[ring_rank * hp + head])
+                )
+            )
+            for ring_rank in range(self.ring_size)
+        )
+
+    @functools.cached_property
     def _ring_runs(self) -> tuple[tuple[Run, ...], ...]:
         hp = self.head_parallel_size
         return tuple(
-            _joined(self.rank_runs[ring_rank * hp + head][index] for head, index in order)
+            joined(self.rank_runs[ring_rank * hp + head][index] for head, index in order)
             for ring_rank, order in enumerate(self.ring_order)
         )
 
@@ -82,24 +93,13 @@ def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:
     >>> zigzag_or_contiguous(LoongConfig(2), 10).rank_runs
     (((0, 2), (7, 10)), ((2, 5), (5, 7)))
     """
-    n, hp = config.sequence_multiple, config.head_parallel_size
+    n = config.sequence_multiple
     chunks = [(c * seq_len // n, (c + 1) * seq_len // n) for c in range(n)]
     rank_runs = tuple(
         tuple(chunks[c] for c in _chunks_of(config, rank) if chunks[c][0] < chunks[c][1])
         for rank in range(config.context_parallel_size)
     )
-    ring_order = tuple(
-        tuple(
-            (head, index)
-            for _, head, index in sorted(
-                (run, head, index)
-                for head in range(hp)
-                for index, run in enumerate(rank_runs[ring_rank * hp + head])
-            )
-        )
-        for ring_rank in range(config.ring_size)
-    )
-    return TokenLayout((0, seq_len), rank_runs, ring_order)
+    return TokenLayout((0, seq_len), rank_runs, config.head_parallel_size)
 
 
 def _chunks_of(config: LoongConfig, logical_rank: int) -> list[int]:
@@ -117,14 +117,18 @@ def _length(runs: Iterable[Run]) -> int:
     return sum(stop - start for start, stop in runs)
 
 
-def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Runs in order, those that continue one another made one."""
-    joined: list[Run] = []
+def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Runs in order, those that continue one another made one.
+
+    >>> joined([(0, 2), (2, 4), (6, 8)])
+    ((0, 4), (6, 8))
+    """
+    found: list[Run] = []
     for start, stop in runs:
-        if joined and joined[-1][1] == start:
-            start = joined.pop()[0]
-        joined.append((start, stop))
-    return tuple(joined)
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return tuple(found)
 
 
 def starts_of(lengths: Iterable[int]) -> list[int]:

@@ -6,17 +6,12 @@ import itertools
 
 import pytest
 
-from megatron_loong.config import AXES, LoongConfig, divisors
-from megatron_loong.planner.schedule import (
-    Visit,
-    backward_visits,
-    forward_visits,
-    gradient_sources,
-    kv_visit_order,
-    tiles,
-)
-from megatron_loong.sequence.sharding import head_group_chunk_order, ring_runs, token_positions
+from megatron_loong.config import AXES, CAUSAL, FULL, LoongConfig, divisors
+from megatron_loong.planner.schedule import RingSchedule, backward_visits, forward_visits, kv_visit_order
+from megatron_loong.planner.tiles import Mask, held_segments, tiles
+from megatron_loong.sequence.sharding import token_positions
 from megatron_loong.topology.layout import coordinates_of, cp_rank_of, group_members, logical_rank_of
+from megatron_loong.topology.tokens import zigzag_or_contiguous
 
 PLACEMENTS = ["-".join(order) for order in itertools.permutations(AXES)] + ["head_first", "context_first"]
 CONFIGS = [
@@ -71,80 +66,49 @@ def test_zigzag_inside_megatron_is_megatrons() -> None:
 
 
 def test_a_head_group_holds_the_runs_of_its_ring_rank() -> None:
+    """After the all-to-all a ring rank holds what it would hold were the ring the whole group."""
     for config in CONFIGS:
         seq_len = 2 * config.sequence_multiple
-        chunk = seq_len // config.sequence_multiple
+        layout = zigzag_or_contiguous(config, seq_len)
+        ring = zigzag_or_contiguous(LoongConfig(config.ring_size, sequence_layout=config.sequence_layout), seq_len)
         for ring_rank in range(config.ring_size):
-            joined: list[int] = []
-            for head, place in head_group_chunk_order(config, ring_rank):
-                logical = ring_rank * config.head_parallel_size + head
-                positions = token_positions(
-                    LoongConfig(config.context_parallel_size, 1, sequence_layout=config.sequence_layout),
-                    logical,
-                    seq_len,
-                ).tolist()
-                joined += positions[place * chunk : (place + 1) * chunk]
-            assert joined == [t for a, b in ring_runs(config, ring_rank, seq_len) for t in range(a, b)], config
+            assert layout.ring_runs(ring_rank) == ring.ring_runs(ring_rank), config
+            first = ring_rank * config.head_parallel_size
+            runs = [layout.rank_runs[first + head][index] for head, index in layout.ring_order[ring_rank]]
+            assert runs == sorted(runs), config
 
 
 @pytest.mark.parametrize(("n", "w"), RINGS, ids=str)
 def test_every_owner_is_visited_once_and_blocks_come_from_neighbours(n: int, w: int) -> None:
+    """One causal document: C-1 hops in either direction, all but one block's worth of rows, all to neighbours."""
     outer = n // w
-    for order in (forward_visits(outer, w), backward_visits(outer, w)):
+    layout = zigzag_or_contiguous(LoongConfig(n), 4 * n)
+    schedule = RingSchedule(layout, layout, Mask(right=0), w)
+    for backward, order in enumerate((forward_visits(outer, w), backward_visits(outer, w))):
         for rank in range(n):
             assert sorted(v.owner(rank, n, w) for v in order) == list(range(n))
-    for rank, visit in itertools.product(range(n), forward_visits(outer, w)):
-        source = visit.source()
-        if source is not None:
+            assert all(v.visitor(v.owner(rank, n, w), n, w) == rank for v in order)
+            passage = schedule.passage(rank, bool(backward))
             o, i = divmod(rank, w)
-            neighbour = o * w + (i - 1) % w if visit.inner_shift else (o - 1) % outer * w + i
-            assert source.owner(neighbour, n, w) == visit.owner(rank, n, w)
+            for kind in (passage.hops, passage.gradient_hops):
+                sent = [hop for hops in kind.values() for hop in hops if hop.send]
+                assert len(sent) == (n - 1 if backward or kind is passage.hops else 0)
+                for hop in sent:
+                    assert hop.rows == ((0, 4),)
+                    assert hop.peer == ((i + 1) % w if hop.ring == "inner" else (o + 1) % outer)
     assert kv_visit_order(0, n, w)[0] == 0
 
 
-@pytest.mark.parametrize(("n", "w"), RINGS, ids=str)
-def test_the_gradient_of_each_block_gathers_every_rank_and_ends_at_its_owner(n: int, w: int) -> None:
-    """Follow the hops by hand: who has added to a block's dKV when its owner makes the last visit."""
-    outer = n // w
-    order = backward_visits(outer, w)
-    gathered: dict[tuple[int, Visit], set[int]] = {}
-    for visit in order:
-        for rank in range(n):
-            o, i = divmod(rank, w)
-            contributors = {rank}
-            for source in gradient_sources(visit, outer, w):
-                over_inner = source.outer_shift == visit.outer_shift
-                neighbour = o * w + (i - 1) % w if over_inner else (o - 1) % outer * w + i
-                assert source.owner(neighbour, n, w) == visit.owner(rank, n, w)
-                assert not contributors & gathered[neighbour, source], "added twice"
-                contributors |= gathered[neighbour, source]
-            gathered[rank, visit] = contributors
-    assert all(gathered[rank, Visit(0, 0)] == set(range(n)) for rank in range(n))
-
-
-def test_tiles_compute_each_allowed_pair_once_and_no_other() -> None:
-    for layout, ring, causal in itertools.product(("zigzag", "contiguous"), (1, 2, 3, 4), (True, False)):
-        config = LoongConfig(ring, sequence_layout=layout)
-        seq_len = 2 * config.sequence_multiple
-        seen: list[tuple[int, int]] = []
-        work = []
-        for rank, owner in itertools.product(range(ring), repeat=2):
-            q_runs, kv_runs = ring_runs(config, rank, seq_len), ring_runs(config, owner, seq_len)
-            q = [t for a, b in q_runs for t in range(a, b)]
-            kv = [t for a, b in kv_runs for t in range(a, b)]
-            found = [
-                (x, y)
-                for tile in tiles(q_runs, kv_runs, causal)
-                for x in q[tile.q]
-                for y in kv[tile.kv]
-                if not tile.causal or y <= x
-            ]
-            seen += found
-            work.append((rank == owner, len(found)))
-        allowed = [(x, y) for x in range(seq_len) for y in range(seq_len) if not causal or y <= x]
-        assert sorted(seen) == allowed
-        if layout == "zigzag":
-            assert len({n for own, n in work if not own}) <= 1, "off-diagonal tiles cost the same"
+def test_tiles_off_the_diagonal_cost_the_same_in_zigzag() -> None:
+    layout = zigzag_or_contiguous(LoongConfig(4), 64)
+    held = [held_segments(layout, rank) for rank in range(4)]
+    for rank, owner in itertools.product(range(4), repeat=2):
+        (tile,) = tiles(layout, layout, held[rank], held[owner], Mask(right=0))
+        sizes = (tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start)
+        if rank == owner:
+            assert (sizes, tile.window) == ((16, 16), CAUSAL)
+        else:
+            assert (sizes, tile.window) == ((8, 16) if owner > rank else (16, 8), FULL)
 
 
 BAD = [
@@ -169,7 +133,15 @@ def test_a_misspelt_key_is_an_error() -> None:
         LoongConfig.from_dict({"context_parallel_size": 2, "head_paralel_size": 2})
 
 
-@pytest.mark.parametrize("seq_len", [0, 7, 12], ids=str)
-def test_a_sequence_that_is_not_a_multiple_is_refused(seq_len: int) -> None:
-    with pytest.raises(ValueError, match=r"not a multiple of 2 \* context_parallel_size = 8 .* nearest"):
-        token_positions(LoongConfig(4), 0, seq_len)
+@pytest.mark.parametrize("seq_len", [3, 7, 13, 31], ids=str)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_any_length_is_shared_out_to_within_a_token_per_chunk(seq_len: int, layout: str) -> None:
+    config = LoongConfig(4, 2, sequence_layout=layout)
+    found = [token_positions(config, rank, seq_len).tolist() for rank in range(4)]
+    assert sorted(itertools.chain(*found)) == list(range(seq_len))
+    assert max(map(len, found)) - min(map(len, found)) <= config.chunks_per_rank
+
+
+def test_a_length_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="sequence length 0 must be at least 1"):
+        token_positions(LoongConfig(4), 0, 0)

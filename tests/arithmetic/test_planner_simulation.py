@@ -17,7 +17,7 @@ from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.schedule import Visit
 from megatron_loong.planner.search import axis_orders
 from megatron_loong.planner.simulate import simulate_pass
-from megatron_loong.planner.tiles import TileCosts
+from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, attention_bytes
 
 LAYOUTS = [

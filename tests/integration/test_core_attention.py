@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 from typing import Any
@@ -17,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_loong import LoongConfig, build_groups
 from megatron_loong.integration import core_attention
 from megatron_loong.integration.core_attention import LoongCoreAttention
-from tests.dense import dense_attention
+from megatron_loong.kernels.reference import ReferenceKernel
+from tests.dense import band, dense_attention
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -119,8 +121,15 @@ def test_kernel_and_determinism_are_handed_on(monkeypatch: pytest.MonkeyPatch) -
             "qkv_format": "sbhd",
             "causal": True,
             "softmax_scale": built.softmax_scale,
+            "window_size": None,
+            "dropout_p": 0.0,
+            "dropout_seed": None,
+            "softmax_offset": None,
+            "max_logits": None,
             "kernel": "reference",
             "deterministic": True,
+            "seq_len": 6,
+            "kv_seq_len": None,
         }
     ]
 
@@ -128,17 +137,81 @@ def test_kernel_and_determinism_are_handed_on(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_type": "cross"}, "attention_type='cross' .*supported: self-attention"),
-        ({"attention_dropout": 0.2}, "attention_dropout=0.2 .*supported: --attention-dropout 0"),
-        ({"layer_config": "dropout"}, r"--attention-dropout 0\.1 \(Megatron's default is 0\.1\)"),
+        ({"attention_type": "sideways"}, "attention_type='sideways' .*supported: self- and cross-attention"),
         ({"sink": 1}, "does not know sink"),
     ],
 )
 def test_refused_when_built(changes: dict[str, Any], message: str) -> None:
-    if "layer_config" in changes:
-        changes = {"layer_config": config(attention_dropout=0.1)}
     with pytest.raises(NotImplementedError, match=message):
-        layer(**changes).eval()
+        layer(**changes)
+
+
+def test_a_feature_that_no_kernel_has_here_is_refused_when_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where no kernel repeats attention dropout: before the first collective, with the flag to change."""
+    monkeypatch.setattr(ReferenceKernel, "why_not", lambda self, request: "is not here")
+    with pytest.raises(ValueError, match=r"(?s)--attention-dropout 0\.1 .*default is 0\.1.*give --attention-dropout 0"):
+        layer(config(attention_dropout=0.1))
+    layer()
+
+
+def test_sliding_windows_follow_the_skip_frequency() -> None:
+    """Megatron: layer n has the window unless the frequency divides n; a list says it layer by layer."""
+    windowed = config(window_size=(2, 0), window_attn_skip_freq=2)
+    assert [layer(windowed, n).window_size for n in (1, 2)] == [(2, 0), None]
+    listed = config(window_size=(2, 0), window_attn_skip_freq=[0, 1])
+    assert [layer(listed, n).window_size for n in (1, 2)] == [None, (2, 0)]
+    q, k, v = qkv()
+    expected = dense(q, k, v, allowed=band(6, 6, (2, 0)))
+    torch.testing.assert_close(layer(windowed, 1)(q, k, v, None), expected, rtol=0, atol=1e-12)
+
+
+def test_sinks_are_megatrons_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert layer(config(softmax_type="off-by-one")).state_dict() == {}
+    built = layer(config(softmax_type="learnable", params_dtype=torch.float64, init_method=torch.nn.init.ones_))
+    assert list(built.state_dict()) == ["softmax_offset"] and built.softmax_offset.shape == (HEADS,)
+    monkeypatch.setattr(core_attention, "make_sharded_tensors_for_checkpoint", lambda *args, **options: (args, options))
+    (state, prefix, split, offsets), _ = built.sharded_state_dict("x.", ((0, 1, 2),))
+    assert state == {"softmax_offset": built.softmax_offset} and split == {"softmax_offset": 0}
+    assert (prefix, offsets) == ("x.", ((0, 1, 2),)) and layer().sharded_state_dict() == {}
+    q, k, v = qkv()
+    sink = torch.ones(HEADS, dtype=torch.float64, requires_grad=True)
+    expected = dense(q, k, v, causal=True, sink=sink)
+    out = built(q, k, v, None)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    expected.sum().backward()
+    out.sum().backward()
+    torch.testing.assert_close(built.softmax_offset.grad, sink.grad, rtol=0, atol=1e-12)
+
+
+def test_dropout_comes_from_megatrons_generator_and_is_off_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        core_attention, "get_cuda_rng_tracker", lambda: types.SimpleNamespace(fork=contextlib.nullcontext)
+    )
+    built, (q, k, v) = layer(config(attention_dropout=0.5)), qkv()
+    state = torch.get_rng_state()
+    first, second = built(q, k, v, None), built(q, k, v, None)
+    assert not torch.equal(first, second), "each forward draws"
+    torch.set_rng_state(state)
+    assert torch.equal(first, built(q, k, v, None)), "recomputation puts the generator back"
+    torch.testing.assert_close(built.eval()(q, k, v, None), dense(q, k, v, causal=True), rtol=0, atol=1e-12)
+
+
+def test_qk_clip_finds_the_greatest_score_of_each_head() -> None:
+    built, (q, k, v) = layer(config(log_max_attention_logit=True)), qkv()
+    built(q, k, v, None)
+    scores = torch.einsum("qbhd,kbhd->bhqk", q, k.repeat_interleave(2, 2)) * built.softmax_scale
+    expected = scores.masked_fill(~band(6, 6, (-1, 0)), -math.inf).amax((0, 2, 3)).float()
+    torch.testing.assert_close(built.current_max_attn_logits, expected)
+    assert not built.current_max_attn_logits.requires_grad
+    built(0 * q, k, v, None)
+    torch.testing.assert_close(built.current_max_attn_logits, expected.clamp(min=0)), "raised, never lowered"
+
+
+def test_cross_attention_takes_keys_of_another_length() -> None:
+    q, _, _ = qkv()
+    _, k, v = (torch.cat([x, x.flip(0)]) for x in qkv())
+    out = layer(attention_type="cross", attn_mask_type=AttnMaskType.no_mask)(q, k, v, None)
+    torch.testing.assert_close(out, dense(q, k, v), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("ignored", [{"num_splits": 1}, {"num_splits": None, "sink": None}])

@@ -176,11 +176,7 @@ def test_context_parallel_size_1_is_native_beside_the_model_and_an_error_on_the_
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("attention_dropout", 0.1, "--attention-dropout 0.1 .*supported: --attention-dropout 0 "),
-        ("window_size", (128, 0), "--window-size"),
-        ("softmax_type", "learnable", "--softmax-type learnable .*supported: --softmax-type vanilla"),
         ("fp8", "hybrid", "--fp8-format hybrid"),
-        ("qk_clip", True, "--qk-clip"),
         ("hybrid_context_parallel", True, "--hybrid-context-parallel"),
         ("batch_invariant_mode", True, "--batch-invariant-mode"),
         ("experimental_attention_variant", "dsa", "--experimental-attention-variant dsa"),

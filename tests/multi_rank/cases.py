@@ -247,15 +247,18 @@ def _make_mistake(rank: int, what: str) -> None:
         build_groups(config, range(7) if rank == 3 else range(8))
     else:
         groups = build_groups(config, range(8))
-        heads = 4 if what == "heads do not divide" else 8
+        heads = 4 if what == "too few heads" else 8
         kv_heads = 3 if what == "groups do not divide" else heads
-        length = 3 if what == "odd local length" else 4
-        q = torch.zeros(1, length, heads, 8)
-        k = torch.zeros(1, length, kv_heads, 8)
+        q = torch.zeros(1, 4, heads, 8)
+        k = torch.zeros(1, 4, kv_heads, 8)
         options: dict[str, Any] = {
-            "window": {"window_size": (4, 0)},
-            "packed": {"qkv_format": "thd"},
-            "dropout": {"dropout_p": 0.1},
+            "wrong local length": {"seq_len": 40},
+            "window": {"window_size": (-2, 0)},
+            "packed without boundaries": {"qkv_format": "thd"},
+            "boundaries that fall": {"cu_seqlens": [0, 9, 5, 32]},
+            "dropout": {"dropout_p": 1.0},
+            "sink of another size": {"softmax_offset": torch.zeros(3)},
+            "kernel without soft cap": {"softcap": 10.0, "kernel": "cpu_flash"},
             "unknown kernel": {"kernel": "no_such_kernel"},
         }.get(what, {})
         try:
@@ -311,7 +314,7 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
     start = time.monotonic()
     try:
         for _layer in range(3):  # the rank farthest from the loss notices in the next layer
-            attention_2d(q, k, v, groups, kernel=Fatal())  # type: ignore[arg-type]
+            attention_2d(q, k, v, groups, kernel=Fatal(), seq_len=32)  # type: ignore[arg-type]
     except CommunicationError as error:
         return f"{time.monotonic() - start:.1f} {error}"
     return "no error"

@@ -11,9 +11,9 @@ _pool: WorkerPool | None = None
 
 @pytest.fixture
 def pool() -> WorkerPool:
-    """The session's workers; started again only when a failed test broke them."""
+    """The session's workers."""
     global _pool
-    if _pool is None or not _pool.alive:
+    if _pool is None:
         _pool = WorkerPool()
     return _pool
 

@@ -50,14 +50,17 @@ class WorkerPool:
 
     def __init__(self, world_size: int = WORLD_SIZE) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self.world_size = world_size
+        self._start()
+
+    def _start(self) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "megatron_loong.attention.attention_2d"])
-        self.world_size = world_size
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.pipes, self.processes = [], []
-        for rank in range(world_size):
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self.store.port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world_size, self.store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -66,6 +69,8 @@ class WorkerPool:
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(rank, *args)` on every rank; results in rank order. `WorkerFailure` when any rank raised."""
+        if not all(process.is_alive() for process in self.processes):
+            self._start()  # a failure before this one broke them
         for pipe in self.pipes:
             pipe.send((function, args))
         return self._collect()
@@ -98,8 +103,3 @@ class WorkerPool:
             process.join(timeout=2)
             if process.is_alive():
                 process.kill()
-
-    @property
-    def alive(self) -> bool:
-        """Whether every worker is still there."""
-        return all(process.is_alive() for process in self.processes)

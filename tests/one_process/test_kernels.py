@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels import common, registry, torch_cuda
 from megatron_loong.kernels.common import call_by_name
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
+from megatron_loong.kernels.dropout import keep_mask
 from megatron_loong.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
-from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
+from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.reference import ReferenceKernel
 from megatron_loong.kernels.registry import KERNELS, choose_kernel, explain, support_table
-from tests.dense import dense_with_gradients
+from tests.dense import band, dense_with_gradients
 
 SCALE = 0.3
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -53,10 +55,14 @@ def inputs(shape, dtype=torch.float64, b=2):
     return [torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in sizes]
 
 
+def rules(causal, softmax_scale=SCALE):
+    return TileRules(softmax_scale, CAUSAL if causal else FULL)
+
+
 def run(kernel, q, k, v, dout, causal, deterministic=False):
     """out, lse, dq, dk, dv of one tile that is the whole row."""
-    out, lse = kernel.forward(q, k, v, softmax_scale=SCALE, causal=causal)
-    grads = kernel.backward(dout, q, k, v, out, lse, softmax_scale=SCALE, causal=causal, deterministic=deterministic)
+    out, lse = kernel.forward(q, k, v, rules(causal))
+    grads = kernel.backward(dout, q, k, v, out, lse, rules(causal), deterministic=deterministic)
     return dict(zip(NAMES, (out, lse, *grads), strict=True))
 
 
@@ -81,7 +87,7 @@ def test_reference_matches_autograd_of_dense_attention(shape):
 
 def test_reference_lse_is_the_natural_log(shape):
     q, k, v, _ = inputs(shape)
-    _, lse = ReferenceKernel().forward(q, k, torch.ones_like(v), softmax_scale=SCALE, causal=shape[-1])
+    _, lse = ReferenceKernel().forward(q, k, torch.ones_like(v), rules(shape[-1]))
     k = k.repeat_interleave(shape[0] // shape[1], 2)
     last = torch.einsum("bhd,bkhd->bhk", q[:, -1], k) * SCALE
     check_close({"lse of the last row": lse[:, -1]}, {"lse of the last row": last.exp().sum(-1).log()})
@@ -146,7 +152,7 @@ def test_backward_of_two_kv_blocks_adds_up_to_the_whole(kernel, case):
     blocks = [
         kernel.backward(
             dout, q, k[:, part], v[:, part], whole["out"], whole["lse"],
-            softmax_scale=SCALE, causal=False, deterministic=True,
+            rules(False), deterministic=True,
         )
         for part in (slice(None, cut), slice(cut, None))
     ]  # fmt: skip
@@ -158,10 +164,9 @@ def test_backward_of_two_kv_blocks_adds_up_to_the_whole(kernel, case):
 def test_cpu_flash_takes_merged_rows_wider_than_the_inputs():
     q, k, v, dout = inputs(SHAPES["gqa-causal"], torch.bfloat16)
     kernel = CpuFlashKernel()
-    out, lse = kernel.forward(q, k, v, softmax_scale=SCALE, causal=True)
-    keywords = {"softmax_scale": SCALE, "causal": True, "deterministic": True}
-    want = kernel.backward(dout, q, k, v, out, lse, **keywords)
-    got = kernel.backward(dout.float(), q, k, v, out.float(), lse, **keywords)
+    out, lse = kernel.forward(q, k, v, rules(True))
+    want = kernel.backward(dout, q, k, v, out, lse, rules(True), deterministic=True)
+    got = kernel.backward(dout.float(), q, k, v, out.float(), lse, rules(True), deterministic=True)
     for name, x, y in zip(("dq", "dk", "dv"), got, want, strict=True):
         assert torch.equal(x, y), f"{name} differs"
 
@@ -176,7 +181,7 @@ def test_cpu_flash_backward_gives_the_same_bits():
 def test_cpu_flash_refuses_an_empty_tile():
     q, k, v, _ = inputs(SHAPES["mha-full"])
     with pytest.raises(AssertionError, match="empty attention tile"):
-        CpuFlashKernel().forward(q, k[:, :0], v[:, :0], softmax_scale=SCALE, causal=False)
+        CpuFlashKernel().forward(q, k[:, :0], v[:, :0], rules(False))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -240,12 +245,12 @@ def as_if_on_gpu(monkeypatch, calls, lse_dims=3):
             a = bind(schema, args, kwargs)
             calls.append((name, a, torch.are_deterministic_algorithms_enabled()))
             q, k, v = (a[x].transpose(1, 2) for x in ("query", "key", "value"))
-            common_args = {"softmax_scale": a.get("scale") or q.shape[-1] ** -0.5, "causal": a["is_causal"]}
+            asked = rules(a["is_causal"], a.get("scale") or q.shape[-1] ** -0.5)
             assert a["dropout_p"] == 0.0
             for x in (q, k, v):
                 assert x.shape[-1] % 8 == 0 and x.stride(-1) == 1, f"{name}: {x.shape} {x.stride()}"
             if "grad_out" not in a:
-                out, lse = reference.forward(q, k, v, **common_args)
+                out, lse = reference.forward(q, k, v, asked)
                 lse = lse.transpose(1, 2)
                 lse = lse.unsqueeze(-1) if lse_dims == 4 else lse
                 return out.transpose(1, 2), lse, None, None, q.shape[1], k.shape[1], None, None, None
@@ -253,7 +258,7 @@ def as_if_on_gpu(monkeypatch, calls, lse_dims=3):
             assert a["logsumexp"].ndim == lse_dims and a["logsumexp"].is_contiguous(), "lse not as forward gave it"
             dout, out = (a[x].transpose(1, 2) for x in ("grad_out", "out"))
             lse = a["logsumexp"].flatten(2).transpose(1, 2)
-            grads = reference.backward(dout, q, k, v, out, lse, **common_args, deterministic=False)
+            grads = reference.backward(dout, q, k, v, out, lse, asked, deterministic=False)
             return tuple(x.transpose(1, 2) for x in grads)
 
         return play
@@ -321,7 +326,7 @@ def test_gpu_operands_are_aligned():
 
 def _play_forward(q, k, v, softmax_scale, causal):
     assert q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
-    out, lse = ReferenceKernel().forward(q, k, v, softmax_scale=softmax_scale, causal=causal)
+    out, lse = ReferenceKernel().forward(q, k, v, rules(causal, softmax_scale))
     return out, lse.transpose(1, 2).contiguous()
 
 
@@ -329,7 +334,7 @@ def _play_backward(dout, q, k, v, out, lse, dq, dk, dv, softmax_scale, causal, d
     assert deterministic is True, "deterministic did not arrive"
     assert lse.is_contiguous() and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     grads = ReferenceKernel().backward(
-        dout, q, k, v, out, lse.transpose(1, 2), softmax_scale=softmax_scale, causal=causal, deterministic=True
+        dout, q, k, v, out, lse.transpose(1, 2), rules(causal, softmax_scale), deterministic=True
     )
     for buffer, gradient in zip((dq, dk, dv), grads, strict=True):
         buffer.copy_(gradient)
@@ -584,10 +589,55 @@ def test_named_kernel_that_cannot_serve_says_why_and_what_would():
         assert part in message, message
 
 
-@pytest.mark.parametrize("name", ["auto", *KERNELS])
-def test_attention_dropout_is_refused_by_all(name):
-    with pytest.raises(ValueError, match=r"attention dropout must be 0, not 0.1"):
-        choose_kernel(replace(CPU, dropout_p=0.1), name)
+@pytest.mark.parametrize("feature", ["windowed", "softcap", "alibi", "dropout"])
+def test_a_feature_goes_to_the_kernels_that_have_it_and_the_others_say_so(feature):
+    """On a CPU: windows cut into blocks by cpu_flash, everything by the reference."""
+    asked = replace(CPU, **{feature: True})
+    assert choose_kernel(asked).name == ("cpu_flash" if feature == "windowed" else "reference")
+    if feature != "windowed":
+        with pytest.raises(ValueError, match=r"cpu_flash: does not do|does not do .*; what would work: reference"):
+            choose_kernel(asked, "cpu_flash")
+
+
+WINDOWS = [FULL, CAUSAL, (3, 0), (0, 0), (2, 4), (-1, 3), (5, -1), (200, 0), (70, 70)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "lengths", "window"),
+    [
+        pytest.param(kernel, lengths, window, id=f"{kernel.name}-{lengths}-{window}")
+        for kernel in (CpuFlashKernel(), ReferenceKernel())
+        for lengths in ((150, 150), (40, 150), (150, 40))
+        for window in WINDOWS
+        if (kernel.bottom_right or window != CAUSAL or lengths[0] == lengths[1])
+        # A tile has no row that sees nothing.
+        and band(*lengths, window).any(1).all()
+    ],
+)
+def test_windows_match_dense_attention_with_the_mask(kernel, lengths, window):
+    """float64 to 1e-12, rows that see nothing left out as the ring leaves them out."""
+    rows, keys = lengths
+    q, k, v, dout = inputs((4, 2, rows, keys, 16, 16, False))
+    window_rules = TileRules(SCALE, window)
+    out, lse = kernel.forward(q, k, v, window_rules)
+    found = (out, *kernel.backward(dout, q, k, v, out, lse, window_rules, deterministic=True))
+    right = dense_with_gradients(q, k, v, dout, softmax_scale=SCALE, allowed=band(rows, keys, window))
+    for name, x in zip(("out", "dq", "dk", "dv"), found, strict=True):
+        assert (x - right[name]).abs().max() <= 1e-12, name
+
+
+def test_dropout_does_not_depend_on_who_asks_for_which_part():
+    places = torch.arange(100)
+    whole = keep_mask(7 << 40 | 3, 0.3, 2, range(4), places, places)
+    part = keep_mask(7 << 40 | 3, 0.3, 2, range(2, 4), places[10:20], places[50:])
+    assert torch.equal(part, whole[:, 2:, 10:20, 50:])
+    assert not torch.equal(whole, keep_mask(7 << 40 | 4, 0.3, 2, range(4), places, places))
+    # 80,000 pairs: the mean is within four standard deviations of 1 - p, over all and along every axis.
+    assert abs(whole.double().mean() - 0.7) < 4 * (0.21 / whole.numel()) ** 0.5
+    for axis in range(4):
+        others = [i for i in range(4) if i != axis]
+        means = whole.double().mean(others)
+        assert (means - 0.7).abs().max() < 5 * (0.21 * whole.shape[axis] / whole.numel()) ** 0.5
 
 
 def test_explain_has_one_line_for_each_kernel():

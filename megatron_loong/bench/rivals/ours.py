@@ -43,7 +43,8 @@ class Loong(Contestant):
     def apply(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """`attention_2d` with the CPU flash operator."""
         assert self._groups is not None
-        return attention_2d(q, k, v, self._groups, causal=True, kernel="cpu_flash")
+        seq_len = q.shape[1] * self._groups.config.context_parallel_size
+        return attention_2d(q, k, v, self._groups, causal=True, kernel="cpu_flash", seq_len=seq_len)
 
 
 class ComputeAlone(Contestant):

@@ -1,0 +1,64 @@
+"""What `attention_2d` refuses, told from what every rank has alike, before the first message."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_loong.config import divisors
+from megatron_loong.topology.groups import LoongGroups
+
+
+def check_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: LoongGroups,
+    qkv_format: str,
+    cu_seqlens: object,
+    softmax_offset: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    dropout_p: float,
+    max_logits: torch.Tensor | None,
+) -> None:
+    """Raise `ValueError` for tensors (sequence first) and options that do not fit each other or the layout."""
+    groups.require_cp_rank()
+    if qkv_format not in ("bshd", "sbhd", "thd"):
+        raise ValueError(f"qkv_format={qkv_format!r} is unknown; use 'bshd', 'sbhd' or 'thd'")
+    if qkv_format == "thd" and cu_seqlens is None:
+        raise ValueError("qkv_format='thd' needs cu_seqlens: the global boundaries of the packed documents")
+    _check_shapes(q, k, v, qkv_format)
+    heads, kv_heads, hp = q.shape[2], k.shape[2], groups.config.head_parallel_size
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"the number of query heads, {heads}, is not a multiple of the number of KV heads, {kv_heads}")
+    if heads < hp:
+        fitting = [n for n in divisors(groups.config.context_parallel_size) if n <= heads]
+        raise ValueError(f"head_parallel_size={hp} is more than the {heads} query heads; try one of {fitting}")
+    for name, x in (
+        ("softmax_offset", softmax_offset),
+        ("alibi_slopes", alibi_slopes),
+        ("max_logits", max_logits),
+    ):
+        if x is not None and tuple(x.shape) != (heads,):
+            raise ValueError(f"{name} has shape {list(x.shape)}; it needs one number per query head: [{heads}]")
+    if max_logits is not None and max_logits.dtype != torch.float32:
+        raise ValueError(f"max_logits is {max_logits.dtype}; it must be float32")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p={dropout_p} must be at least 0 and below 1")
+
+
+def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qkv_format: str) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (sequence first)"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        dimensions = "three dimensions [t, heads, d]" if qkv_format == "thd" else "four dimensions"
+        raise ValueError(f"q, k and v must have {dimensions}; got {shapes}")
+    if q.shape[1] != k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q, k and v must agree in batch, KV heads, length of k and v, and q/k head width; got {shapes}"
+        )
+    if 0 in (q.shape[1], q.shape[2], q.shape[3], v.shape[3]):
+        raise ValueError(f"q, k and v must have no dimension of size 0 but the length; got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v must share one dtype and device; got {q.dtype}, {k.dtype}, {v.dtype} "
+            f"on {q.device}, {k.device}, {v.device}"
+        )

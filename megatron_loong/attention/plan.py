@@ -1,0 +1,71 @@
+"""Everything the ring's loops need that is not q, k or v: the schedule, who talks to whom, and the kernel's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron_loong.comm.ring import Ring
+from megatron_loong.kernels.interface import AttentionKernel, TileRules
+from megatron_loong.planner.schedule import Passage, RingSchedule, Visit, original_rows
+from megatron_loong.planner.tiles import Tile, squared
+from megatron_loong.topology.tokens import TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class RingPlan:
+    """One attention call of one ring rank."""
+
+    schedule: RingSchedule
+    ring_rank: int
+    rings: dict[str, Ring]
+    """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
+    kernel: AttentionKernel
+    rules: TileRules
+    """What holds for every tile: all but window and places."""
+    deterministic: bool = False
+    kv_of_query: tuple[int, ...] | None = None
+    """`HeadShares.kv_of_query` of this rank."""
+    sink: torch.Tensor | None = None
+    """[h] of this rank's heads."""
+    max_logits: torch.Tensor | None = None
+    """[h] float32 of this rank's heads, to be raised to the greatest score of each."""
+    _places: dict[tuple[bool, int, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def passage(self, backward: bool) -> Passage:
+        """What this rank does in one direction."""
+        return self.schedule.passage(self.ring_rank, backward)
+
+    @property
+    def one_call(self) -> bool:
+        """Whether the whole forward pass is one call of the kernel: nothing to merge."""
+        tiles = [tile for x in self.passage(backward=False).tiles.values() for tile in x]
+        return len(tiles) == 1 and len(self.calls(tiles[0])) == 1
+
+    def calls(self, tile: Tile) -> list[Tile]:
+        """A tile as calls that the kernel can serve."""
+        return [tile] if self.kernel.bottom_right else squared(tile)
+
+    def rules_of(self, tile: Tile, visit: Visit, work: Passage, device: torch.device) -> TileRules:
+        """The kernel's rules for one call."""
+        rules = replace(self.rules, window=tile.window)
+        if rules.alibi_slopes is None and rules.dropout is None:
+            return rules
+        owner = visit.owner(self.ring_rank, self.schedule.ring_size, self.schedule.inner_ring_size)
+        start, stop = original_rows(work.kv_rows[visit], tile.kv)
+        q_places = self._all_places(self.schedule.q, self.ring_rank, device)[tile.q]
+        kv_places = self._all_places(self.schedule.kv, owner, device)[start:stop]
+        return replace(rules, q_places=q_places, kv_places=kv_places)
+
+    def _all_places(self, layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.Tensor:
+        key = (layout is self.schedule.q, ring_rank, device)
+        if key not in self._places:
+            self._places[key] = places_of(layout.ring_runs(ring_rank)).to(device)
+        return self._places[key]
+
+
+def places_of(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """int64: the tokens of some runs, in order."""
+    return torch.cat([torch.arange(a, b) for a, b in runs]) if runs else torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,154 @@
+"""Packs of documents: which tokens go to which rank, so that tokens and attention are both shared out evenly.
+
+A document is attended to by itself alone. Whole on one rank it costs no communication; cut in zigzag over the ring it
+is balanced. So documents up to some length are dealt whole and the longer ones cut, with the greatest length that is
+balanced. Every rank gets its share of the tokens to within one: nothing is padded.
+
+    ring rank 0 | first and last piece of each long document | short documents ...
+    ring rank 1 | ... second and last but one ...            | other short documents ...
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from megatron_loong.config import LoongConfig
+from megatron_loong.topology.tokens import Run, TokenLayout, joined, starts_of
+
+#: The most loaded ring rank may do this much more causal attention than the mean, or more documents are cut.
+BALANCE_AIM = 1.05
+
+
+@functools.lru_cache(maxsize=64)
+def packed_layout(config: LoongConfig, documents: tuple[int, ...]) -> TokenLayout:
+    """The layout of a pack with boundaries `documents` (`cu_seqlens`: from 0, ascending, to the number of tokens).
+
+    Any lengths, any number of documents; empty ones are passed over. Ranks hold equally many tokens, to within one.
+    `config.sequence_layout` plays no part. Raises `ValueError` for boundaries that do not ascend from 0.
+
+    >>> packed_layout(LoongConfig(2), (0, 40, 46, 52, 58, 64)).rank_runs
+    (((0, 10), (30, 46), (52, 58)), ((10, 30), (46, 52), (58, 64)))
+    """
+    documents = checked_boundaries(documents)
+    total, ring = documents[-1], config.ring_size
+    shares = [(rank + 1) * total // config.context_parallel_size for rank in range(config.context_parallel_size)]
+    rank_tokens = [b - a for a, b in zip([0, *shares], shares, strict=False)]
+    hp = config.head_parallel_size
+    room = [sum(rank_tokens[r * hp : (r + 1) * hp]) for r in range(ring)]
+    best: tuple[float, list[list[Run]]] | None = None
+    longest_whole = max(room)
+    while best is None or (best[0] > BALANCE_AIM and longest_whole):
+        pieces = _dealt(documents, room, longest_whole)
+        balance = imbalance([sum(_causal_pairs(documents, run) for run in runs) for runs in pieces])
+        if best is None or balance < best[0]:
+            best = (balance, pieces)
+        longest_whole //= 2
+    rank_runs: list[tuple[Run, ...]] = []
+    for ring_rank, runs in enumerate(best[1]):
+        rank_runs += _cut(joined(sorted(runs)), rank_tokens[ring_rank * hp : (ring_rank + 1) * hp])
+    return TokenLayout(documents, tuple(rank_runs), hp)
+
+
+def checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
+    """`cu_seqlens` without empty documents; `ValueError` unless they ascend from 0.
+
+    >>> checked_boundaries([0, 4, 4, 6])
+    (0, 4, 6)
+    """
+    values = [int(x) for x in boundaries]
+    if len(values) < 2 or values[0] != 0 or any(b < a for a, b in itertools.pairwise(values)):
+        shown = f"{values[:8]}..." if len(values) > 8 else f"{values}"
+        raise ValueError(f"cu_seqlens must ascend from 0 to the number of tokens; got {shown}")
+    kept = [0, *(b for a, b in itertools.pairwise(values) if b > a)]
+    if len(kept) < 2:
+        raise ValueError(f"cu_seqlens holds no token: {values[:8]}")
+    return tuple(kept)
+
+
+def imbalance(loads: Sequence[float]) -> float:
+    """The greatest load over the mean.
+
+    >>> imbalance([3, 1])
+    1.5
+    """
+    mean = sum(loads) / len(loads)
+    return max(loads) / mean if mean else 1.0
+
+
+def _causal_pairs(documents: Sequence[int], run: Run) -> int:
+    """(query, key) pairs of the queries of a run that lies in one document."""
+    origin = documents[_document_of(documents, run[0])]
+    first, last = run[0] - origin, run[1] - origin
+    return (last * (last + 1) - first * (first + 1)) // 2
+
+
+def _document_of(documents: Sequence[int], token: int) -> int:
+    return bisect_right(documents, token) - 1
+
+
+def _dealt(documents: Sequence[int], room: Sequence[int], longest_whole: int) -> list[list[Run]]:
+    """Runs by ring rank: documents over `longest_whole` in zigzag, the others whole where there is room."""
+    ring = len(room)
+    left = list(room)
+    pieces: list[list[Run]] = [[] for _ in room]
+    load = [0] * ring
+    homeless: list[Run] = []
+
+    def place(rank: int, start: int, stop: int) -> None:
+        if start < stop:
+            pieces[rank].append((start, stop))
+            left[rank] -= stop - start
+            load[rank] += _causal_pairs(documents, (start, stop))
+
+    short = []
+    for start, stop in itertools.pairwise(documents):
+        if stop - start <= longest_whole or stop - start < 2 * ring:
+            short.append((start, stop))
+            continue
+        cuts = [start + i * (stop - start) // (2 * ring) for i in range(2 * ring + 1)]
+        for i in range(2 * ring):
+            rank = min(i, 2 * ring - 1 - i)
+            fits = min(cuts[i + 1] - cuts[i], left[rank])
+            place(rank, cuts[i], cuts[i] + fits)
+            homeless.append((cuts[i] + fits, cuts[i + 1]))
+    least_loaded = [(load[rank], rank) for rank in range(ring)]
+    heapq.heapify(least_loaded)
+    for start, stop in sorted(short, key=lambda run: run[0] - run[1]):
+        passed = []
+        while least_loaded and left[least_loaded[0][1]] < stop - start:
+            passed.append(heapq.heappop(least_loaded))
+        if least_loaded:
+            rank = least_loaded[0][1]
+            place(rank, start, stop)
+            heapq.heapreplace(least_loaded, (load[rank], rank))
+        else:
+            homeless.append((start, stop))
+        for entry in passed:
+            if left[entry[1]]:
+                heapq.heappush(least_loaded, entry)
+    for start, stop in homeless:
+        while start < stop:
+            rank = max(range(ring), key=lambda x: left[x])
+            end = min(stop, start + left[rank])
+            place(rank, start, end)
+            start = end
+    return pieces
+
+
+def _cut(runs: Sequence[Run], lengths: Sequence[int]) -> list[tuple[Run, ...]]:
+    """Runs, in order, cut into parts of so many tokens."""
+    parts: list[list[Run]] = [[] for _ in lengths]
+    ends = starts_of(lengths)[1:]
+    part, done = 0, 0
+    for start, stop in runs:
+        while start < stop:
+            while done == ends[part]:
+                part += 1
+            taken = min(stop - start, ends[part] - done)
+            parts[part].append((start, start + taken))
+            start, done = start + taken, done + taken
+    return [tuple(x) for x in parts]
