@@ -13,7 +13,7 @@ from megatron_loong.planner.hardware import Hardware, load_hardware
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
 from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.report import as_json, as_text
-from megatron_loong.planner.search import Limits, search
+from megatron_loong.planner.search import Limits, Plan, search
 
 _MODEL_FLAGS = [f.name for f in dataclasses.fields(ModelShape) if f.name != "gated"]
 
@@ -89,10 +89,19 @@ def main(argv: list[str]) -> int:
     else:
         print(as_text(outcome, work, hardware))
     if args.pictures:
-        from megatron_loong.planner.pictures import draw_plan
+        return _draw(outcome.plans[0], work, hardware, args.pictures)
+    return 0
 
-        for path in draw_plan(outcome.plans[0], work, hardware, args.pictures):
+
+def _draw(plan: Plan, work: Workload, hardware: Hardware, folder: Path) -> int:
+    from megatron_loong.planner.pictures import draw_plan
+
+    try:
+        for path in draw_plan(plan, work, hardware, folder):
             print(f"wrote {path}", file=sys.stderr)
+    except ValueError as error:
+        print(f"megatron_loong: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -65,7 +65,8 @@ def _on_the_network(candidate: Candidate, plan: Plan, hardware: Hardware) -> str
         return "all-to-all and rings stay inside a node: no context-parallel byte meets a NIC"
     forward = plan.passes[0]
     names = {"head": "the all-to-all", "inner": "the inner ring", "outer": "the outer ring"}
-    who = " and ".join(names[axis] for axis in crossing)
+    *most, last = (names[axis] for axis in crossing)
+    who = f"{', '.join(most)} and {last}" if most else last
     verb = "cross" if len(crossing) > 1 else "crosses"
     nics = {link: sent for link, sent in forward.link_bytes.items() if link[0] == "nic"}
     busiest_s = max(nics.values()) / hardware.nic_bytes_per_s
@@ -73,8 +74,10 @@ def _on_the_network(candidate: Candidate, plan: Plan, hardware: Hardware) -> str
     behind = f"{overlapped}{_ms(forward.compute_s)} of computing" if overlapped else ", which nothing hides"
     inside = [names[a] for a, n in _active_axes(candidate).items() if n > 1 and a not in crossing]
     stays = f"; {' and '.join(inside)} {'stay' if len(inside) > 1 else 'stays'} inside a node" if inside else ""
+    # One TP rank is simulated; its neighbours send as much, on NICs of their own or on the same one.
+    used = min(hardware.nics_per_node, len(nics) * candidate.tensor // candidate.site(hardware).nic_sharers)
     return (
-        f"{who} {verb} nodes on {len(nics)} of {hardware.nics_per_node} NICs at once, {_ms(busiest_s)} of traffic on "
+        f"{who} {verb} nodes on {used} of {hardware.nics_per_node} NICs at once, {_ms(busiest_s)} of traffic on "
         f"the busiest per layer and forward{behind}{stays}"
     )
 

@@ -125,7 +125,7 @@ def render() -> str:
     parts = [
         HEAD,
         f"**Median error {100 * statistics.median(errors):.1f}%** over {len(compared)} rows, largest "
-        f"{100 * max(errors):.0f}%. **{right} of {pairs}** pairs of methods are ordered as published; pairs that are "
+        f"{100 * max(errors):.0f}%.\n**{right} of {pairs}** pairs of methods are ordered as published; pairs that are\n"
         f"published within {100 * TIE:.0f}% of each other are ties and not counted.\n",
     ]
     if wrong:

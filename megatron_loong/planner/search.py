@@ -66,7 +66,7 @@ class Outcome:
     smallest_bytes: int = 0
     """Peak memory of the leanest plan seen; tells by how much nothing fits."""
     too_large: Plan | None = None
-    """The fastest plan that does not fit: what more memory would buy."""
+    """The fastest plan that would fit twice the memory."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ def _leanest_needed(
         if fit.fits(memory, hardware):
             return plan
         outcome.effort.too_large += 1
-        if outcome.too_large is None or plan.cost.seconds < outcome.too_large.cost.seconds:
+        faster = outcome.too_large is None or plan.cost.seconds < outcome.too_large.cost.seconds
+        if faster and total <= 2 * hardware.memory_bytes:
             outcome.too_large = plan
     return None
 
