@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 from megatron_loong.integration import arguments, compat, placement, runtime
 from megatron_loong.integration.checks import check_args, check_options
+from megatron_loong.integration.memory_options import check_tiled_mlp
 from megatron_loong.integration.options import LoongOptions, fields_of
 from megatron_loong.integration.recompute import checkpoint_function
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.integration.spec import swapped_submodules
+from megatron_loong.integration.tiled import acceptance_counts, language_model_loss, mlp_forward, model_forward
 
 _hooked: dict[compat.Seam, tuple[Any, Any]] = {}
 """Seam -> (the original, what stands in its place)."""
@@ -147,7 +149,9 @@ def _hook_destroy(state: Runtime, original: Callable[..., Any]) -> Callable[...,
 def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
-        state.recompute.note(state.options(config))
+        chosen = state.options(config)
+        check_tiled_mlp(chosen, config)
+        state.recompute.note(chosen)
         original(self, config, swapped_submodules(state, self, config, submodules), *args, **kwargs)
 
     return __init__
@@ -157,6 +161,11 @@ def _hook_checkpoint_function(state: Runtime, original: Any) -> Any:
     return checkpoint_function(state.recompute, original)
 
 
+def _with_options(hook: Callable[..., Any]) -> Callable[[Runtime, Any], Any]:
+    """A hook that needs only to know the options of a TransformerConfig."""
+    return lambda state, original: hook(state.options, original)
+
+
 _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "add_megatron_arguments": _hook_add_megatron_arguments,
     "initialize_model_parallel": _hook_initialize,
@@ -164,4 +173,8 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "attention_init": _hook_attention_init,
     "mla_init": _hook_attention_init,
     "checkpoint_function": _hook_checkpoint_function,
+    "model_forward": _with_options(model_forward),
+    "language_model_loss": _with_options(language_model_loss),
+    "acceptance_counts": _with_options(acceptance_counts),
+    "mlp_forward": _with_options(mlp_forward),
 }
