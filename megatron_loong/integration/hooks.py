@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import arguments, compat, placement, runtime
+from megatron_loong.integration import arguments, compat, placement, runtime, zero
 from megatron_loong.integration.checks import check_args, check_options
 from megatron_loong.integration.memory_options import check_tiled_mlp
 from megatron_loong.integration.options import LoongOptions, fields_of
@@ -118,8 +118,15 @@ def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[.
         megatron_args = state.args()
         if megatron_args is not None:
             check_args(chosen, megatron_args, final=True)
+        if zero.asked(chosen) and state.zero_in_effect is None:
+            raise NotImplementedError(
+                "--loong-zero-...-size is translated when Megatron's command line is parsed, which did not happen; "
+                "without it, give DistributedDataParallelConfig what megatron_loong.integration.zero.translate names"
+            )
         if not chosen.loong:
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            state.say_zero()
+            return result
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         check_options(
@@ -131,6 +138,7 @@ def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[.
         cp_group = state.megatron.parallel_state.get_context_parallel_group()
         minutes = given.arguments.get("distributed_timeout_minutes")
         timeout = timedelta(minutes=minutes) if minutes else None
+        state.say_zero()
         state.build_with_the_world(dist.get_process_group_ranks(cp_group), timeout)
         return result
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-#: Fields of `LoongOptions` that act with `--context-parallel-impl native` too.
-STANDALONE = ("loong_offload_activations", "loong_tiled_loss", "loong_tiled_mlp")
-
 
 def layers_of(text: str, flag: str) -> range | frozenset[int]:
     """The layers that a choice names, counted from 1 as Megatron does; `ValueError` names the flag.
@@ -37,6 +34,10 @@ def check_values(options: Any) -> None:
         value = getattr(options, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"--{field.replace('_', '-')} {value!r} must be a whole number; 0 is off")
+    for field in ("loong_zero_param_size", "loong_zero_grad_size", "loong_zero_optimizer_size"):
+        value = getattr(options, field)
+        if value != "all" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"--{field.replace('_', '-')} {value!r} must be a whole number of at least 1, or all")
     layers_of(options.loong_selective_checkpoint, "--loong-selective-checkpoint")
     layers_of(options.loong_keep_exchange, "--loong-keep-exchange")
     selective = options.loong_selective_checkpoint != "off"

@@ -24,7 +24,9 @@ options:
 
 #: Other things `python -m megatron_loong NAME ...` can do: name -> ("module:function", one line of help).
 #: The function takes the remaining arguments as a list and returns an exit code; modules are imported when called.
-SUBCOMMANDS: dict[str, tuple[str, str]] = {}
+SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "memory": ("megatron_loong.planner.memory_table:main", "the longest sequence that fits, switch by switch"),
+}
 
 
 class UsageError(ValueError):

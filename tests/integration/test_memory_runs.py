@@ -86,6 +86,14 @@ def test_tiled_loss_with_a_parallel_vocabulary_and_tied_embeddings() -> None:
     assert_same(train(2, f"{flags} --loong-tiled-loss 10"), train(2, flags))
 
 
+@pytest.mark.parametrize("size", ["2", "all"])
+def test_optimizer_states_in_a_subgroup_train_as_plain_data_parallel(size: str) -> None:
+    if not RUN_ALL:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    flags = f"{CP2} --optimizer adam --lr 1e-3"
+    assert_same(train(4, f"{flags} --loong-zero-optimizer-size {size}"), train(4, flags))
+
+
 def assert_same(steps: list[megatron_runs.Step], expected: list[megatron_runs.Step]) -> None:
     """Losses and gradient norms to float32's precision: tiles are summed in another order."""
     assert len(steps) == len(expected)
