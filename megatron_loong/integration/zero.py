@@ -85,10 +85,10 @@ def translate(sizes: Sizes, dp_cp: int) -> dict[str, Any]:
         return known[sizes]
     more = [s for s in known if all(a >= b for a, b in zip(s, sizes, strict=True))]
     less = [s for s in known if all(a <= b for a, b in zip(s, sizes, strict=True))]
+    leanest, quietest = min(more), max(less, key=lambda s: (s.optimizer, s.grad, s.param))
     raise NotImplementedError(
         f"{sizes} cannot be expressed in Megatron's distributed optimizer or Megatron-FSDP; nearest with no more "
-        f"memory per rank: {min(more, key=lambda s: (s.param, s.grad, s.optimizer))}; nearest with no more communication: "
-        f"{max(less, key=lambda s: (s.optimizer, s.grad, s.param))}"
+        f"memory per rank: {leanest}; nearest with no more communication: {quietest}"
     )
 
 
