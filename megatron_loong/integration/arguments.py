@@ -30,6 +30,10 @@ _HELP = {
     "loong_tiled_loss": "Compute the language-model head and its loss over tiles of this many tokens, so that the "
     "logits of the whole sequence never exist. Without a number: 1024.",
     "loong_tiled_mlp": "Run each MLP over its tokens in this many tiles, and again in the backward.",
+    "loong_zero_param_size": "Data x context parallel ranks over which one copy of the parameters is spread, or all. "
+    "Translated to Megatron's distributed optimizer or Megatron-FSDP.",
+    "loong_zero_grad_size": "The same for gradients.",
+    "loong_zero_optimizer_size": "The same for master weights and optimizer states.",
 }
 
 #: What argparse is told of a flag besides its default and its help.
