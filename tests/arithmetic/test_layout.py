@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 
-from megatron_loong.config import AXES, LoongConfig, divisors
 from megatron_loong.planner.schedule import (
     Visit,
     backward_visits,
@@ -15,6 +14,7 @@ from megatron_loong.planner.schedule import (
     kv_visit_order,
     tiles,
 )
+from megatron_loong.config import AXES, LoongConfig, divisors
 from megatron_loong.sequence.sharding import head_group_chunk_order, ring_runs, token_positions
 from megatron_loong.topology.layout import coordinates_of, cp_rank_of, group_members, logical_rank_of
 
