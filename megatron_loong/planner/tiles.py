@@ -110,7 +110,7 @@ def held_segments(layout: TokenLayout, ring_rank: int) -> Held:
     held: Held = {}
     local, last = 0, None
     for start, stop in layout.ring_runs(ring_rank):
-        for document, (begin, end) in _documents_in(layout.documents, (start, stop)):
+        for document, (begin, end) in documents_in(layout.documents, (start, stop)):
             segments = held.setdefault(document, [])
             origin = layout.documents[document]
             if segments and (last != document or segments[-1].stop > begin - origin):
@@ -120,7 +120,7 @@ def held_segments(layout: TokenLayout, ring_rank: int) -> Held:
     return held
 
 
-def _documents_in(boundaries: Sequence[int], run: Run) -> Iterator[tuple[int, Run]]:
+def documents_in(boundaries: Sequence[int], run: Run) -> Iterator[tuple[int, Run]]:
     """The documents that a run touches, each with the part of the run inside it."""
     start, stop = run
     document = bisect_right(boundaries, start) - 1

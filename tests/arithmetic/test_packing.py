@@ -1,0 +1,71 @@
+"""Packs of documents: balance, tokens, and the table in the docs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import runpy
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_loong.bench.packing import cost_of_ours, cost_of_padded_zigzag, draw_mix
+from megatron_loong.config import LoongConfig
+from megatron_loong.planner.tiles import Mask
+from megatron_loong.sequence.packing import packed_layout
+from megatron_loong.sequence.sharding import token_positions
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=40),
+    st.sampled_from([LoongConfig(4), LoongConfig(8, 2), LoongConfig(6, 6), LoongConfig(12, 2, 3, "context_first")]),
+)
+def test_every_token_is_held_once_and_ranks_hold_equally_many(lengths: list[int], config: LoongConfig) -> None:
+    documents = (0, *itertools.accumulate(lengths))
+    ranks = range(config.context_parallel_size)
+    held = [token_positions(config, r, documents[-1], cu_seqlens=documents).tolist() for r in ranks]
+    assert sorted(itertools.chain(*held)) == list(range(documents[-1]))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+LAYOUTS = [LoongConfig(4), LoongConfig(8, 2), LoongConfig(16, 1, 4), LoongConfig(64, 8)]
+
+
+@pytest.mark.parametrize("tokens_per_rank", [1024, 4096, 10_007])
+@pytest.mark.parametrize("config", LAYOUTS, ids=LoongConfig.describe)
+def test_no_rank_does_more_than_a_tenth_above_the_mean(config: LoongConfig, tokens_per_rank: int) -> None:
+    for seed in range(50):
+        documents = draw_mix(random.Random(seed), tokens_per_rank * config.context_parallel_size)
+        ours, padded = cost_of_ours(config, documents), cost_of_padded_zigzag(config, documents)
+        real_pairs = sum(Mask(right=0).pairs(b - a, b - a) for a, b in itertools.pairwise(documents))
+        assert sum(ours.pairs) == real_pairs, "no pair is computed for padding, or twice"
+        assert ours.balance <= 1.10, f"seed {seed}: {ours.balance:.3f}"
+        assert sum(ours.kv_rows_sent) <= sum(padded.kv_rows_sent)
+
+
+def test_short_documents_stay_whole_and_send_nothing() -> None:
+    documents = tuple(range(0, 8 * 1024 + 1, 128))
+    assert sum(cost_of_ours(LoongConfig(8), documents).kv_rows_sent) == 0
+
+
+def test_one_document_is_cut_as_zigzag_cuts_it() -> None:
+    layout = packed_layout(LoongConfig(4), (0, 64))
+    assert layout.rank_runs == (((0, 8), (56, 64)), ((8, 16), (48, 56)), ((16, 24), (40, 48)), ((24, 40),))
+
+
+@pytest.mark.parametrize("boundaries", [[0], [1, 4], [0, 5, 3], [0, 0], []], ids=str)
+def test_bad_boundaries_are_refused(boundaries: list[int]) -> None:
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        token_positions(LoongConfig(2), 0, 8, cu_seqlens=boundaries)
+    with pytest.raises(ValueError, match="cu_seqlens ends at 9, but there are 8 tokens"):
+        token_positions(LoongConfig(2), 0, 8, cu_seqlens=[0, 9])
+
+
+def test_the_page_in_the_docs_is_what_the_script_says() -> None:
+    page = runpy.run_path(str(REPOSITORY / "scripts" / "packing_table.py"))["document"]()
+    assert (REPOSITORY / "docs" / "packing.md").read_text() == page + "\n"
