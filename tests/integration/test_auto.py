@@ -92,3 +92,12 @@ def test_every_profile_is_found_by_its_name() -> None:
 
     for name, profile in PROFILES.items():
         assert hardware_of_gpu(f"NVIDIA {name.upper()} 80GB") is profile
+
+
+def test_the_planner_is_asked_once_for_all_layers() -> None:
+    options = LoongOptions("loong", loong_placement="auto", loong_hardware="h800")
+    resolved(options)
+    before = choose_layout.cache_info()
+    resolved(options)
+    after = choose_layout.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
