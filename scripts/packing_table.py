@@ -32,7 +32,7 @@ Every rank holds equally many tokens in all of them.
 """
 
 
-def numbers(mix: Mix, config: LoongConfig) -> tuple[float, float, float, float, float, float]:
+def numbers(mix: Mix, config: LoongConfig) -> tuple[float, ...]:
     """balance, pairs ratio, padding, MiB of ours, MiB of padded, their ratio."""
     sent = [max(x.kv_rows_sent) * MIB_PER_ROW / config.head_parallel_size for x in (mix.ours, mix.padded)]
     pairs = max(mix.ours.pairs) / max(mix.padded.pairs)

@@ -52,7 +52,7 @@ def summarise(rounds: Sequence[Sequence[Phases]]) -> Timing:
     """
     if not rounds:
         raise ValueError("no rounds were run, so there is nothing to summarise")
-    whole = [max(rank.whole_s for rank in ranks) for ranks in rounds]
+    whole = whole_s(rounds)
     busiest = [max(ranks, key=lambda rank: rank.cpu_s) for ranks in rounds]
     low, _, high = statistics.quantiles(whole, n=4, method="inclusive") if len(whole) > 1 else whole * 3
     return Timing(
@@ -89,7 +89,14 @@ def interleaved(
     return taken
 
 
-def ratio_to(rounds: Sequence[Sequence[Phases]], reference: Sequence[Sequence[Phases]]) -> float:
-    """Median over rounds of (this contestant's time / the reference's time in the same round)."""
-    pairs = zip(rounds, reference, strict=True)
-    return statistics.median(max(x.whole_s for x in a) / max(x.whole_s for x in b) for a, b in pairs)
+def whole_s(rounds: Sequence[Sequence[Phases]]) -> list[float]:
+    """By round: forward and backward of the slowest rank."""
+    return [max(rank.whole_s for rank in ranks) for ranks in rounds]
+
+
+def ratio_to(
+    rounds: Sequence[Sequence[Phases]], reference: Sequence[Sequence[Phases]], at_least_s: float = 0.0
+) -> float:
+    """Median over rounds of this contestant's time over the reference's in the same round, or over `at_least_s`."""
+    pairs = zip(whole_s(rounds), whole_s(reference), strict=True)
+    return statistics.median(mine / max(theirs, at_least_s) for mine, theirs in pairs)

@@ -30,6 +30,10 @@ _HELP = {
     "loong_tiled_loss": "Compute the language-model head and its loss over tiles of this many tokens, so that the "
     "logits of the whole sequence never exist. Without a number: 1024.",
     "loong_tiled_mlp": "Run each MLP over its tokens in this many tiles, and again in the backward.",
+    "loong_zero_param_size": "Data x context parallel ranks over which one copy of the parameters is spread, or all. "
+    "Translated to Megatron's distributed optimizer or Megatron-FSDP.",
+    "loong_zero_grad_size": "The same for gradients.",
+    "loong_zero_optimizer_size": "The same for master weights and optimizer states.",
 }
 
 #: What argparse is told of a flag besides its default and its help.
@@ -56,6 +60,15 @@ def add_loong_arguments(parser: argparse.ArgumentParser) -> None:
     for field, text in _HELP.items():
         extra = _FORMS.get(field, {"type": size_or_auto} if field.endswith("_size") else {})
         group.add_argument(flag_of(field), default=getattr(defaults, field), help=text, **extra)
+
+
+def mend_help(parser: argparse.ArgumentParser) -> None:
+    """Escape a bare % in help texts (Megatron 0.18 and 0.19 have one), at which `--help` would end in an error."""
+    for action in parser._actions:  # argparse has no public view of its options
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def listen(parser: argparse.ArgumentParser, on_parsed: Callable[[argparse.Namespace], None]) -> None:

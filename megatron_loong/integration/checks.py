@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.integration.memory_options import check_recompute
+from megatron_loong.integration.memory_options import check_recompute, check_tiled_mlp
 from megatron_loong.integration.options import LoongOptions
 
 
@@ -151,6 +151,7 @@ def refuse(holder: object) -> None:
 def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
     """Both checks on Megatron's arguments; unless `final`, what a checkpoint may still replace is left open."""
     check_recompute(options, args)
+    check_tiled_mlp(options, args)
     if not options.loong:
         return
     open_yet = not final and bool(getattr(args, "use_checkpoint_args", False))

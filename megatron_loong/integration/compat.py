@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+_LANGUAGE_MODULE = "megatron.core.models.common.language_module"
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 
@@ -83,7 +84,15 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
         "attention_init": Seam(megatron.attention_class, "__init__"),
         "mla_init": Seam(megatron.mla_class, "__init__"),
         "checkpoint_function": Seam(megatron.random, "CheckpointFunction"),
+        "model_forward": Seam(_attribute(_module("megatron.core.models.gpt"), "GPTModel"), "forward"),
+        "language_model_loss": Seam(
+            _attribute(_module(f"{_LANGUAGE_MODULE}.language_module"), "LanguageModule"), "compute_language_model_loss"
+        ),
+        "mlp_forward": Seam(_attribute(_module("megatron.core.transformer.mlp"), "MLP"), "forward"),
     }
+    mtp = _module("megatron.core.transformer.multi_token_prediction")
+    if hasattr(mtp, "_compute_mtp_acceptance_counts"):  # from 0.19 on
+        found["acceptance_counts"] = Seam(mtp, "_compute_mtp_acceptance_counts")
     if megatron.arguments is not None:
         found["add_megatron_arguments"] = Seam(megatron.arguments, "add_megatron_arguments")
     for seam in found.values():

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import arguments, compat, placement, runtime
+from megatron_loong.integration import arguments, compat, placement, runtime, zero
 from megatron_loong.integration.checks import check_args, check_options
+from megatron_loong.integration.memory_options import check_tiled_mlp
 from megatron_loong.integration.options import LoongOptions, fields_of
 from megatron_loong.integration.recompute import checkpoint_function
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.integration.spec import swapped_submodules
+from megatron_loong.integration.tiled import acceptance_counts, language_model_loss, mlp_forward, model_forward
 
 _hooked: dict[compat.Seam, tuple[Any, Any]] = {}
 """Seam -> (the original, what stands in its place)."""
@@ -101,6 +103,7 @@ def _hook_add_megatron_arguments(state: Runtime, original: Callable[..., Any]) -
     def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
         parser = original(*args, **kwargs)
         arguments.add_loong_arguments(parser)
+        arguments.mend_help(parser)
         arguments.listen(parser, state.on_parsed)
         return parser
 
@@ -116,8 +119,15 @@ def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[.
         megatron_args = state.args()
         if megatron_args is not None:
             check_args(chosen, megatron_args, final=True)
+        if zero.asked(chosen) and state.zero_in_effect is None:
+            raise NotImplementedError(
+                "--loong-zero-...-size is translated when Megatron's command line is parsed, which did not happen; "
+                "without it, give DistributedDataParallelConfig what megatron_loong.integration.zero.translate names"
+            )
         if not chosen.loong:
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            state.say_zero()
+            return result
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         check_options(
@@ -129,6 +139,7 @@ def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[.
         cp_group = state.megatron.parallel_state.get_context_parallel_group()
         minutes = given.arguments.get("distributed_timeout_minutes")
         timeout = timedelta(minutes=minutes) if minutes else None
+        state.say_zero()
         state.build_with_the_world(dist.get_process_group_ranks(cp_group), timeout)
         return result
 
@@ -147,7 +158,9 @@ def _hook_destroy(state: Runtime, original: Callable[..., Any]) -> Callable[...,
 def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
-        state.recompute.note(state.options(config))
+        chosen = state.options(config)
+        check_tiled_mlp(chosen, config)
+        state.recompute.note(chosen)
         original(self, config, swapped_submodules(state, self, config, submodules), *args, **kwargs)
 
     return __init__
@@ -157,6 +170,11 @@ def _hook_checkpoint_function(state: Runtime, original: Any) -> Any:
     return checkpoint_function(state.recompute, original)
 
 
+def _with_options(hook: Callable[..., Any]) -> Callable[[Runtime, Any], Any]:
+    """A hook that needs only to know the options of a TransformerConfig."""
+    return lambda state, original: hook(state.options, original)
+
+
 _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "add_megatron_arguments": _hook_add_megatron_arguments,
     "initialize_model_parallel": _hook_initialize,
@@ -164,4 +182,8 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "attention_init": _hook_attention_init,
     "mla_init": _hook_attention_init,
     "checkpoint_function": _hook_checkpoint_function,
+    "model_forward": _with_options(model_forward),
+    "language_model_loss": _with_options(language_model_loss),
+    "acceptance_counts": _with_options(acceptance_counts),
+    "mlp_forward": _with_options(mlp_forward),
 }

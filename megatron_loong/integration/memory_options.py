@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-#: Fields of `LoongOptions` that act with `--context-parallel-impl native` too.
-STANDALONE = ("loong_offload_activations", "loong_tiled_loss", "loong_tiled_mlp")
-
 
 def layers_of(text: str, flag: str) -> range | frozenset[int]:
     """The layers that a choice names, counted from 1 as Megatron does; `ValueError` names the flag.
@@ -33,6 +30,14 @@ def layers_of(text: str, flag: str) -> range | frozenset[int]:
 
 def check_values(options: Any) -> None:
     """Raise `ValueError` for a value that can never work; called when `LoongOptions` is made."""
+    for field in ("loong_tiled_loss", "loong_tiled_mlp"):
+        value = getattr(options, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"--{field.replace('_', '-')} {value!r} must be a whole number; 0 is off")
+    for field in ("loong_zero_param_size", "loong_zero_grad_size", "loong_zero_optimizer_size"):
+        value = getattr(options, field)
+        if value != "all" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"--{field.replace('_', '-')} {value!r} must be a whole number of at least 1, or all")
     layers_of(options.loong_selective_checkpoint, "--loong-selective-checkpoint")
     layers_of(options.loong_keep_exchange, "--loong-keep-exchange")
     selective = options.loong_selective_checkpoint != "off"
@@ -78,3 +83,23 @@ def check_recompute(options: Any, holder: object) -> None:
         )
     if options.loong_offload_activations and getattr(holder, "cpu_offloading", False):
         raise ValueError("--loong-offload-activations and --cpu-offloading both move activations away; use one of them")
+
+
+def check_tiled_mlp(options: Any, holder: object) -> None:
+    """Raise `NotImplementedError` where `MLP.forward` is not what runs, or does more than a function of its rows."""
+    if not options.loong_tiled_mlp:
+        return
+    reasons = {
+        "num_experts": "--num-experts (each expert sees few tokens already)",
+        "num_moe_experts": "mixture of experts (each expert sees few tokens already)",
+        "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
+        "fp8": "--fp8-format",
+        "fp4": "--fp4-format",
+        "add_bias_linear": "biases of linear layers",
+    }
+    for attribute, reason in reasons.items():
+        if getattr(holder, attribute, None):
+            raise NotImplementedError(
+                f"--loong-tiled-mlp does not work with {reason} yet; supported: dense MLPs in bf16, fp16 or fp32 with "
+                "--disable-bias-linear"
+            )

@@ -65,6 +65,15 @@ class LoongOptions:
     loong_tiled_mlp: int = 0
     """Tiles in which a recomputed MLP runs over its tokens; 0: all at once."""
 
+    loong_zero_param_size: int | str = 1
+    """Ranks of data x context parallel over which parameters are spread, or `all`; 1: every rank has a copy."""
+
+    loong_zero_grad_size: int | str = 1
+    """The same for gradients."""
+
+    loong_zero_optimizer_size: int | str = 1
+    """The same for master weights and optimizer states."""
+
     def __post_init__(self) -> None:
         if self.context_parallel_impl not in IMPLEMENTATIONS:
             raise ValueError(

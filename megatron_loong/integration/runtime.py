@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import compat, placement
+from megatron_loong.integration import compat, placement, zero
 from megatron_loong.integration.checks import check_args, check_heads, check_options
 from megatron_loong.integration.groups import GroupCache
 from megatron_loong.integration.job import job_of
@@ -41,6 +41,8 @@ class Runtime:
         """The last arguments that a Megatron parser returned; used until Megatron has global ones."""
         self.groups = GroupCache()
         self.recompute = RecomputeState()
+        self.zero_in_effect: str | None = None
+        """What the ZeRO flags were translated to; None where they are not set."""
         self._said: set[str] = set()
 
     # ---- options ----
@@ -73,6 +75,7 @@ class Runtime:
         if getattr(args, "yaml_cfg", None):
             return
         check_args(chosen, args, final=False)
+        self.zero_in_effect = zero.apply(chosen, args, int(os.environ.get("WORLD_SIZE", "1")))
         if not chosen.loong:
             return
         heads = None if getattr(args, "use_checkpoint_args", False) else getattr(args, "num_attention_heads", None)
@@ -180,6 +183,11 @@ class Runtime:
     def say_layout(self, config: LoongConfig) -> None:
         """The resolved layout, once."""
         self.say(f"2D-Attention: {config.describe()}")
+
+    def say_zero(self) -> None:
+        """What the ZeRO flags became, once."""
+        if self.zero_in_effect:
+            self.say(self.zero_in_effect)
 
     def say(self, text: str) -> None:
         """Print `text` once, on rank 0. Megatron's loggers drop INFO unless asked; its print_rank_0 is a print too."""

@@ -27,6 +27,10 @@ options:
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("megatron_loong.bench.calibrate:main", "measure this machine for plan"),
     "plan": ("megatron_loong.launch.plan:main", "choose the flags for a model, a cluster and a sequence length"),
+    "doctor": ("megatron_loong.integration.doctor:main", "what is installed, which kernels serve, whether flags fit"),
+    "sbatch": ("megatron_loong.launch.slurm:main", "write a Slurm batch script"),
+    "patch": ("megatron_loong.launch.patch:main", "put the flag into a Megatron-LM tree, or take it out"),
+    "memory": ("megatron_loong.planner.memory_table:main", "the longest sequence that fits, switch by switch"),
 }
 
 

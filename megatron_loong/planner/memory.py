@@ -284,13 +284,13 @@ def _layer_phases(model: ModelShape, plan: MemoryPlan, layer: LayerBytes) -> dic
         around += layer.attention_kept if plan.selective_checkpoint == "exchange" else layer.out + layer.lse
     before_mlp = around + attention + layer.norm + layer.residual
     weight = 0 if plan.kernels == "fused" else plan.dtype_bytes * model.hidden_size // plan.tensor_parallel_size
-    if plan.tiled_mlp:
-        mlp = before_mlp + 2 * layer.hidden + layer.mlp_backward
-    else:
-        mlp = before_mlp + layer.mlp_backward
-    with_weight = before_mlp + layer.mlp_kept + layer.ffn + weight * _ffn_width(model)
+    with_weight = layer.mlp_kept + layer.ffn + weight * _ffn_width(model)
+    mlp = before_mlp + max(layer.mlp_backward, with_weight)
+    if plan.tiled_mlp:  # the input's gradient, and the weights' summed over tiles in float32
+        sums = model.expert_params // plan.tensor_parallel_size * (max(4, plan.dtype_bytes) + plan.dtype_bytes)
+        mlp = before_mlp + layer.hidden + layer.mlp_backward + sums
     in_attention = around + layer.hidden + attention - layer.joined + layer.attention_backward
-    return {"MLP backward": max(mlp, with_weight), "attention backward": in_attention}
+    return {"MLP backward": mlp, "attention backward": in_attention}
 
 
 def _loss_phases(model: ModelShape, plan: MemoryPlan, layer: LayerBytes) -> dict[str, int]:
@@ -301,7 +301,8 @@ def _loss_phases(model: ModelShape, plan: MemoryPlan, layer: LayerBytes) -> dict
     wide = vocab * (4 + e if e < 4 else e)
     if plan.tiled_loss:
         rows = min(plan.tiled_loss, plan.tokens)
-        gradient = table * max(4, e) if plan.kernels == "local" else 0
+        # The head's gradient is summed over tiles in float32; beside it one tile's part, or the rounded result.
+        gradient = table * (max(4, e) + e)
         tiled = norm + 2 * layer.hidden + gradient + rows * (wide + 29)
         return {"loss": tiled}
     rows = plan.tokens

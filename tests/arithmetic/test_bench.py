@@ -43,6 +43,8 @@ def test_a_ratio_is_taken_within_rounds() -> None:
     slow = [1.0, 3.0, 1.0]
     ours, rival = entry("a", "x", slow, 0), entry("b", "y", [2 * t for t in slow], 0)
     assert ratio_to(ours.rounds, rival.rounds) == 0.5
+    # A bound of 4 s counts where the rival (2, 6, 2) is faster than that.
+    assert ratio_to(ours.rounds, rival.rounds, at_least_s=4.0) == 0.25
 
 
 def test_every_round_runs_everyone_and_begins_with_another() -> None:

@@ -45,6 +45,7 @@ class MemoryCase:
     offload_activations: bool = False
     offload_attention: bool = False
     distributed_optimizer: bool = False
+    optimizer_instances: int = 1
 
 
 def measure(cases: list[MemoryCase], world_size: int, timeout_s: float = 240) -> list[dict[str, Any]]:
@@ -106,7 +107,11 @@ def _measure_case(case: MemoryCase) -> dict[str, Any]:
 
     install(_options(case))
     try:
-        parallel_state.initialize_model_parallel(case.tp, context_parallel_size=case.cp)
+        parallel_state.initialize_model_parallel(
+            case.tp,
+            context_parallel_size=case.cp,
+            num_distributed_optimizer_instances=case.optimizer_instances,
+        )
         model_parallel_cuda_manual_seed(1)
         with LiveBytes() as live, _host_copies_do_not_count(live):
             model, optimizer = _model_and_optimizer(case)
@@ -213,7 +218,10 @@ def _model_and_optimizer(case: MemoryCase) -> tuple[Any, Any]:
     if case.bf16:
         model = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=case.distributed_optimizer, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=case.distributed_optimizer,
+        num_distributed_optimizer_instances=case.optimizer_instances,
+        overlap_grad_reduce=False,
     )
     model = DistributedDataParallel(config, ddp, model)
     model.train()

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_loong.integration import LoongOptions, compat, install, runtime, uninstall
-from megatron_loong.integration.arguments import add_loong_arguments, listen
+from megatron_loong.integration.arguments import add_loong_arguments, listen, mend_help
 from megatron_loong.integration.checks import check_options
 from megatron_loong.integration.options import FIELDS, merge, ranks_per_node, resolve
 
@@ -183,6 +183,17 @@ def test_megatrons_defaults_do_not_contradict() -> None:
 
 
 # ---- Megatron's own parser ----
+
+
+def test_help_lists_the_flags_whatever_megatrons_own_texts_hold(arguments: types.ModuleType) -> None:
+    install()
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser())
+    assert "--loong-head-parallel-size" in parser.format_help()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--share", help="such as 5% of all")
+    parser.add_argument("--rest", help="the rest (default %(default)s)", default=3)
+    mend_help(parser)
+    assert "such as 5% of all" in parser.format_help() and "the rest (default 3)" in parser.format_help()
 
 
 def test_every_parser_of_megatron_has_the_flags_once(

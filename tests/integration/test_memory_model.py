@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -41,11 +42,13 @@ CASES = {
         MemoryCase(cp=4, head_parallel_size=2, **DEEP, **FULL),
         MemoryCase(cp=4, head_parallel_size=4, **DEEP, **SELECTIVE),
         MemoryCase(cp=2, tp=2, seq_len=2048, **SELECTIVE),
+        MemoryCase(cp=2, distributed_optimizer=True, **FULL),
+        MemoryCase(cp=2, distributed_optimizer=True, optimizer_instances=2, **FULL),
     ],
 }
 
 
-def predicted(case: MemoryCase) -> tuple[MemoryReport, int]:
+def predicted(case: MemoryCase, world_size: int) -> tuple[MemoryReport, int]:
     """The model's report of a case, and its bytes of states."""
     shape = ModelShape(
         num_layers=case.num_layers,
@@ -69,7 +72,7 @@ def predicted(case: MemoryCase) -> tuple[MemoryReport, int]:
         offload_activations=case.offload_activations,
         tiled_loss=case.tiled_loss,
         tiled_mlp=case.tiled_mlp,
-        zero_optimizer_size=case.cp if case.distributed_optimizer else 1,
+        zero_optimizer_size=world_size // case.tp // case.optimizer_instances if case.distributed_optimizer else 1,
         kernels="local",
     )
     return peak(shape, plan), sum(state_bytes(shape, plan).values())
@@ -78,9 +81,11 @@ def predicted(case: MemoryCase) -> tuple[MemoryReport, int]:
 @pytest.mark.parametrize("world_size", CASES)
 def test_the_model_is_within_five_percent_of_live_bytes(world_size: int) -> None:
     """States and peak, and the activations alone, so that large states cannot hide a wrong formula."""
+    if world_size == 4 and os.environ.get("LOONG_TEST_ALL") != "1":
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     wrong = []
     for case, found in zip(CASES[world_size], measure(CASES[world_size], world_size), strict=True):
-        report, states = predicted(case)
+        report, states = predicted(case, world_size)
         pairs = {
             "states": (states, found["states_bytes"]),
             "peak": (report.peak_bytes, found["peak_bytes"]),

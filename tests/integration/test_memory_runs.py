@@ -69,3 +69,34 @@ def test_selective_checkpoint_repeats_full_recomputation(name: str) -> None:
     assert all(0 < k.ring_forwards < f.ring_forwards for k, f in zip(kept, full, strict=True))
     if name not in ("block", "two layers at once"):
         assert [2 * s.ring_forwards for s in kept] == [s.ring_forwards for s in full]
+
+
+@pytest.mark.parametrize("flags", ["", f"{CP2} {RECOMPUTE}"], ids=["native", "cp2-recomputed"])
+def test_tiled_loss_and_mlp_train_as_untiled(flags: str) -> None:
+    world_size = 2 if flags else 1
+    untiled = train(world_size, flags)
+    tiled = train(world_size, f"{flags} --loong-tiled-loss 24 --loong-tiled-mlp 3")
+    assert_same(tiled, untiled)
+
+
+def test_tiled_loss_with_a_parallel_vocabulary_and_tied_embeddings() -> None:
+    if not RUN_ALL:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    flags = "--tensor-model-parallel-size 2"
+    assert_same(train(2, f"{flags} --loong-tiled-loss 10"), train(2, flags))
+
+
+@pytest.mark.parametrize("size", ["2", "all"])
+def test_optimizer_states_in_a_subgroup_train_as_plain_data_parallel(size: str) -> None:
+    if not RUN_ALL:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    flags = f"{CP2} --optimizer adam --lr 1e-3"
+    assert_same(train(4, f"{flags} --loong-zero-optimizer-size {size}"), train(4, flags))
+
+
+def assert_same(steps: list[megatron_runs.Step], expected: list[megatron_runs.Step]) -> None:
+    """Losses and gradient norms to float32's precision: tiles are summed in another order."""
+    assert len(steps) == len(expected)
+    for step, wanted in zip(steps, expected, strict=True):
+        assert step.lm_loss == pytest.approx(wanted.lm_loss, rel=1e-6)
+        assert step.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration import megatron_runs
+from tests.integration.megatron_runs import assert_same_steps
 
-RELATIVE_TOLERANCE = 1e-5
 #: Megatron's distributed optimizer and its checkpoints know Adam, but no SGD.
 ADAM = "--optimizer adam --lr 1e-3"
 RUN_ALL = os.environ.get("LOONG_TEST_ALL") == "1"
@@ -100,18 +100,6 @@ def script_or_skip(name: str) -> Path:
         if script is None:
             pytest.skip("install megatron-core 0.17 or newer, whose wheel brings megatron.training")
     return script
-
-
-def assert_same_steps(steps: list[megatron_runs.Step], expected: list[megatron_runs.Step]) -> None:
-    """Every loss and gradient norm within `RELATIVE_TOLERANCE`; a failure names the step and the quantity."""
-    assert len(steps) == len(expected)
-    for number, (step, wanted) in enumerate(zip(steps, expected, strict=True), start=1):
-        for quantity in ("lm_loss", "grad_norm"):
-            value, reference = getattr(step, quantity), getattr(wanted, quantity)
-            error = abs(value - reference) / abs(reference)
-            assert error <= RELATIVE_TOLERANCE, (
-                f"{quantity} of step {number}: {value} instead of {reference}, relative error {error:.1e}"
-            )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,0 +1,89 @@
+"""A checkpoint saved under one layout resumes under any other: the loss continues as if nothing had happened.
+
+Megatron's distributed checkpoints (torch_dist) on the CPU, with Adam and its moments. Only the distributed optimizer
+cannot be resumed here: Megatron needs Apex or TransformerEngine for that. Native context parallelism needs a GPU, so
+that the native layout here is one rank. LOONG_TEST_ALL=1 runs every pair of layouts.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integration import megatron_runs
+
+STEPS, SAVED_AFTER = 4, 2
+SHARED = (
+    "--optimizer adam --lr 1e-3 --ckpt-format torch_dist --vocab-size 255 --make-vocab-size-divisible-by 4 "
+    f"--num-layers 4 --train-iters {STEPS}"
+).split()
+LOONG = "--context-parallel-impl loong"
+#: Layout -> number of ranks and flags. TP and pipeline stages are resharded too.
+LAYOUTS = {
+    "one-rank": (1, ""),
+    "cp2-head2": (2, f"{LOONG} --context-parallel-size 2 --loong-head-parallel-size 2"),
+    "cp4-double-ring": (4, f"{LOONG} --context-parallel-size 4 --loong-head-parallel-size 1 --loong-inner-ring-size 2"),
+    "cp4-context-first": (
+        4,
+        f"{LOONG} --context-parallel-size 4 --loong-head-parallel-size 2 --loong-placement context_first",
+    ),
+    "tp2-cp2": (4, f"{LOONG} --context-parallel-size 2 --tensor-model-parallel-size 2"),
+    "pp2-cp2": (4, f"{LOONG} --context-parallel-size 2 --pipeline-model-parallel-size 2"),
+}
+ALWAYS = {("cp4-context-first", "one-rank"), ("cp4-context-first", "tp2-cp2")}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this session's checkpoints lie."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def script() -> Path:
+    found = megatron_runs.own_script() or megatron_runs.checkout_script()
+    if found is None:
+        pytest.skip("needs MEGATRON_LM_PATH, or megatron-core 0.17 or newer, whose wheel brings megatron.training")
+    return found
+
+
+@functools.cache
+def train(layout: str, *flags: str) -> list[megatron_runs.Step]:
+    """Steps of a run under `layout`."""
+    world_size, words = LAYOUTS[layout]
+    return megatron_runs.train(script(), world_size, *SHARED, *words.split(), *flags)
+
+
+@functools.cache
+def saved_under(layout: str, folder: Path, *flags: str) -> tuple[Path, list[megatron_runs.Step]]:
+    """A checkpoint of a run that stopped half-way, and that run's steps."""
+    place = folder / "-".join([layout, *(flag.strip("-") for flag in flags)])
+    save = ("--save", str(place), "--save-interval", str(SAVED_AFTER), "--exit-interval", str(SAVED_AFTER))
+    return place, train(layout, *flags, *save)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), itertools.permutations(LAYOUTS, 2))
+def test_a_run_continues_under_another_layout(saved: str, resumed: str, folder: Path) -> None:
+    if (saved, resumed) not in ALWAYS and os.environ.get("LOONG_TEST_ALL") != "1":
+        pytest.skip("LOONG_TEST_ALL=1 runs this pair of layouts too")
+    if saved == "pp2-cp2":
+        pytest.skip("a pipeline stage draws other initial weights than one rank: there is nothing to compare with")
+    expected = train("one-rank")
+    place, before = saved_under(saved, folder)
+    megatron_runs.assert_same_steps(before, expected[:SAVED_AFTER])
+    megatron_runs.assert_same_steps(train(resumed, "--load", str(place)), expected[SAVED_AFTER:])
+
+
+def test_random_numbers_continue_too(folder: Path) -> None:
+    """With dropout, and under another layout of the same ranks: its masks depend on the tokens of a rank alone."""
+    dropout = ("--hidden-dropout", "0.2")
+    expected = train("cp4-double-ring", *dropout)
+    assert expected[0] != train("one-rank")[0]  # there is dropout
+    place, _ = saved_under("cp4-double-ring", folder, *dropout)
+    continued = train("cp4-context-first", *dropout, "--load", str(place))
+    megatron_runs.assert_same_steps(continued, expected[SAVED_AFTER:])
+    without = train("cp4-context-first", *dropout, "--load", str(place), "--no-load-rng")
+    assert abs(without[0].lm_loss - expected[SAVED_AFTER].lm_loss) > 1e-4  # and it is the saved state that continues it
