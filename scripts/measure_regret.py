@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far the planner's layout is from the best of an exhaustive sweep, on emulated clusters. Needs root and iproute2.
 
-sudo scripts/measure_regret.py                       # every network and shape; about 15 minutes on two quiet cores
+sudo scripts/measure_regret.py                       # every network and shape, twelve cases
 sudo scripts/measure_regret.py --only 2x4-1x400mbit  # one network
 
 For each network: `calibrate` on it, then scripts/bench_attention.py with all of our layouts for each shape. What was

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_loong.planner.hardware import Hardware, load_hardware
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
 from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.report import as_json, as_text
-from megatron_loong.planner.search import Limits, Plan, search
+from megatron_loong.planner.search import Limits, Outcome, search
 
 _MODEL_FLAGS = [f.name for f in dataclasses.fields(ModelShape) if f.name != "gated"]
 
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     fixed.add_argument("--recompute", choices=RECOMPUTE)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="for programs; `megatron-loong sbatch --plan` reads it")
+    output.add_argument("--sbatch", type=Path, metavar="FILE", help="write a Slurm script that trains by the plan")
+    output.add_argument("--script", default="pretrain_gpt.py", help="what it runs (default pretrain_gpt.py)")
     output.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the plan (needs matplotlib)")
     return parser
 
@@ -88,21 +91,40 @@ def main(argv: list[str]) -> int:
         print(json.dumps(as_json(outcome, work, hardware), indent=2))
     else:
         print(as_text(outcome, work, hardware))
-    if args.pictures:
-        return _draw(outcome.plans[0], work, hardware, args.pictures)
-    return 0
-
-
-def _draw(plan: Plan, work: Workload, hardware: Hardware, folder: Path) -> int:
-    from megatron_loong.planner.pictures import draw_plan
-
     try:
-        for path in draw_plan(plan, work, hardware, folder):
-            print(f"wrote {path}", file=sys.stderr)
+        written = [*_draw(outcome, work, hardware, args.pictures), *_write_sbatch(outcome, work, hardware, args)]
     except ValueError as error:
         print(f"megatron_loong: {error}", file=sys.stderr)
         return 2
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _draw(outcome: Outcome, work: Workload, hardware: Hardware, folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    from megatron_loong.planner.pictures import draw_plan
+
+    return draw_plan(outcome.plans[0], work, hardware, folder)
+
+
+def _write_sbatch(outcome: Outcome, work: Workload, hardware: Hardware, args: argparse.Namespace) -> list[Path]:
+    """A Slurm script that runs the plan, and the plan as JSON beside it."""
+    if args.sbatch is None:
+        return []
+    try:
+        slurm = importlib.import_module("megatron_loong.launch.slurm")
+    except ModuleNotFoundError:
+        raise ValueError("--sbatch needs megatron_loong.launch.slurm, which this copy lacks; use --json") from None
+    values = as_json(outcome, work, hardware)
+    plan = args.sbatch.with_suffix(".plan.json")
+    arguments = (*values["model_flags"], *values["flags"])
+    job = slurm.Job(args.script, arguments, values["nodes"], values["ranks_per_node"], plan=str(plan))
+    args.sbatch.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    args.sbatch.write_text(slurm.render(job), encoding="utf-8")
+    return [args.sbatch, plan]
 
 
 def _hardware(args: argparse.Namespace) -> Hardware:

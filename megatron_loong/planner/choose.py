@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig, divisors
@@ -57,6 +58,7 @@ class Job:
     micro_batch_size: int = 1
 
 
+@functools.lru_cache(maxsize=64)  # asked once per attention layer
 def choose_layout(
     context_parallel_size: int,
     heads: int,

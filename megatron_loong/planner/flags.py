@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 from megatron_loong.planner.candidate import Candidate, Workload
+from megatron_loong.planner.model import ModelShape
 
 #: Tokens of one tile of the loss, and pieces of a tiled MLP.
 TILED_LOSS_TOKENS, TILED_MLP_PIECES = 1024, 8
+
+
+def model_flags(model: ModelShape) -> list[str]:
+    """The words that describe the model to Megatron; the vocabulary comes with the tokenizer."""
+    sizes = {
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--kv-channels": model.head_dim,
+        "--ffn-hidden-size": model.ffn_hidden_size,
+    }
+    if model.num_experts:
+        sizes["--num-experts"] = model.num_experts
+        sizes["--moe-router-topk"] = model.moe_router_topk
+        sizes["--moe-ffn-hidden-size"] = model.moe_ffn_hidden_size or model.ffn_hidden_size
+    if model.moe_shared_expert_intermediate_size:
+        sizes["--moe-shared-expert-intermediate-size"] = model.moe_shared_expert_intermediate_size
+    words = [word for flag, value in sizes.items() for word in (flag, str(value))]
+    if model.num_query_groups != model.num_attention_heads:
+        words += ["--group-query-attention", "--num-query-groups", str(model.num_query_groups)]
+    return [*words, "--swiglu"] if model.gated else words
 
 
 def flags_of(candidate: Candidate, work: Workload) -> list[str]:

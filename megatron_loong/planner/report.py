@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from megatron_loong.planner.candidate import Workload
-from megatron_loong.planner.flags import flags_of
+from megatron_loong.planner.flags import flags_of, model_flags
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.reasons import against, changes, crossing_axes, describe, reasons
 from megatron_loong.planner.search import Outcome, Plan
@@ -61,6 +61,7 @@ def as_json(outcome: Outcome, work: Workload, hardware: Hardware) -> dict[str, A
         "seq_length": work.seq_len,
         "global_batch_size": work.global_batch_size,
         "flags": flags_of(winner.candidate, work),
+        "model_flags": model_flags(work.model),
         "plan": plan_as_json(winner, hardware),
         "reasons": reasons(winner, hardware),
         "runner_ups": [

@@ -18,6 +18,7 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.planner import fit
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.choose import best_layout
+from megatron_loong.planner.flags import model_flags
 from megatron_loong.planner.hardware import Curve, hardware_to_text, load_hardware
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
@@ -161,6 +162,23 @@ def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> No
     flags = values["flags"]
     assert flags[flags.index("--context-parallel-size") + 1] == str(plan["context_parallel_size"])
     assert plan["peak_memory_bytes"] == sum(plan["memory_bytes"].values()) and values["reasons"]
+
+
+def test_an_sbatch_file_runs_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("megatron_loong.launch.slurm")
+    path = tmp_path / "jobs" / "train.sbatch"
+    assert main(["plan", *PLAN, "--context-parallel-size", "32", "--sbatch", str(path)]) == 0
+    text = path.read_text()
+    for part in ("#SBATCH --nodes=4", "--context-parallel-impl", "--num-query-groups", "pretrain_gpt.py"):
+        assert part in text
+    assert json.loads(path.with_suffix(".plan.json").read_text())["plan"]["context_parallel_size"] == 32
+
+
+def test_flags_name_the_model() -> None:
+    words = model_flags(MODELS["qwen3-30b-a3b"])
+    given = dict(itertools.pairwise(words))
+    assert given["--num-experts"] == "128" and given["--kv-channels"] == "128" and given["--num-query-groups"] == "4"
+    assert "--swiglu" in words and "--group-query-attention" not in model_flags(MODELS["llama2-7b"])
 
 
 def test_what_is_decided_stays_decided() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_loong.integration import compat
 from megatron_loong.integration.job import job_of
 from megatron_loong.integration.options import LoongOptions, resolve
+from megatron_loong.integration.runtime import Runtime
 from megatron_loong.planner.choose import choose_layout
 from megatron_loong.planner.profiles import PROFILES
 
@@ -92,3 +94,37 @@ def test_every_profile_is_found_by_its_name() -> None:
 
     for name, profile in PROFILES.items():
         assert hardware_of_gpu(f"NVIDIA {name.upper()} 80GB") is profile
+
+
+def test_the_planner_is_asked_once_for_all_layers() -> None:
+    options = LoongOptions("loong", loong_placement="auto", loong_hardware="h800")
+    resolved(options)
+    before = choose_layout.cache_info()
+    resolved(options)
+    after = choose_layout.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
+@pytest.mark.parametrize(("hardware", "placement"), [("a100", "context_first"), ("auto", None)])
+def test_ranks_are_placed_as_the_planner_says(
+    hardware: str, placement: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 KV heads of 32: on A100 the planner puts a ring of two inside the node. Unknown hardware moves nobody."""
+    options = LoongOptions("loong", loong_placement="auto", loong_hardware=hardware)
+    runtime = Runtime(compat.find_megatron(), {})
+    monkeypatch.setattr(runtime, "args", lambda: SimpleNamespace(**{**ARGS, "num_query_groups": 32}))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    planned = runtime.plan_placement(
+        options, world_size=32, tp=1, cp=32, pp=1, num_attention_heads=32, order="tp-cp-ep-dp-pp"
+    )
+    if placement is None:
+        assert planned is None
+    else:
+        assert planned is not None
+        rank, config = planned
+        assert config.placement == placement and rank == 16
+        again = runtime.plan_placement(
+            options, world_size=32, tp=1, cp=32, pp=1, num_attention_heads=32, order="tp-cp-ep-dp-pp"
+        )
+        assert again == planned
