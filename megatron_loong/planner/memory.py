@@ -244,9 +244,9 @@ def _stage_peak(model: ModelShape, plan: MemoryPlan, *, in_flight: int, has_loss
     inputs, stash, whole = _kept_per_layer(plan, layer)
     calls = layers * in_flight
     kept = {"layer inputs": inputs * calls, "attention out and lse": stash * calls, "activations": whole * calls}
-    kept["embedding output" if has_loss else "stage input"] = layer.hidden if plan.offload_activations else 0
-    if not plan.recompute:
-        kept["embedding output" if has_loss else "stage input"] = layer.hidden
+    # With recomputation it is the first layer's input, and counted there.
+    apart = plan.offload_activations or not plan.recompute
+    kept["embedding output" if plan.pipeline_parallel_size == 1 else "stage input"] = layer.hidden * apart
     # In a layer's own backward, what it kept is part of the working set, and has been counted there.
     in_layer = _layer_phases(model, plan, layer)
     freed = stash + (whole if not plan.recompute else 0)
