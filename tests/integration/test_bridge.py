@@ -48,7 +48,7 @@ def test_the_hook_installs_the_options_and_places_the_process() -> None:
         ({}, {"head_parallel_size": 3}, ValueError, "head_parallel_size=3 does not divide"),
         ({}, {"head_size": 2}, ValueError, "no option 'head_size'"),
         ({"cp_comm_type": "a2a"}, {}, ValueError, "--cp-comm-type a2a"),
-        ({"attention_dropout": 0.1}, {}, NotImplementedError, "--attention-dropout 0.1"),
+        ({"fp8": "hybrid"}, {}, NotImplementedError, "--fp8-format hybrid"),
     ],
 )
 def test_the_hook_refuses_what_the_flags_refuse(
