@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_loong.attention.heads import expand_heads, sum_heads
 from megatron_loong.attention.merge import add_sink_, merge_
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.comm.ring import Message, Wait
@@ -169,7 +168,7 @@ def ring_forward(q: torch.Tensor, kv: KVBlock, plan: RingPlan) -> tuple[torch.Te
                     result = (block_out, block_lse) if plan.one_call else (block_out.to(wide), block_lse.clone())
                     rows = call.q
                     continue
-                out, lse = result = result or _nothing_seen(q, kv, wide)
+                out, lse = result = result or _nothing_seen(q, plan.value_dim, wide)
                 # Rows that meet their first keys need no merging: the own block comes first, in tiles of other rows.
                 if visit == OWN and call.q != rows:
                     out[:, call.q], lse[:, call.q] = block_out, block_lse
@@ -177,7 +176,7 @@ def ring_forward(q: torch.Tensor, kv: KVBlock, plan: RingPlan) -> tuple[torch.Te
                     merge_(out[:, call.q], lse[:, call.q], block_out, block_lse)
                 rows = call.q
         circulation.end(step)
-    out, lse = result or _nothing_seen(q, kv, wide)
+    out, lse = result or _nothing_seen(q, plan.value_dim, wide)
     if plan.sink is not None:
         out, lse = out.to(wide), lse.clone()
         add_sink_(out, lse, plan.sink)
@@ -188,15 +187,15 @@ def _tile_forward(
     q: torch.Tensor, block: KVBlock, tile: Tile, visit: Visit, plan: RingPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rules = plan.rules_of(tile, visit, plan.passage(backward=False), q.device)
-    k, v = (expand_heads(_bshd(x[tile.kv]), plan.kv_of_query) for x in (block.k, block.v))
+    k, v = plan.expansion.expand(_bshd(block.k[tile.kv]), _bshd(block.v[tile.kv]))
     if plan.max_logits is not None:
         raise_to_max_logits_(plan.max_logits, _bshd(q[tile.q]), k, rules)
     return plan.kernel.forward(_bshd(q[tile.q]), k, v, rules)
 
 
-def _nothing_seen(q: torch.Tensor, kv: KVBlock, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _nothing_seen(q: torch.Tensor, value_dim: int, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     s, b, h = q.shape[:3]
-    out = torch.zeros(b, s, h, kv.v_row[-1], dtype=wide, device=q.device)
+    out = torch.zeros(b, s, h, value_dim, dtype=wide, device=q.device)
     return out, torch.full((b, s, h), -torch.inf, dtype=wide, device=q.device)
 
 
@@ -271,21 +270,17 @@ def _tile_backward(
     visit: Visit,
     plan: RingPlan,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    k, v = (expand_heads(_bshd(x[tile.kv]), plan.kv_of_query) for x in (block.k, block.v))
+    block_k, block_v = _bshd(block.k[tile.kv]), _bshd(block.v[tile.kv])
     dq, dk, dv = plan.kernel.backward(
         _bshd(dout[tile.q]),
         _bshd(q[tile.q]),
-        k,
-        v,
+        *plan.expansion.expand(block_k, block_v),
         _bshd(out[tile.q]),
         _bshd(lse[tile.q]),
         plan.rules_of(tile, visit, plan.passage(backward=True), q.device),
         deterministic=plan.deterministic,
     )
-    if plan.kv_of_query is not None:
-        wide = accumulator_dtype(q.dtype)
-        dk, dv = (sum_heads(x.to(wide), plan.kv_of_query, block.k_row[1]) for x in (dk, dv))
-    return dq, dk, dv
+    return dq, *plan.expansion.reduce(dk, dv, block_k, block_v)
 
 
 def _bshd(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,6 @@ import functools
 import itertools
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class HeadShares:
@@ -51,14 +49,26 @@ def head_shares(heads: int, kv_heads: int, head_parallel_size: int) -> HeadShare
     return HeadShares(query, tuple(range(x.start // size, (x.stop - 1) // size + 1) for x in query), size)
 
 
-def expand_heads(x: torch.Tensor, places: tuple[int, ...] | None) -> torch.Tensor:
-    """KV heads [..., g, d] -> one per query head [..., h, d], where the kernel's own rule does not fit."""
-    return x if places is None else x[..., list(places), :]
+@functools.lru_cache(maxsize=64)
+def latent_shares(heads: int, head_parallel_size: int) -> HeadShares:
+    """Shares in multi-latent attention: query heads as ever, the one latent to every rank."""
+    query = head_shares(heads, heads, head_parallel_size).query
+    return HeadShares(query, (range(1),) * head_parallel_size, heads)
 
 
-def sum_heads(grad: torch.Tensor, places: tuple[int, ...] | None, kv_heads: int) -> torch.Tensor:
-    """The adjoint of `expand_heads`, in the dtype of `grad`."""
-    if places is None:
-        return grad
-    summed = torch.zeros(*grad.shape[:-2], kv_heads, grad.shape[-1], dtype=grad.dtype, device=grad.device)
-    return summed.index_add_(-2, torch.tensor(places, device=grad.device), grad)
+def latent_is_smaller(latent_row: int, expanded_row: int, heads: int, head_parallel_size: int, ring_size: int) -> bool:
+    """Whether multi-latent attention sends fewer bytes by sending the latent than by sending keys and values.
+
+    latent_row: elements of a token's latent and k_rope (r + d_rope). expanded_row: of one head's k and v
+    (d_nope + d_rope + dv). Per token that a rank holds, in either direction: to the head group all of the latent to
+    each of the others, against their share of the heads; then C - 1 hops of what the head group holds.
+
+    >>> latent_is_smaller(576, 320, heads=16, head_parallel_size=1, ring_size=8)
+    True
+    >>> latent_is_smaller(576, 320, heads=16, head_parallel_size=16, ring_size=1)
+    False
+    """
+    hp, hops = head_parallel_size, ring_size - 1
+    latent = (hp - 1) * latent_row + hops * hp * latent_row
+    expanded = (hp - 1) * heads * expanded_row / hp + hops * heads * expanded_row
+    return latent < expanded

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.planner.schedule import Passage, RingSchedule, Visit, original_rows
@@ -23,11 +24,12 @@ class RingPlan:
     rings: dict[str, Ring]
     """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
     kernel: AttentionKernel
+    expansion: Expansion
     rules: TileRules
     """What holds for every tile: all but window and places."""
+    value_dim: int
+    """Width of the output's heads."""
     deterministic: bool = False
-    kv_of_query: tuple[int, ...] | None = None
-    """`HeadShares.kv_of_query` of this rank."""
     sink: torch.Tensor | None = None
     """[h] of this rank's heads."""
     max_logits: torch.Tensor | None = None

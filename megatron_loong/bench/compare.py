@@ -145,11 +145,11 @@ class _Truth:
             self.own_error = [torch.finfo(q.dtype).eps * 8] * 4
         else:
             one = _one_device([q, k, v, dout])
-            self.own_error = [_relative_error(a, b) for a, b in zip(one, self.exact, strict=True)]
+            self.own_error = [relative_error(a, b) for a, b in zip(one, self.exact, strict=True)]
 
     def error_multiple(self, results: list[torch.Tensor]) -> float:
         """Largest relative RMS error of the four over that of the one-device kernel."""
-        found = [_relative_error(a, b) for a, b in zip(results, self.exact, strict=True)]
+        found = [relative_error(a, b) for a, b in zip(results, self.exact, strict=True)]
         return max(error / own for error, own in zip(found, self.own_error, strict=True))
 
 
@@ -160,7 +160,7 @@ def _one_device(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.transpose(1, 2) for x in (out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))]
 
 
-def _relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     """RMS of the difference over RMS of `exact`; infinite where a value is not finite."""
     difference = (value.to(exact.dtype) - exact).norm() / exact.norm()
     return float(difference) if torch.isfinite(difference) else float("inf")

@@ -244,9 +244,9 @@ def _stage_peak(model: ModelShape, plan: MemoryPlan, *, in_flight: int, has_loss
     inputs, stash, whole = _kept_per_layer(plan, layer)
     calls = layers * in_flight
     kept = {"layer inputs": inputs * calls, "attention out and lse": stash * calls, "activations": whole * calls}
-    kept["embedding output" if has_loss else "stage input"] = layer.hidden if plan.offload_activations else 0
-    if not plan.recompute:
-        kept["embedding output" if has_loss else "stage input"] = layer.hidden
+    # With recomputation it is the first layer's input, and counted there.
+    apart = plan.offload_activations or not plan.recompute
+    kept["embedding output" if plan.pipeline_parallel_size == 1 else "stage input"] = layer.hidden * apart
     # In a layer's own backward, what it kept is part of the working set, and has been counted there.
     in_layer = _layer_phases(model, plan, layer)
     freed = stash + (whole if not plan.recompute else 0)
@@ -301,14 +301,24 @@ def _loss_phases(model: ModelShape, plan: MemoryPlan, layer: LayerBytes) -> dict
     wide = vocab * (4 + e if e < 4 else e)
     if plan.tiled_loss:
         rows = min(plan.tiled_loss, plan.tokens)
-        # The head's gradient is summed over tiles in float32; beside it one tile's part, or the rounded result.
-        gradient = table * (max(4, e) + e)
-        tiled = norm + 2 * layer.hidden + gradient + rows * (wide + 29)
-        return {"loss": tiled}
+        made = layer.hidden + 4 * plan.tokens  # hidden's gradient, and an lse per token
+        return {"loss": norm + made + tiled_loss_bytes(rows, vocab, model.hidden_size, e)}
     rows = plan.tokens
     gradient = table * e if plan.kernels == "local" else 0
     forward = norm + rows * (wide + 29)
     return {"loss": forward, "head's backward": norm + rows * vocab * e + layer.hidden + gradient}
+
+
+def tiled_loss_bytes(tile: int, vocab: int, hidden_size: int, dtype_bytes: int) -> int:
+    """Working set of the tiled loss, whatever the length of the sequence, for a head of `vocab` rows on this rank.
+
+    Logits of one tile, float32 beside the activations' dtype; the head's gradient, summed in float32; and then,
+    without the float32 logits, one tile's part of it.
+    """
+    table = vocab * hidden_size
+    narrow = tile * vocab * dtype_bytes
+    logits = narrow + (tile * vocab * 4 if dtype_bytes < 4 else 0)
+    return table * max(4, dtype_bytes) + max(logits, narrow + table * dtype_bytes)
 
 
 def longest_sequence(

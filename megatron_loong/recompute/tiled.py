@@ -58,9 +58,11 @@ class _Tiled(torch.autograd.Function):
             tile_dx, *tile_grads = torch.autograd.grad(part, [tile, *wanted], grad[rows], allow_unused=True)
             del part
             dx[rows] = tile_dx
+            tile_grad = None
             for total, tile_grad in zip(sums, tile_grads, strict=True):
                 if tile_grad is not None:
                     total += tile_grad
+            del tile_dx, tile_grads, tile_grad  # or they would live on beside the next tile's
         grads = iter([total.to(p.dtype) for total, p in zip(sums, wanted, strict=True)])
         return None, None, dx, *(next(grads) if needed else None for needed in ctx.needs_input_grad[3:])
 

@@ -109,6 +109,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if d_weight is not None:
                 # Summed in float32: a bfloat16 sum over tiles would lose what one product keeps.
                 d_weight += d_logits.t() @ hidden[rows]
+            del d_logits  # or it would live on beside the next tile's
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 

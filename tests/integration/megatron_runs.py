@@ -149,9 +149,9 @@ def _record_steps() -> None:
     import torch.distributed
     from megatron.training import training
 
-    from megatron_loong.attention import attention_2d
+    from megatron_loong.attention import call as attention_call
 
-    original, ring_forward = training.training_log, attention_2d.ring_forward
+    original, ring_forward = training.training_log, attention_call.ring_forward
     signature = inspect.signature(original)
     ring_forwards = 0
 
@@ -160,7 +160,7 @@ def _record_steps() -> None:
         ring_forwards += 1
         return ring_forward(*args, **kwargs)
 
-    attention_2d.ring_forward = counted
+    attention_call.ring_forward = counted
 
     @functools.wraps(original)
     def training_log(*args, **kwargs):

@@ -122,3 +122,8 @@ def test_every_recipe_trains_as_one_rank_does(recipe: Recipe, folder: Path) -> N
     steps = train(recipe.world_size, [*recipe.flags, *LOONG, *common])
     assert len(steps) == 4
     megatron_runs.assert_same_steps(steps, expected, TOLERANCE_OF.get(recipe.model, megatron_runs.RELATIVE_TOLERANCE))
+
+
+def test_a_run_that_fails_names_the_rank_and_ends_the_others() -> None:
+    with pytest.raises(RuntimeError, match=r"rank [01] ended with 2: (.|\n)*unrecognized arguments: --no-such-flag"):
+        train(2, ["--no-such-flag"])

@@ -86,6 +86,18 @@ def test_tiled_loss_with_a_parallel_vocabulary_and_tied_embeddings() -> None:
     assert_same(train(2, f"{flags} --loong-tiled-loss 10"), train(2, flags))
 
 
+def test_multi_token_prediction() -> None:
+    """Needs a checkout's pretrain_gpt.py: its head is used once more per depth, and its layer is recomputed too."""
+    if not RUN_ALL or megatron_runs.checkout_script() is None:
+        pytest.skip("LOONG_TEST_ALL=1 with MEGATRON_LM_PATH runs this case")
+    flags = f"{CP2} {RECOMPUTE} --mtp-num-layers 1"
+    full = train(2, flags)
+    assert_same(train(2, f"{flags} --loong-tiled-loss 10"), full)
+    kept = train(2, f"{flags} {SELECTIVE}")
+    assert [(s.lm_loss, s.grad_norm) for s in kept] == [(s.lm_loss, s.grad_norm) for s in full]
+    assert [2 * s.ring_forwards for s in kept] == [s.ring_forwards for s in full]
+
+
 @pytest.mark.parametrize("size", ["2", "all"])
 def test_optimizer_states_in_a_subgroup_train_as_plain_data_parallel(size: str) -> None:
     if not RUN_ALL:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.kernels.dropout import keep_mask
-from tests.dense import dense_with_gradients, document_mask
+from tests.dense import dense_attention, dense_with_gradients, document_mask
 from tests.multi_rank.cases import random_inputs
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -194,3 +194,43 @@ def windowed_bytes(rank: int, config: LoongConfig, seq_len: int, windows: list[i
         sent.append((forward.total_bytes, backward.total_bytes))
     groups.destroy()
     return sent
+
+
+def latent_case(rank: int, config: LoongConfig, documents: tuple[int, ...]) -> tuple[int, int]:
+    """Multi-latent attention with the latent on the ring against dense attention, and (latent, expanded) bytes sent."""
+    from megatron_loong.comm.ledger import count_bytes
+
+    heads, nope, rope, value, r, tokens = 8, 6, 4, 5, 12, documents[-1]
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, latent, k_rope = random(1, tokens, heads, nope + rope), random(1, tokens, 1, r), random(1, tokens, 1, rope)
+    weight, dout = random(heads, nope + value, r), random(1, tokens, heads, value)
+
+    def expanded(x: torch.Tensor, x_rope: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        up = torch.einsum("bsr,her->bshe", x[:, :, 0], w)
+        return torch.cat([up[..., :nope], x_rope.expand(-1, -1, heads, -1)], -1), up[..., nope:]
+
+    leaves = [x.clone().requires_grad_() for x in (q, latent, k_rope, weight)]
+    dense_out = dense_attention(leaves[0], *expanded(*leaves[1:]), allowed=document_mask(documents, documents, (-1, 0)))
+    right = [dense_out, *torch.autograd.grad(dense_out, leaves, dout)]
+
+    groups = build_groups(config, range(config.context_parallel_size))
+    shared = [shard_sequence(x, groups, 1, cu_seqlens=documents) for x in (q, latent, k_rope, dout)]
+    leaves = [x.detach().requires_grad_() for x in (*shared[:3], weight)]
+    options: dict[str, Any] = {"cu_seqlens": documents, "seq_len": tokens}
+    with count_bytes() as of_latent:
+        out = attention_2d(*leaves[:3], groups, kv_up_weight=leaves[3], **options)
+        found = [out, *torch.autograd.grad(out, leaves, shared[3])]
+    with count_bytes() as of_expanded:
+        plain = attention_2d(leaves[0], *expanded(*leaves[1:]), groups, **options)
+        torch.autograd.grad(plain, leaves, shared[3])
+    for name, x, expected in zip(("out", "dq", "dlatent", "dk_rope"), found, right, strict=False):
+        error = (unshard_sequence(x, groups, 1, cu_seqlens=documents) - expected).abs().max().item()
+        assert error <= 1e-12, f"{name} on rank {rank}: {error:.1e}"
+    error = (sum_over_group(found[4], groups) - right[4]).abs().max().item()
+    assert error <= 1e-11, f"dweight: {error:.1e}"
+    groups.destroy()
+    return of_latent.total_bytes, of_expanded.total_bytes

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_loong.attention.heads import latent_is_smaller
 from megatron_loong.config import AXES, LoongConfig, divisors
 from megatron_loong.planner.schedule import RingSchedule, row_count
 from megatron_loong.planner.tiles import Mask
@@ -148,3 +149,13 @@ def test_bytes_fall_with_the_window_and_equal_the_schedules(pool: WorkerPool, co
             assert per_rank[rank][index] == (forward, backward), (rank, window)
         totals.append(sum(sum(x[index]) for x in per_rank))
     assert totals == sorted(totals, reverse=True) and totals[0] > 2 * totals[1] > 3 * totals[2]
+
+
+@pytest.mark.parametrize("hp", [1, 2, 4, 8])
+def test_the_latent_of_mla_travels_where_it_is_smaller(pool: WorkerPool, hp: int) -> None:
+    """8 heads of 6 + 4 and 5 against a latent of 12 + 4: equal to dense attention, and the fewer bytes as told."""
+    config = LoongConfig(8, hp, min(2, 8 // hp))
+    sent = pool.run(mask_cases.latent_case, config, (0, 64))
+    latent, expanded = (sum(x) for x in zip(*sent, strict=True))
+    assert (latent < expanded) == latent_is_smaller(12 + 4, 6 + 4 + 5, 8, hp, 8 // hp), (latent, expanded)
+    pool.run(mask_cases.latent_case, config, (0, 5, 31, 32, 61))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence
-from megatron_loong.attention import attention_2d as attention_module
+from megatron_loong.attention import call as attention_module
 from megatron_loong.attention import stash
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.recompute import selective

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_loong.bench.compare import _relative_error
+from megatron_loong.bench.compare import relative_error
 from megatron_loong.bench.flops import attention_flops
 from megatron_loong.bench.observe import Observer
 
@@ -47,4 +47,4 @@ def test_an_operator_that_might_send_is_not_overlooked() -> None:
 
 
 def test_a_result_that_is_not_finite_is_infinitely_wrong() -> None:
-    assert _relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")

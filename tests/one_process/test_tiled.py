@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_loong.bench.live_bytes import LiveBytes
+from megatron_loong.planner.memory import tiled_loss_bytes
 from megatron_loong.recompute.tiled import tiled
 from megatron_loong.recompute.tiled_loss import tiled_cross_entropy
 
@@ -119,6 +120,16 @@ def test_the_loss_needs_no_more_memory_for_a_longer_sequence() -> None:
         untiled.append(working_bytes(partial(dense_loss, *given, 0.0, 0.0, 1.0), given, made))
     assert peaks[0] == peaks[1] == peaks[2], peaks
     assert untiled[2] > 10 * peaks[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [16, 256])
+def test_the_loss_takes_the_bytes_that_the_memory_model_says(dtype: torch.dtype, tile: int) -> None:
+    tokens, vocab = 1024, 2048
+    hidden, weight = (torch.randn(n, WIDTH, dtype=dtype, requires_grad=True) for n in (tokens, vocab))
+    given = [hidden, weight, torch.randint(0, vocab, (tokens,))]
+    taken = working_bytes(partial(tiled_cross_entropy, *given, tile=tile), given, hidden.nbytes + 4 * tokens)
+    assert taken == pytest.approx(tiled_loss_bytes(tile, vocab, WIDTH, dtype.itemsize), rel=0.05)
 
 
 def mlp() -> torch.nn.Module:

@@ -20,7 +20,7 @@ import torch
 
 from megatron_loong.bench.rivals.flash_attn_stand_in import _flash_attn_backward, _flash_attn_forward, install_stand_in
 from megatron_loong.bench.rivals.interface import Contestant, GroupCache, Shape, zigzag_positions
-from megatron_loong.bench.rivals.others import _absent
+from megatron_loong.bench.rivals.others import absent
 
 _FOLDER = "internlm/model/ops/ring_flash_attn"
 _FILE = "zigzag_ring_flash_attn_with_sliding_window"
@@ -50,7 +50,7 @@ class InternEvoDoubleRing(Contestant):
         folder = os.environ.get("INTERNEVO_PATH")
         if folder is None or not (Path(folder) / _FOLDER / f"{_FILE}.py").is_file():
             return f"INTERNEVO_PATH={folder} is not a checkout of InternEvo with {_FOLDER}/{_FILE}.py"
-        return _absent("yunchang") if self.ulysses > 1 else None
+        return absent("yunchang") if self.ulysses > 1 else None
 
     def set_up(self, groups: GroupCache, shape: Shape) -> None:
         """Our communicators of the same layout; its whole ring is only asked for its size."""

@@ -19,7 +19,8 @@ from megatron_loong.bench.rivals.interface import (
 )
 
 
-def _absent(*modules: str) -> str | None:
+def absent(*modules: str) -> str | None:
+    """None when all of these modules can be imported, else which cannot."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     return f"{', '.join(missing)} not installed (requirements/bench.txt)" if missing else None
 
@@ -34,7 +35,7 @@ class RingFlashAttn(Contestant):
 
     def why_not(self, shape: Shape) -> str | None:
         """Not installed."""
-        return _absent("ring_flash_attn")
+        return absent("ring_flash_attn")
 
     def set_up(self, groups: GroupCache, shape: Shape) -> None:
         """The inner ring of our single ring."""
@@ -71,7 +72,7 @@ class YunchangUSP(Contestant):
         """Heads that do not divide, or not installed."""
         if shape.heads % self.ulysses or shape.kv_heads % self.ulysses:
             return f"ulysses {self.ulysses} must divide {shape.heads} heads and {shape.kv_heads} KV heads"
-        return _absent("yunchang")
+        return absent("yunchang")
 
     def set_up(self, groups: GroupCache, shape: Shape) -> None:
         """Its layer takes the groups from a global at construction."""
@@ -109,7 +110,7 @@ class YunchangUlysses(Contestant):
         """Heads that do not divide, or not installed."""
         if shape.heads % self.world_size or shape.kv_heads % self.world_size:
             return f"{self.world_size} ranks must divide {shape.heads} heads and {shape.kv_heads} KV heads"
-        return _absent("yunchang")
+        return absent("yunchang")
 
     def set_up(self, groups: GroupCache, shape: Shape) -> None:
         """The head group over all ranks."""
@@ -142,7 +143,7 @@ class DeepSpeedUlysses(Contestant):
         n = self.world_size
         if shape.heads % n or (shape.kv_heads % n and n % shape.kv_heads):
             return f"{n} ranks must divide {shape.heads} heads, and {shape.kv_heads} KV heads divide or be divided"
-        return _absent("deepspeed", "hjson", *(["transformers"] if shape.kv_heads < n else []))
+        return absent("deepspeed", "hjson", *(["transformers"] if shape.kv_heads < n else []))
 
     def set_up(self, groups: GroupCache, shape: Shape) -> None:
         """Its own communication object over the world that is there already."""

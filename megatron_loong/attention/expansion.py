@@ -1,0 +1,83 @@
+"""What a kernel is given of a KV block, and what goes back into the block's gradient."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Expansion(Protocol):
+    """Between the rows that travel and the k, v that a kernel takes; [b, s, heads, d] both."""
+
+    def expand(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v for the kernel, of some rows of a block."""
+        ...
+
+    def reduce(
+        self, dk: torch.Tensor, dv: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The adjoint of `expand`: gradients of the rows k, v from those of what the kernel took, float32 or wider."""
+        ...
+
+
+class PlainHeads:
+    """The block as it is, or, where the kernel's own rule does not fit, one KV head per query head."""
+
+    def __init__(self, places: tuple[int, ...] | None) -> None:
+        self._places = places
+        """`HeadShares.kv_of_query`."""
+
+    def expand(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """KV heads [..., g, d] -> [..., h, d] where places are given."""
+        if self._places is None:
+            return k, v
+        return k[..., list(self._places), :], v[..., list(self._places), :]
+
+    def reduce(
+        self, dk: torch.Tensor, dv: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the query heads of each KV head."""
+        if self._places is None:
+            return dk, dv
+        places = torch.tensor(self._places, device=dk.device)
+        dk, dv = (
+            torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device).index_add_(-2, places, grad.to(_wide(x.dtype)))
+            for x, grad in ((k, dk), (v, dv))
+        )
+        return dk, dv
+
+
+class LatentHeads:
+    """Multi-latent attention: the latent travels, and is expanded where it is attended to.
+
+    k of the block is the latent [b, s, 1, r], v its part of k that carries the position [b, s, 1, d_rope].
+    DeepSeek-V2 (arXiv 2405.04434) section 2.1: k = [W_k latent, k_rope], v = W_v latent.
+    """
+
+    def __init__(self, weight: torch.Tensor, value_dim: int) -> None:
+        self._weight = weight
+        """[h, d_nope + dv, r]: the up-projection of this rank's heads."""
+        self._nope = weight.shape[1] - value_dim
+        self.weight_gradient = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device)
+        """Sum over all rows that were reduced."""
+
+    def expand(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latent and k_rope -> k [b, s, h, d_nope + d_rope], v [b, s, h, dv]."""
+        up = torch.einsum("bsr,her->bshe", k.squeeze(2), self._weight)
+        rope = v.expand(-1, -1, up.shape[2], -1)
+        return torch.cat([up[..., : self._nope], rope], -1), up[..., self._nope :]
+
+    def reduce(
+        self, dk: torch.Tensor, dv: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of latent and k_rope; adds to that of the weight."""
+        wide = self.weight_gradient.dtype
+        up = torch.cat([dk[..., : self._nope], dv], -1).to(wide)
+        self.weight_gradient += torch.einsum("bshe,bsr->her", up, k.squeeze(2).to(wide))
+        latent = torch.einsum("bshe,her->bsr", up, self._weight.to(wide)).unsqueeze(2)
+        return latent, dk[..., self._nope :].to(wide).sum(2, keepdim=True)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
