@@ -10,7 +10,7 @@ TILED_LOSS_TOKENS, TILED_MLP_PIECES = 1024, 8
 
 
 def model_flags(model: ModelShape) -> list[str]:
-    """The words that describe the model to Megatron; the vocabulary comes with the tokenizer."""
+    """The words that describe the model, without biases, to Megatron; the vocabulary comes with the tokenizer."""
     sizes = {
         "--num-layers": model.num_layers,
         "--hidden-size": model.hidden_size,
@@ -27,6 +27,7 @@ def model_flags(model: ModelShape) -> list[str]:
     words = [word for flag, value in sizes.items() for word in (flag, str(value))]
     if model.num_query_groups != model.num_attention_heads:
         words += ["--group-query-attention", "--num-query-groups", str(model.num_query_groups)]
+    words.append("--disable-bias-linear")
     return [*words, "--swiglu"] if model.gated else words
 
 

@@ -92,11 +92,19 @@ def _layout(context_parallel_size: int, head_parallel_size: int, sequence_layout
     return zigzag_or_contiguous(config, seq_len)
 
 
+@functools.lru_cache(maxsize=4096)
+def _tiles(layout_key: tuple[int, int, str, int], mask: Mask, ring_rank: int, owner: int) -> list[Tile]:
+    layout = _layout(*layout_key)
+    q_held, kv_held = (held_segments(layout, rank) for rank in (ring_rank, owner))
+    return tiles(layout, layout, q_held, kv_held, mask)
+
+
 class Tokens:
     """Tiles and block lengths of one layout, looked up by ring rank and owner."""
 
     def __init__(self, config: LoongConfig, seq_len: int, causal: bool) -> None:
-        self.layout = _layout(config.context_parallel_size, config.head_parallel_size, config.sequence_layout, seq_len)
+        self._key = (config.context_parallel_size, config.head_parallel_size, config.sequence_layout, seq_len)
+        self.layout = _layout(*self._key)
         self.mask = Mask(right=0) if causal else Mask()
         self.balanced = config.sequence_layout == "zigzag" or not causal
         """Whether all tiles of a kind (own block, before it, after it) cost the same."""
@@ -116,5 +124,4 @@ class Tokens:
 
     def tiles(self, ring_rank: int, owner: int) -> list[Tile]:
         """Tiles that `ring_rank` computes with the block of `owner`."""
-        q_held, kv_held = (held_segments(self.layout, rank) for rank in (ring_rank, owner))
-        return tiles(self.layout, self.layout, q_held, kv_held, self.mask)
+        return _tiles(self._key, self.mask, ring_rank, owner)

@@ -93,7 +93,7 @@ def _recompute_words(candidate: Candidate) -> str:
         "selective": "recomputing all but the attention (Selective Checkpoint++)",
         "full": "recomputing every layer",
     }[candidate.recompute]
-    return words + (", MLP and loss in tiles" if candidate.tiled_mlp else "")
+    return words + _tiled_words(candidate)
 
 
 def against(plan: Plan, winner: Plan) -> str:
@@ -143,8 +143,12 @@ def describe(candidate: Candidate) -> str:
         ring = f"{a.outer_ring_size} x {a.inner_ring_size}" if a.outer_ring_size > 1 else f"{a.ring_size}"
         parts.append(f"(head {a.head_parallel_size} x ring {ring}, {a.placement})")
     recompute = {"none": "no recomputation", "selective": "selective recomputation", "full": "full recomputation"}
-    parts.append(f"{recompute[c.recompute]}{', tiled' if c.tiled_mlp else ''}{', FSDP' if c.zero.params > 1 else ''}")
+    parts.append(f"{recompute[c.recompute]}{_tiled_words(c)}{', FSDP' if c.zero.params > 1 else ''}")
     return " ".join(parts)
+
+
+def _tiled_words(candidate: Candidate) -> str:
+    return ", MLP and loss in tiles" if candidate.tiled_mlp else ", loss in tiles" if candidate.tiled_logits else ""
 
 
 def _ms(seconds: float) -> str:

@@ -233,6 +233,8 @@ def _variants(tensor: int, context: int, work: Workload, limits: Limits, fully_s
             for recompute in RECOMPUTE:
                 if limits.recompute not in (None, recompute):
                     continue
+                if recompute == "selective" and context == 1:
+                    continue  # it keeps what 2D-Attention computed, which one rank has no use for
                 sharded = ranks if fully_sharded else 1
                 zero = ZeroSizes(sharded, sharded, ranks)
                 yield Candidate(tensor, pipeline, data, placeholder, recompute, zero, expert)
@@ -266,9 +268,12 @@ def _leanest_needed(
     memory_model: fit.MemoryModel,
     outcome: Outcome,
 ) -> Plan | None:
-    """The plan without tiling if it fits, else with; None when neither does."""
-    for tiled in (False, True):
-        candidate = dataclasses.replace(variant, attention=config, tiled_mlp=tiled, tiled_logits=tiled)
+    """The plan without tiling if it fits, else with the loss in tiles, else the MLP too; None when none does.
+
+    Experts are not tiled: the plugin refuses it.
+    """
+    for logits, mlp in ((False, False), (True, False), (True, True))[: 2 if work.model.num_experts else 3]:
+        candidate = dataclasses.replace(variant, attention=config, tiled_mlp=mlp, tiled_logits=logits)
         memory = memory_model(candidate, work)
         outcome.effort.candidates += 1
         total = sum(memory.values())
@@ -303,5 +308,5 @@ def _keep(plans: list[Plan], plan: Plan, keep: int) -> None:
 def _order(plan: Plan) -> tuple[int, int, float]:
     """Faster first; what is as fast goes by fewer switches."""
     c = plan.candidate
-    switches = c.tiled_mlp + (c.pipeline > 1) + RECOMPUTE.index(c.recompute)
+    switches = c.tiled_mlp + c.tiled_logits + (c.pipeline > 1) + RECOMPUTE.index(c.recompute)
     return (round(math.log(plan.cost.seconds) / _WORTHWHILE), switches, plan.cost.seconds)

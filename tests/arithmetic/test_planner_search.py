@@ -188,6 +188,16 @@ def test_what_is_decided_stays_decided() -> None:
         assert (c.tensor, c.pipeline, c.context, c.attention.head_parallel_size, c.recompute) == (2, 2, 4, 2, "full")
 
 
+def test_plans_ask_only_for_what_the_plugin_can_do() -> None:
+    """No tiled experts, and no Selective Checkpoint++ without a context-parallel group."""
+    moe = search(Workload(MODELS["mixtral-8x7b"], 16, 1 << 16, 16), PROFILES["h100"], keep=30)
+    assert moe.plans and not any(plan.candidate.tiled_mlp for plan in moe.plans)
+    short = search(Workload(MODELS["llama3-8b"], 8, 1 << 13, 64), PROFILES["h100"], limits=Limits(context=1), keep=30)
+    assert {plan.candidate.recompute for plan in short.plans} <= {"none", "full"}
+    long = search(Workload(MODELS["llama3-8b"], 8, 1 << 18, 8), PROFILES["h100"], keep=30)
+    assert any(p.candidate.tiled_logits for p in long.plans)
+
+
 def test_experts_are_placed() -> None:
     work = Workload(MODELS["mixtral-8x7b"], 64, 1 << 15, 64)
     plans = search(work, PROFILES["h100"]).plans
