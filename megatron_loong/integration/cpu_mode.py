@@ -208,12 +208,12 @@ def _stand_in_for_cuda() -> None:
     # torch itself asks here (a DataLoader, for pinned memory), and would go on to call the driver.
     torch.accelerator.is_available = returns(False)
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
-    # Entered once and never left: it must be in force for as long as the process lives.
-    _cpu_tensors_mode().__enter__()
+    _enter_cpu_tensors_mode()
 
 
-def _cpu_tensors_mode() -> Any:
-    """A mode under which a tensor that asks for a GPU stays on the CPU."""
+@functools.cache  # entered once and never left: it must be in force for as long as the process lives
+def _enter_cpu_tensors_mode() -> None:
+    """Enter a mode under which a tensor that asks for a GPU stays on the CPU."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -244,7 +244,7 @@ def _cpu_tensors_mode() -> Any:
                 kwargs["pin_memory"] = False
             return func(*args, **kwargs)
 
-    return CpuTensors()
+    CpuTensors().__enter__()
 
 
 # ---- 2. triton -----------------------------------------------------------------------------------------------

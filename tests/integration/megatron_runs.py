@@ -6,7 +6,6 @@ log rounds a gradient norm to three decimals, which hides the mistakes looked fo
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import inspect
@@ -14,12 +13,13 @@ import json
 import os
 import runpy
 import socket
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.integration.nursery import nursery_of, serve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECORD = "megatron_loong test record: "
@@ -33,7 +33,7 @@ TOY_MODEL = tuple(
     --swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
     --untie-embeddings-and-output-weights --seq-length 64 --max-position-embeddings 64
     --mock-data --tokenizer-type NullTokenizer --vocab-size 257
-    --micro-batch-size 1 --global-batch-size 4 --train-iters 3 --eval-iters 0
+    --micro-batch-size 1 --global-batch-size 4 --train-iters 3 --eval-iters 0 --num-workers 0
     --eval-interval 1000 --log-interval 1 --seed 7
     --optimizer sgd --lr 0.1 --lr-decay-style constant
     --attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader
@@ -72,15 +72,20 @@ def train(script: Path, world_size: int, *flags: str, timeout_s: int = 300) -> l
     the rank that failed first.
     """
     with tempfile.TemporaryDirectory(prefix="megatron_runs_") as folder:
-        logs = _run_ranks([str(script), *TOY_MODEL, *flags], world_size, Path(folder), timeout_s)
+        logs = _run_ranks([str(script), *toy_model(flags), *flags], world_size, Path(folder), timeout_s)
     records = [line.removeprefix(RECORD) for log in logs for line in log.splitlines() if line.startswith(RECORD)]
     if not records:
         raise RuntimeError(f"{script} ended well but reported no step:\n{_tail(logs[-1])}")
     return [Step(**json.loads(record)) for record in records]
 
 
+def toy_model(flags: Sequence[str]) -> list[str]:
+    """`TOY_MODEL` for a run with `flags`: Megatron wants one source of data, and there is no flag to undo the mock."""
+    return [flag for flag in TOY_MODEL if flag != "--mock-data" or "--data-path" not in flags]
+
+
 def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: int) -> list[str]:
-    """Start one process per rank, wait for all, return their logs; what a launcher does, without its start-up time."""
+    """One process per rank, forked from one that has imported Megatron; their logs when all have ended well."""
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -90,30 +95,17 @@ def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: i
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
-    paths = [folder / f"rank{rank}.log" for rank in range(world_size)]
-    with contextlib.ExitStack() as cleanup:
-        ranks = []
-        for rank, path in enumerate(paths):
-            process = subprocess.Popen(
-                [sys.executable, __file__, "--cpu", *arguments],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=folder,
-                stdout=cleanup.enter_context(path.open("w")),
-                stderr=subprocess.STDOUT,
-            )
-            cleanup.callback(process.wait)
-            cleanup.callback(process.kill)  # a rank that waits for one that failed would wait for ever
-            ranks.append(process)
-        deadline = time.monotonic() + timeout_s
-        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"no end after {timeout_s} s; rank 0 came to:\n{_tail(paths[0].read_text())}")
-            time.sleep(0.1)
-        for rank, process in enumerate(ranks):
-            if process.poll():
-                log = _tail(paths[rank].read_text())
-                raise RuntimeError(f"rank {rank} ended with {process.returncode}: {' '.join(arguments)}\n{log}")
-    return [path.read_text() for path in paths]
+    logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    nursery = nursery_of(__file__, Path(arguments[0]))
+    codes = nursery.run(["--cpu", "--cpu", *arguments], environments, logs, timeout_s)
+    for rank, code in enumerate(codes):
+        if code:
+            log = _tail(logs[rank].read_text())
+            raise RuntimeError(f"rank {rank} ended with {code}: {' '.join(arguments)}\n{log}")
+    if None in codes:
+        raise RuntimeError(f"no end after {timeout_s} s; rank 0 came to:\n{_tail(logs[0].read_text())}")
+    return [path.read_text() for path in logs]
 
 
 def _free_port() -> int:
@@ -160,4 +152,7 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    if sys.argv[1] == "--nursery":
+        serve(sys.argv[2], _main)
+    else:
+        sys.exit(_main())
