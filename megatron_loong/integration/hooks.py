@@ -1,4 +1,4 @@
-"""`install` and `uninstall`: hooks at the four seams of `compat`, and nothing else."""
+"""`install` and `uninstall`: hooks at the seams of `compat`, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import arguments, compat, placement, runtime
+from megatron_loong.integration import arguments, compat, data_hooks, placement, runtime
 from megatron_loong.integration.checks import check_args, check_options
 from megatron_loong.integration.options import LoongOptions, fields_of
 from megatron_loong.integration.runtime import Runtime
@@ -41,7 +41,7 @@ def install(options: LoongOptions | Mapping[str, Any] | str | os.PathLike[str] |
     runtime.activate(state)
     for name, seam in seams.items():
         original = seam.original()
-        replacement = _HOOKS[name](state, original)
+        replacement = _HOOKS[name.partition("@")[0]](state, original)
         setattr(seam.owner, seam.name, replacement)
         _hooked[seam] = (original, replacement)
 
@@ -157,4 +157,5 @@ _HOOKS: dict[str, Callable[[Runtime, Callable[..., Any]], Callable[..., Any]]] =
     "destroy_model_parallel": _hook_destroy,
     "attention_init": _hook_attention_init,
     "mla_init": _hook_attention_init,
+    **data_hooks.HOOKS,
 }

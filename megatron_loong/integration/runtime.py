@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import compat, placement
+from megatron_loong.integration import compat, lengths, placement
 from megatron_loong.integration.checks import check_args, check_heads, check_options
 from megatron_loong.integration.groups import GroupCache
 from megatron_loong.integration.options import (
@@ -38,6 +38,10 @@ class Runtime:
         self.parsed: argparse.Namespace | None = None
         """The last arguments that a Megatron parser returned; used until Megatron has global ones."""
         self.groups = GroupCache()
+        self.padded = False
+        """Whether a batch had to be padded."""
+        self.sliced_packs = False
+        """Whether a packed batch was cut by our layout."""
         self._said: set[str] = set()
 
     # ---- options ----
@@ -70,6 +74,7 @@ class Runtime:
         if not chosen.loong or getattr(args, "yaml_cfg", None):
             return
         check_args(chosen, args, final=False)
+        lengths.let_megatron_accept(args)
         heads = None if getattr(args, "use_checkpoint_args", False) else getattr(args, "num_attention_heads", None)
         plan = self.plan_placement(
             chosen,
