@@ -13,6 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_loong.attention.attention_2d import attention_2d, kernel_request
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse
+from megatron_loong.integration.lengths import refuse_seen_padding
+from megatron_loong.integration.packed import packed_arguments
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.topology.groups import LoongGroups
 
@@ -64,6 +66,7 @@ class LoongCoreAttention(MegatronModule):
             groups = _groups_for(config, pg_collection, chosen)
         assert groups is not None
         self.groups = groups
+        self.plugin = None if chosen is None else runtime.active()
         self.kernel = "auto" if chosen is None else chosen.loong_kernel
         self._kernel_said = chosen is None  # without the plugin, nobody logs
         # `apply_query_key_layer_scaling` divides by the layer number before a half-precision softmax and multiplies
@@ -87,24 +90,36 @@ class LoongCoreAttention(MegatronModule):
         """Attention over the whole sequence for this rank's tokens.
 
         Shapes: query [s, b, h, d], key [s, b, g, d], value [s, b, g, dv] with s = S / cp_size; returns
-        [s, b, h * dv]. As with TransformerEngine, a causal mask type ignores `attention_mask`. Raises
-        `NotImplementedError` for packed sequences, biases and masks that only a tensor can describe.
+        [s, b, h * dv]. With `packed_seq_params`: [t, h, d] to [t, h * dv]. As with TransformerEngine, a causal mask
+        type ignores `attention_mask`. Raises `NotImplementedError` for biases and masks that only a tensor can
+        describe.
         """
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
-        _refuse_inputs(attention_bias, packed_seq_params, unknown)
-        self._say_kernel(query, key, value)
+        _refuse_inputs(attention_bias, unknown)
+        cp_size = self.groups.config.context_parallel_size
+        if packed_seq_params is None:
+            extra: dict[str, Any] = {"qkv_format": "sbhd"}
+            if self.plugin is not None:
+                refuse_seen_padding(self.plugin, causal)
+            self._say_kernel(query, key, value)
+        else:
+            extra = packed_arguments(
+                packed_seq_params, query.shape[0], cp_size, causal=causal, config=self.config, state=self.plugin
+            )
+            extra["qkv_format"] = "thd"
+            self._say_kernel(*(x.unsqueeze(1) for x in (query, key, value)))
         out = attention_2d(
             query,
             key,
             value,
             self.groups,
-            qkv_format="sbhd",
             causal=causal,
             softmax_scale=self.softmax_scale,
             kernel=self.kernel,
             deterministic=self.deterministic,
+            **extra,
         )
-        return out.reshape(*out.shape[:2], -1)
+        return out.flatten(-2)
 
     def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Log once which kernel serves, and why not the others; known only now that there are tensors."""
@@ -165,13 +180,11 @@ def _refuse_construction(
         raise NotImplementedError(f"LoongCoreAttention does not know {', '.join(given)} yet; {supported}")
 
 
-def _refuse_inputs(attention_bias: object, packed_seq_params: object, unknown: dict[str, Any]) -> None:
+def _refuse_inputs(attention_bias: object, unknown: dict[str, Any]) -> None:
     given = sorted(name for name, value in unknown.items() if value is not None)
     reason = None
     if attention_bias is not None:
         reason, instead = "an attention bias", "rotary or no position embedding"
-    elif packed_seq_params is not None:
-        reason, instead = "packed sequences (packed_seq_params)", "sequences of one length, without packing"
     elif given:
         reason, instead = f"core attention with {', '.join(given)}", "dot-product attention or multi-latent attention"
     if reason:
