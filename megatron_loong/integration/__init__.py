@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_loong.integration.options import LoongOptions
 
 if TYPE_CHECKING:
+    from megatron_loong.integration.data_hooks import slice_packed_batch
     from megatron_loong.integration.hooks import install, place_this_process, uninstall
 
-__all__ = ["LoongOptions", "install", "place_this_process", "uninstall"]
+__all__ = ["LoongOptions", "install", "place_this_process", "slice_packed_batch", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("megatron_loong.integration.hooks"), name)
+        module = "data_hooks" if name == "slice_packed_batch" else "hooks"
+        return getattr(import_module(f"megatron_loong.integration.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,6 @@ def check_options(
     cp: int,
     tp: int = 1,
     num_attention_heads: int | None = None,
-    seq_length: int | None = None,
     cp_comm_type: str | Sequence[str | None] | None = None,
     hierarchical_context_parallel_sizes: Sequence[int] | None = None,
 ) -> None:
@@ -45,11 +44,6 @@ def check_options(
             "--loong-head-parallel-size and --loong-inner-ring-size"
         )
     _check_sizes(options, cp)
-    if seq_length is not None and seq_length % (2 * cp):
-        raise ValueError(
-            f"--seq-length {seq_length} is not a multiple of {2 * cp} (2 x --context-parallel-size {cp}); "
-            f"the nearest that fit are {_nearest_multiples(seq_length, 2 * cp)}"
-        )
     if num_attention_heads is not None:
         check_heads(options.loong_head_parallel_size, cp=cp, tp=tp, num_attention_heads=num_attention_heads)
 
@@ -86,11 +80,6 @@ def _check_sizes(options: LoongOptions, cp: int) -> None:
         raise ValueError(f"{error} {flags}") from None
 
 
-def _nearest_multiples(n: int, multiple: int) -> str:
-    below = n // multiple * multiple
-    return f"{below} and {below + multiple}" if below else str(multiple)
-
-
 class Refusal(NamedTuple):
     """One feature that does not work yet: an attribute of TransformerConfig or of Megatron's args."""
 
@@ -125,15 +114,11 @@ REFUSALS = (
     Refusal("cache_mla_latents", _is_set, "--cache-mla-latents (absorbed MLA)", "multi-latent attention without it"),
     Refusal("attention_cp_layout", lambda v: v not in (None, "zigzag"), "attention_cp_layout={value}", "zigzag"),
     Refusal(
-        "reset_attention_mask", _is_set, "--reset-attention-mask", "one document per sequence, or attention across them"
-    ),
-    Refusal(
-        "dataloader_inter_document_masking",
+        "reset_attention_mask",
         _is_set,
-        "--dataloader-inter-document-masking",
-        "one document per sequence, or attention across them",
+        "--reset-attention-mask (its mask is a tensor of the sequence length squared)",
+        "--dataloader-inter-document-masking (megatron-core 0.19 on), which tells attention the documents instead",
     ),
-    Refusal("sft", _is_set, "--sft (packed sequences)", "sequences of one length, without packing"),
 )
 
 
@@ -148,6 +133,26 @@ def refuse(holder: object) -> None:
             )
 
 
+def refuse_beside_packs(holder: Any) -> None:
+    """Raise `NotImplementedError` for what beside attention would misread our layout of a pack.
+
+    `holder`: a TransformerConfig or Megatron's args; None is not checked.
+    """
+    reason = None
+    if getattr(holder, "experimental_attention_variant", None) == "gated_delta_net":
+        # Its kernels compute TransformerEngine's per-document zigzag themselves.
+        reason, instead = "--experimental-attention-variant gated_delta_net", "sequences of one length, without packing"
+    elif getattr(holder, "multi_latent_attention", False) and getattr(holder, "apply_rope_fusion", False):
+        reason, instead = "fused rotary embedding in multi-latent attention", "--no-rope-fusion"
+    elif getattr(holder, "position_embedding_type", None) == "mrope" or getattr(holder, "mrope_section", None):
+        reason, instead = "--position-embedding-type mrope", "rope, yarn or none"
+    if reason:
+        raise NotImplementedError(
+            f"{reason} does not work with packed sequences and --context-parallel-impl loong; supported: {instead} "
+            "(or --context-parallel-impl native)"
+        )
+
+
 def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
     """Both checks on Megatron's arguments; unless `final`, what a checkpoint may still replace is left open."""
     check_recompute(options, args)
@@ -160,12 +165,14 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
         cp=getattr(args, "context_parallel_size", 1),
         tp=getattr(args, "tensor_model_parallel_size", 1),
         num_attention_heads=None if open_yet else getattr(args, "num_attention_heads", None),
-        seq_length=None if open_yet else getattr(args, "seq_length", None),
         cp_comm_type=getattr(args, "cp_comm_type", None),
         hierarchical_context_parallel_sizes=getattr(args, "hierarchical_context_parallel_sizes", None),
     )
     check_kernel_name(options.loong_kernel)
     refuse(args)
+    # Before Megatron has validated its arguments, it is open whether the rotary embedding will be fused.
+    if final and (getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)):
+        refuse_beside_packs(args)
 
 
 def check_kernel_name(name: str) -> None:

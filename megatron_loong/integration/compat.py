@@ -9,6 +9,7 @@ import argparse
 import importlib
 import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -77,7 +78,10 @@ def find_megatron() -> Megatron:
 
 
 def seams(megatron: Megatron) -> dict[str, Seam]:
-    """The places to hook into, by the name that `install` uses; each is known to exist."""
+    """The places to hook into, by the name that `install` uses; each is known to exist.
+
+    Modules that hold one function by value are told apart by `@` and their name.
+    """
     found = {
         "initialize_model_parallel": Seam(megatron.parallel_state, "initialize_model_parallel"),
         "destroy_model_parallel": Seam(megatron.parallel_state, "destroy_model_parallel"),
@@ -95,6 +99,7 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
         found["acceptance_counts"] = Seam(mtp, "_compute_mtp_acceptance_counts")
     if megatron.arguments is not None:
         found["add_megatron_arguments"] = Seam(megatron.arguments, "add_megatron_arguments")
+    found.update(_token_layout_seams())
     for seam in found.values():
         seam.original()
     for name in ("attention_init", "mla_init"):
@@ -103,6 +108,45 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
             raise _unsupported(f"{found[name]}(self, config, submodules, ...)")
     if "context_parallel_size" not in inspect.signature(found["initialize_model_parallel"].original()).parameters:
         raise _unsupported("initialize_model_parallel(context_parallel_size=...)")
+    return found
+
+
+def _token_layout_seams() -> dict[str, Seam]:
+    """Where Megatron decides, or takes for granted, which tokens a context-parallel rank holds."""
+    utils = _module("megatron.core.utils")
+    rope = _module("megatron.core.models.common.embeddings.rope_utils")
+    mamba = _module("megatron.core.ssm.mamba_context_parallel")
+    mtp = _module("megatron.core.transformer.multi_token_prediction")
+    schedules = _module("megatron.core.pipeline_parallel.schedules")
+    found = {
+        "rotary_thd": Seam(rope, "_apply_rotary_pos_emb_thd"),
+        "roll": Seam(mtp, "roll_tensor"),
+        "roll_packed": Seam(mtp, "_roll_tensor_packed_seq"),
+        "calc_loss": Seam(schedules, "forward_step_calc_loss"),
+        "mamba_undo": Seam(mamba, "_undo_attention_load_balancing"),
+        "mamba_redo": Seam(mamba, "_redo_attention_load_balancing"),
+        "pipeline": Seam(schedules, "forward_backward_pipelining_without_interleaving"),
+        "pipeline_interleaved": Seam(schedules, "forward_backward_pipelining_with_interleaving"),
+    }
+    gpt_model = _module("megatron.core.models.gpt.gpt_model")
+    if hasattr(gpt_model, "roll_tensor"):  # before 0.17
+        found["roll@gpt_model"] = Seam(gpt_model, "roll_tensor")
+    if getattr(rope, "fused_apply_rotary_pos_emb_thd", None) is not None:  # None without TransformerEngine
+        found["fused_rotary_thd"] = Seam(rope, "fused_apply_rotary_pos_emb_thd")
+    # 0.19, 0.18: functions that get_batch_on_this_cp_rank looks up when it is called.
+    for sequence, packed in (
+        ("_get_batch_on_this_cp_rank_per_sequence_balancing", "_get_batch_on_this_cp_rank_per_document_balancing"),
+        ("get_pretrain_batch_on_this_cp_rank", "get_sft_batch_on_this_cp_rank"),
+    ):
+        if hasattr(utils, sequence):
+            return {**found, "slice_sequence": Seam(utils, sequence), "slice_packed": Seam(utils, packed)}
+    # Before: the function itself, which the training loop holds by value.
+    found["slice_thd"] = Seam(utils, "get_thd_batch_on_this_cp_rank")
+    found["slice_sequence"] = Seam(utils, "get_batch_on_this_cp_rank")
+    for name in ("megatron.training.utils", "megatron.training.training"):
+        holder = sys.modules.get(name)
+        if holder is not None and vars(holder).get("get_batch_on_this_cp_rank") is utils.get_batch_on_this_cp_rank:
+            found[f"slice_sequence@{name}"] = Seam(holder, "get_batch_on_this_cp_rank")
     return found
 
 

@@ -18,6 +18,8 @@ from megatron_loong.attention.attention_2d import attention_2d, kernel_request
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse
+from megatron_loong.integration.lengths import refuse_seen_padding
+from megatron_loong.integration.packed import packed_arguments
 from megatron_loong.integration.recompute import level_of_layer
 from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain
@@ -74,6 +76,7 @@ class LoongCoreAttention(MegatronModule):
         self.groups = groups
         # With groups of one's own, whoever checkpoints decides what is kept.
         self.kept_in_checkpoint: Level = "ring" if chosen is None else level_of_layer(chosen, config, layer_number)
+        self.plugin = None if chosen is None else runtime.active()
         self.kernel = "auto" if chosen is None else chosen.loong_kernel
         self._kernel_said = chosen is None  # without the plugin, nobody logs
         # `apply_query_key_layer_scaling` divides by the layer number before a half-precision softmax and multiplies
@@ -152,21 +155,32 @@ class LoongCoreAttention(MegatronModule):
         """Attention over the whole sequence for this rank's tokens.
 
         Shapes: query [s, b, h, d], key [s, b, g, d], value [s, b, g, dv] with s = S / cp_size; returns
-        [s, b, h * dv]. As with TransformerEngine, a causal mask type ignores `attention_mask`. In cross-attention key
-        and value are this rank's share of the other sequence. Raises `NotImplementedError` for packed sequences,
-        biases and masks that only a tensor can describe.
+        [s, b, h * dv]. With `packed_seq_params`: [t, h, d] to [t, h * dv]. As with TransformerEngine, a causal mask
+        type ignores `attention_mask`. In cross-attention key and value are this rank's share of the other sequence.
+        Raises `NotImplementedError` for biases and masks that only a tensor can describe.
         """
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
-        _refuse_inputs(attention_bias, packed_seq_params, unknown)
-        self._say_kernel(query, key, value)
+        _refuse_inputs(attention_bias, unknown)
         cp = self.groups.config.context_parallel_size
+        if packed_seq_params is None:
+            lengths: dict[str, Any] = {"qkv_format": "sbhd", "seq_len": query.shape[0] * cp}
+            if self.attention_type == "cross":
+                lengths["kv_seq_len"] = key.shape[0] * cp
+            if self.plugin is not None:
+                refuse_seen_padding(self.plugin, causal)
+            self._say_kernel(query, key, value)
+        else:
+            lengths = packed_arguments(
+                packed_seq_params, query.shape[0], cp, causal=causal, config=self.config, state=self.plugin
+            )
+            lengths["qkv_format"] = "thd"
+            self._say_kernel(*(x.unsqueeze(1) for x in (query, key, value)))
         with keeping(self.kept_in_checkpoint):
             out = attention_2d(
                 query,
                 key,
                 value,
                 self.groups,
-                qkv_format="sbhd",
                 causal=causal,
                 softmax_scale=self.softmax_scale,
                 window_size=self.window_size,
@@ -176,10 +190,9 @@ class LoongCoreAttention(MegatronModule):
                 max_logits=self._max_logits(query),
                 kernel=self.kernel,
                 deterministic=self.deterministic,
-                seq_len=query.shape[0] * cp,
-                kv_seq_len=None if self.attention_type == "self" else key.shape[0] * cp,
+                **lengths,
             )
-        return out.reshape(*out.shape[:2], -1)
+        return out.flatten(-2)
 
     def _dropout_seed(self) -> int | None:
         """A number from Megatron's RNG, which recomputation puts back before it replays the layer."""
@@ -278,13 +291,11 @@ def _refuse_construction(config: Any, attention_type: str, unknown: dict[str, An
         raise NotImplementedError(f"LoongCoreAttention does not know {', '.join(given)} yet; {supported}")
 
 
-def _refuse_inputs(attention_bias: object, packed_seq_params: object, unknown: dict[str, Any]) -> None:
+def _refuse_inputs(attention_bias: object, unknown: dict[str, Any]) -> None:
     given = sorted(name for name, value in unknown.items() if value is not None)
     reason = None
     if attention_bias is not None:
         reason, instead = "an attention bias", "rotary or no position embedding"
-    elif packed_seq_params is not None:
-        reason, instead = "packed sequences (packed_seq_params)", "sequences of one length, without packing"
     elif given:
         reason, instead = f"core attention with {', '.join(given)}", "dot-product attention or multi-latent attention"
     if reason:

@@ -52,6 +52,11 @@ class GroupCache:
             entry = self._entries[key] = _Entry(groups, world, local_synchronization)
         return entry.groups
 
+    def configs(self) -> list[LoongConfig]:
+        """The layouts that groups of the present world have."""
+        world = dist.group.WORLD if dist.is_initialized() else None
+        return [entry.groups.config for entry in self._entries.values() if entry.world is world]
+
     def release(self, *, also_local: bool = False) -> None:
         """Destroy what was built by the whole world together; groups that only members built stay for reuse.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import arguments, compat, placement, runtime, zero
+from megatron_loong.integration import arguments, compat, data_hooks, placement, runtime, zero
 from megatron_loong.integration.checks import check_args, check_options
 from megatron_loong.integration.memory_options import check_tiled_mlp
 from megatron_loong.integration.options import LoongOptions, fields_of
@@ -44,7 +44,7 @@ def install(options: LoongOptions | Mapping[str, Any] | str | os.PathLike[str] |
     runtime.activate(state)
     for name, seam in seams.items():
         original = seam.original()
-        replacement = _HOOKS[name](state, original)
+        replacement = _HOOKS[name.partition("@")[0]](state, original)
         setattr(seam.owner, seam.name, replacement)
         _hooked[seam] = (original, replacement)
 
@@ -186,4 +186,5 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "language_model_loss": _with_options(language_model_loss),
     "acceptance_counts": _with_options(acceptance_counts),
     "mlp_forward": _with_options(mlp_forward),
+    **data_hooks.HOOKS,
 }

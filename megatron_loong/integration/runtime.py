@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import compat, placement, zero
+from megatron_loong.integration import compat, lengths, placement, zero
 from megatron_loong.integration.checks import check_args, check_heads, check_options
 from megatron_loong.integration.groups import GroupCache
 from megatron_loong.integration.job import job_of
@@ -43,6 +43,10 @@ class Runtime:
         self.recompute = RecomputeState()
         self.zero_in_effect: str | None = None
         """What the ZeRO flags were translated to; None where they are not set."""
+        self.padded = False
+        """Whether a batch had to be padded."""
+        self.sliced_packs = False
+        """Whether a packed batch was cut by our layout."""
         self._said: set[str] = set()
 
     # ---- options ----
@@ -78,6 +82,7 @@ class Runtime:
         self.zero_in_effect = zero.apply(chosen, args, int(os.environ.get("WORLD_SIZE", "1")))
         if not chosen.loong:
             return
+        lengths.let_megatron_accept(args)
         heads = None if getattr(args, "use_checkpoint_args", False) else getattr(args, "num_attention_heads", None)
         plan = self.plan_placement(
             chosen,

@@ -149,7 +149,7 @@ def test_the_launcher_says_how_many_ranks_share_a_node() -> None:
 
 # ---- checks ----
 
-GOOD: dict[str, Any] = {"cp": 4, "tp": 2, "num_attention_heads": 8, "seq_length": 64}
+GOOD: dict[str, Any] = {"cp": 4, "tp": 2, "num_attention_heads": 8}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,6 @@ GOOD: dict[str, Any] = {"cp": 4, "tp": 2, "num_attention_heads": 8, "seq_length"
             r"size 4 is more than the 3 query heads .*6 .*-size 2\).*these work: \[1, 2\]",
         ),
         ({}, {"num_attention_heads": 7}, "--num-attention-heads 7 is not a multiple of --tensor-model-parallel-size 2"),
-        ({}, {"seq_length": 60}, r"--seq-length 60 is not a multiple of 8 .* the nearest that fit are 56 and 64"),
         ({}, {"cp_comm_type": ["a2a"]}, "--cp-comm-type a2a .*contradicts --context-parallel-impl loong; remove it"),
         ({}, {"cp_comm_type": "a2a+p2p"}, r"--cp-comm-type a2a\+p2p"),
         ({}, {"hierarchical_context_parallel_sizes": [2, 2]}, "--hierarchical-context-parallel-sizes 2 2"),
@@ -223,7 +222,7 @@ def test_every_parser_of_megatron_has_the_flags_once(
         ("--context-parallel-size 4 --loong-head-parallel-size 3", ValueError),
         ("--context-parallel-size 16 --loong-head-parallel-size 16", ValueError),  # 8 heads
         ("--context-parallel-size 4 --loong-placement sideways", ValueError),
-        ("--context-parallel-size 4 --seq-length 60", ValueError),
+        ("--context-parallel-size 4 --seq-length 60 --num-experts 4", NotImplementedError),
         ("--context-parallel-size 4 --cp-comm-type a2a", ValueError),
         ("--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2", ValueError),
         ("--context-parallel-size 4 --loong-kernel warp", ValueError),
@@ -252,8 +251,18 @@ def test_numbers_that_a_checkpoint_will_replace_are_not_judged_yet(
     install()
     flags = "--context-parallel-impl loong --context-parallel-size 6 --loong-head-parallel-size 3"
     parse(arguments, monkeypatch, f"{flags} --use-checkpoint-args")
-    with pytest.raises(ValueError, match="--seq-length 64 is not a multiple of 12"):
+    with pytest.raises(ValueError, match="size 3 does not divide the 8 query heads"):
         parse(arguments, monkeypatch, flags)
+
+
+def test_megatron_is_told_a_length_that_it_would_refuse_under_its_other_name(
+    arguments: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    args = parse(arguments, monkeypatch, "--context-parallel-impl loong --context-parallel-size 4 --seq-length 60")
+    assert (args.seq_length, args.encoder_seq_length) == (None, 60)
+    args = parse(arguments, monkeypatch, "--context-parallel-size 4 --seq-length 60")
+    assert (args.seq_length, args.encoder_seq_length) == (60, None)
 
 
 def test_flags_beside_a_yaml_config_would_be_ignored_and_are_refused() -> None:

@@ -1,0 +1,261 @@
+"""Hooks where Megatron reads the layout of tokens: batch, packed rotary embedding, MTP, Mamba, loss, pipeline buffers.
+
+Each takes the original and returns what stands in its place. The original runs wherever attention is native.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_loong.integration import lengths, loss, packed
+from megatron_loong.integration.checks import refuse_beside_packs
+from megatron_loong.integration.runtime import Runtime, active
+
+Hook = Callable[[Runtime, Callable[..., Any]], Callable[..., Any]]
+
+
+def slice_packed_batch(batch: dict[str, Any], cp_group: Any = None) -> dict[str, Any]:
+    """This rank's tokens of a packed batch, for programs that do not call Megatron's `get_batch_on_this_cp_rank`.
+
+    `batch`: tensors [1, T, ...] and `cu_seqlens` (or `cu_seqlens_padded`) for all T tokens; `cp_group`: Megatron's, if
+    not given. Padded at its end where the ranks cannot share out T tokens. Call it once the model has been built.
+    Raises `ValueError` without boundaries.
+    """
+    state = active()
+    cp_group = _cp_group(state, cp_group)
+    cu_seqlens = _boundaries(batch)
+    if cu_seqlens is None:
+        raise ValueError(f"a packed batch needs cu_seqlens; this one has {sorted(batch)}")
+    if packed.layout_config(state, cp_group.size()) is None:
+        raise ValueError("--context-parallel-impl loong is not in use here, so there is no layout to cut a batch by")
+    return slice_batch(state, batch, cp_group, cu_seqlens)
+
+
+def slice_batch(state: Runtime, batch: dict[str, Any], cp_group: Any, cu_seqlens: torch.Tensor) -> dict[str, Any]:
+    """This rank's tokens of a packed batch (tensors [1, T, ...]), padded at its end where the ranks need it."""
+    refuse_beside_packs(state.args())
+    config = packed.layout_config(state, cp_group.size())
+    assert config is not None  # the hooks ask first
+    batch = lengths.pad_batch(state, batch)
+    state.sliced_packs = True
+    for key, x in batch.items():
+        if key in lengths.METADATA or key == "attention_mask" or x is None:
+            continue
+        documents = packed.boundaries_of(cu_seqlens)
+        places = packed.local_places(config, cp_group.rank(), x.shape[1], documents, x.device)
+        batch[key] = x.index_select(1, places.in_pack)
+    return batch
+
+
+def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def slice_sequence(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        cp_group = _cp_group(state, args[0] if args else kwargs.get("cp_group"))
+        if packed.layout_config(state, cp_group.size()) is None:
+            return original(batch, *args, **kwargs)
+        cu_seqlens = _boundaries(batch)
+        # Masking between documents keeps cu_seqlens per document but cuts the whole sequence in zigzag (upstream
+        # issue 6156); here a batch with documents is always cut by them.
+        if cu_seqlens is not None:
+            return slice_batch(state, batch, cp_group, cu_seqlens)
+        return original(lengths.pad_batch(state, batch), *args, **kwargs)
+
+    return slice_sequence
+
+
+def _hook_slice_packed(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def slice_packed(batch: dict[str, Any], cp_group: Any) -> Any:
+        cu_seqlens = _boundaries(batch)
+        if packed.layout_config(state, cp_group.size()) is None or cu_seqlens is None:
+            return original(batch, cp_group)
+        return slice_batch(state, batch, cp_group, cu_seqlens)
+
+    return slice_packed
+
+
+def _hook_slice_thd(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Before 0.18 one function made the slice and the `PackedSeqParams`."""
+
+    @functools.wraps(original)
+    def slice_thd(batch: Any, cu_seqlens: Any, cu_seqlens_padded: Any, max_seqlen: Any, *args: Any, **kw: Any) -> Any:
+        cp_group = _cp_group(state, None)
+        if args or kw or packed.layout_config(state, cp_group.size()) is None:
+            return original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, *args, **kw)
+        whole, params = original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, cp_size=1, cp_rank=0)
+        boundaries = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
+        return slice_batch(state, whole, cp_group, boundaries), params
+
+    return slice_thd
+
+
+def _boundaries(batch: dict[str, Any]) -> torch.Tensor | None:
+    padded = batch.get("cu_seqlens_padded")
+    return batch.get("cu_seqlens") if padded is None else padded
+
+
+def _cp_group(state: Runtime, given: Any) -> Any:
+    return state.megatron.parallel_state.get_context_parallel_group() if given is None else given
+
+
+def _hook_rotary_thd(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    rope = importlib.import_module(original.__module__)
+
+    @functools.wraps(original)
+    def _apply_rotary_pos_emb_thd(
+        t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *args: Any, cp_group: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        config = packed.layout_config(state, cp_group.size()) if cp_group else None
+        if cp_group is None or config is None:
+            return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
+        local = packed.rotary_freqs(config, cp_group.rank(), t.shape[0] * cp_group.size(), cu_seqlens, freqs)
+        return rope._apply_rotary_pos_emb_bshd(t.unsqueeze(1), local, *args, **kwargs).squeeze(1)
+
+    return _apply_rotary_pos_emb_thd
+
+
+def _hook_fused_rotary_thd(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """TransformerEngine's kernel for sequences, given each packed token's own row of frequencies."""
+    rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+
+    @functools.wraps(original)
+    def fused_apply_rotary_pos_emb_thd(
+        t: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        freqs: torch.Tensor,
+        cp_size: int = 1,
+        cp_rank: int = 0,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        config = packed.layout_config(state, cp_size)
+        if config is None:
+            return original(t, cu_seqlens, freqs, cp_size=cp_size, cp_rank=cp_rank, **kwargs)
+        local = packed.rotary_freqs(config, cp_rank, t.shape[0] * cp_size, cu_seqlens, freqs)
+        return rope.fused_apply_rotary_pos_emb(t.unsqueeze(1), local, **kwargs).squeeze(1)
+
+    return fused_apply_rotary_pos_emb_thd
+
+
+def _hook_roll_packed(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _roll_tensor_packed_seq(
+        tensor: torch.Tensor, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None
+    ) -> Any:
+        config = None if cp_group is None else packed.layout_config(state, cp_group.size())
+        if config is None:
+            return original(tensor, shifts, dims, packed_seq_params, cp_group)
+        if shifts != -1 or dims not in (-1, tensor.dim() - 1):
+            raise NotImplementedError(
+                f"rolling a packed tensor by {shifts} along dimension {dims} does not work with "
+                "--context-parallel-impl loong; supported: by -1 along the last"
+            )
+        return packed.rolled(tensor, _padded_boundaries(packed_seq_params), config, cp_group)
+
+    return _roll_tensor_packed_seq
+
+
+def _hook_roll(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """MTP divides its loss by the sum of the rolled mask: make that the mean of the ranks, see `integration.loss`."""
+
+    @functools.wraps(original)
+    def roll_tensor(
+        tensor: Any, shifts: int = -1, dims: int = -1, cp_group: Any = None, packed_seq_params: Any = None
+    ) -> Any:
+        result, total = original(tensor, shifts, dims, cp_group, packed_seq_params)
+        if (
+            packed_seq_params is None
+            and cp_group is not None
+            and tensor is not None
+            and tensor.is_floating_point()
+            and packed.layout_config(state, cp_group.size()) is not None
+        ):
+            total = loss.sum_over(total, cp_group) / cp_group.size()
+        return result, total
+
+    return roll_tensor
+
+
+def _hook_calc_loss(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
+        if not state.groups.configs():
+            return original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        cp_group = _cp_group(state, None)
+        loss_func = given["loss_func"]
+        if (
+            loss_func is not None
+            and not given["collect_non_loss_data"]
+            and not given["config"].calculate_per_token_loss
+            and packed.layout_config(state, cp_group.size()) is not None
+        ):
+            given["loss_func"] = loss.weighed_by_tokens(loss_func, cp_group)
+        return original(**given)
+
+    return forward_step_calc_loss
+
+
+def _padded_boundaries(packed_seq_params: Any) -> torch.Tensor:
+    padded = packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q if padded is None else padded
+
+
+def _hook_mamba_order(reorder: Callable[..., torch.Tensor]) -> Hook:
+    def hook(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def attention_load_balancing(input_: torch.Tensor, cp_size: int, packed_seq_params: Any = None) -> Any:
+            config = None if packed_seq_params is None else packed.layout_config(state, cp_size)
+            if config is None:
+                return original(input_, cp_size, packed_seq_params)
+            # Megatron numbers the tokens' documents for Mamba before the batch is cut, and so without our padding.
+            numbered = getattr(packed_seq_params, "seq_idx", None)
+            if numbered is not None and numbered.shape[-1] != input_.shape[0]:
+                raise NotImplementedError(
+                    f"a pack of {numbered.shape[-1]} tokens was padded to {input_.shape[0]}, which does not work with "
+                    "Mamba layers and --context-parallel-impl loong; supported: packs of a multiple of 2 x "
+                    "--context-parallel-size tokens"
+                )
+            return reorder(input_, _padded_boundaries(packed_seq_params), config)
+
+        return attention_load_balancing
+
+    return hook
+
+
+def _hook_pipeline(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Pipeline stages exchange buffers of the padded length."""
+
+    @functools.wraps(original)
+    def forward_backward(*args: Any, **kwargs: Any) -> Any:
+        # Without groups of ours there is no 2D-Attention here, and perhaps no model parallelism at all.
+        if state.groups.configs() and packed.layout_config(state, _cp_group(state, None).size()) is not None:
+            for name in ("seq_length", "decoder_seq_length"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = lengths.length_for_megatron(state, kwargs[name])
+        return original(*args, **kwargs)
+
+    return forward_backward
+
+
+HOOKS: dict[str, Hook] = {
+    "slice_sequence": _hook_slice_sequence,
+    "slice_packed": _hook_slice_packed,
+    "slice_thd": _hook_slice_thd,
+    "rotary_thd": _hook_rotary_thd,
+    "fused_rotary_thd": _hook_fused_rotary_thd,
+    "roll": _hook_roll,
+    "roll_packed": _hook_roll_packed,
+    "calc_loss": _hook_calc_loss,
+    "mamba_undo": _hook_mamba_order(packed.in_order_of_the_pack),
+    "mamba_redo": _hook_mamba_order(packed.in_order_of_ranks),
+    "pipeline": _hook_pipeline,
+    "pipeline_interleaved": _hook_pipeline,
+}

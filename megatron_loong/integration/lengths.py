@@ -1,0 +1,124 @@
+"""Sequence lengths that the ranks cannot share out evenly: each batch is padded at its end, and nothing else changes.
+
+A padding token is token 0 with loss mask 0. Causally no real token attends to it, so losses and gradients are those of
+the unpadded batch. Megatron refuses such a length before it looks at anything else, and gives its pipeline
+buffers of `seq_length // cp` tokens; both are told here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron_loong.integration.runtime import Runtime
+
+#: Of a batch: what describes it and has no sequence dimension.
+METADATA = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+
+#: What does not work with padding: an attribute of Megatron's args, whether it is on, and why.
+_BESIDE_PADDING = (
+    ("num_experts", bool, "--num-experts: padding would be routed, and count in the router's losses"),
+    ("qk_clip", bool, "--qk-clip: padding would count in the greatest logit"),
+    ("log_max_attention_logit", bool, "--log-max-attention-logit: padding would count in it"),
+    ("tp_comm_overlap", bool, "--tp-comm-overlap: its buffers have the unpadded length"),
+    ("cuda_graph_impl", lambda x: x not in (None, "none"), "--cuda-graph-impl: graphs have the unpadded length"),
+    ("enable_cuda_graph", bool, "--enable-cuda-graph: graphs have the unpadded length"),
+    ("external_cuda_graph", bool, "--external-cuda-graph: graphs have the unpadded length"),
+)
+
+
+def padded_length(seq_len: int, cp: int, tp: int = 1) -> int:
+    """The next length that Megatron's zigzag over `cp` ranks takes; `tp`: ranks of sequence parallelism.
+
+    >>> padded_length(30, cp=4)
+    32
+    >>> padded_length(30, cp=4, tp=8)
+    32
+    >>> padded_length(34, cp=4, tp=8)
+    64
+    """
+    multiple = cp * math.lcm(2, tp)
+    return -(-seq_len // multiple) * multiple
+
+
+def length_for_megatron(state: Runtime, seq_len: int) -> int:
+    """`padded_length` for the ranks of this process."""
+    parallel_state = state.megatron.parallel_state
+    args = state.args()
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    if args is not None and not getattr(args, "sequence_parallel", False):
+        tp = 1
+    return padded_length(seq_len, parallel_state.get_context_parallel_world_size(), tp)
+
+
+def let_megatron_accept(args: Any) -> None:
+    """Move a `--seq-length` that 2 x CP does not divide to `--encoder-seq-length`, which Megatron takes for the same.
+
+    `validate_args` asserts the multiple of the first alone, and then sets the first from the second. Raises
+    `NotImplementedError` for what cannot be padded.
+    """
+    seq_len, cp = getattr(args, "seq_length", None), getattr(args, "context_parallel_size", 1)
+    if seq_len is None or seq_len % (2 * cp) == 0 or getattr(args, "encoder_seq_length", None) is not None:
+        return
+    for attribute, is_on, why in _BESIDE_PADDING:
+        if is_on(getattr(args, attribute, None)):
+            below = seq_len // (2 * cp) * 2 * cp
+            raise NotImplementedError(
+                f"--seq-length {seq_len} is not a multiple of {2 * cp} (2 x --context-parallel-size {cp}), so batches "
+                f"would be padded, which does not work with {why}; the nearest that need none are "
+                f"{f'{below} and ' if below else ''}{below + 2 * cp}"
+            )
+    args.encoder_seq_length, args.seq_length = seq_len, None
+
+
+def pad_batch(state: Runtime, batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` (tensors [b, S, ...]; attention_mask [b, 1, S, S]) with S padded to what the ranks can share out.
+
+    Padding: token 0, label 0, loss mask 0, the last position id once more (learned position embeddings may have no row
+    behind it), masked in the attention mask. The same dictionary when nothing is to be padded.
+    """
+    seq_len = next((x.shape[1] for key, x in batch.items() if x is not None and key in _LENGTH_KEYS), None)
+    if seq_len is None:
+        return batch
+    missing = length_for_megatron(state, seq_len) - seq_len
+    if not missing:
+        return batch
+    if batch.get("labels") is not None and batch.get("loss_mask") is None:
+        raise ValueError(
+            f"a batch of {seq_len} tokens must be padded by {missing}, which needs a loss_mask in it; add one, or use "
+            f"sequences of {seq_len + missing} tokens"
+        )
+    state.padded = True
+    state.say(
+        f"sequences of {seq_len} tokens are padded at their end to {seq_len + missing}, which the context-parallel "
+        "ranks can share out; padding takes no part in attention or loss"
+    )
+    return {key: x if key in METADATA or x is None else _padded(key, x, missing) for key, x in batch.items()}
+
+
+_LENGTH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def _padded(key: str, x: torch.Tensor, missing: int) -> torch.Tensor:
+    if key == "attention_mask":
+        return torch.nn.functional.pad(x, (0, missing, 0, missing), value=1)
+    shape = [x.shape[0], missing, *x.shape[2:]]
+    padding = x[:, -1:].expand(shape) if key == "position_ids" else x.new_zeros(shape)
+    return torch.cat([x, padding], 1)
+
+
+def refuse_seen_padding(state: Runtime, causal: bool) -> None:
+    """Raise `NotImplementedError` when attention that is not causal would see the padding of `pad_batch`."""
+    if causal:
+        return
+    args = state.args()
+    seq_len = getattr(args, "seq_length", None)
+    # A pipeline stage in the middle pads no batch itself, but knows the length.
+    if state.padded or (seq_len is not None and length_for_megatron(state, seq_len) != seq_len):
+        raise NotImplementedError(
+            "attention that is not causal would see the padding of a sequence that the context-parallel ranks cannot "
+            "share out evenly; supported: a --seq-length that is a multiple of 2 x --context-parallel-size"
+        )

@@ -1,0 +1,227 @@
+"""Packed sequences (`thd`) inside Megatron: one layout for the batch, the rotary embedding, MTP, Mamba and attention.
+
+Megatron tells each of them the documents of a micro-batch by a `cu_seqlens` tensor, the padded one where there are two.
+All read the layout from those boundaries here, and so agree:
+
+    batch slice | rotary embedding | MTP's roll | Mamba's order | attention   <- local_places / packed_arguments
+                                       layout_of(config, tokens, boundaries)  <- boundaries_of(cu_seqlens)
+
+Padding behind a document's real tokens stays the end of that document: causally, no real token attends to it. What the
+plugin pads at the end of a batch (`integration.lengths`) is a document of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron_loong.config import LoongConfig
+from megatron_loong.integration.checks import refuse_beside_packs
+from megatron_loong.sequence.packing import checked_boundaries
+from megatron_loong.sequence.sharding import layout_of, token_positions
+
+if TYPE_CHECKING:
+    from megatron_loong.integration.runtime import Runtime
+
+#: Base tensor -> (version, offset, length) of a view of it -> boundaries. Megatron hands views of one tensor around.
+_read: Any = WeakTensorKeyDictionary()
+
+
+def boundaries_of(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    """`cu_seqlens` ([documents + 1] or [1, documents + 1]) as numbers, without empty documents.
+
+    Waits for the device at the first call for a tensor or a view of it, and not again until it is written to.
+    Raises `ValueError` unless the boundaries ascend from 0.
+    """
+    base = cu_seqlens if cu_seqlens._base is None else cu_seqlens._base
+    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    views = _read.setdefault(base, {})
+    view = (version, cu_seqlens.storage_offset(), cu_seqlens.numel())
+    if view not in views:
+        if cu_seqlens.numel() != cu_seqlens.shape[-1]:
+            raise ValueError(
+                f"cu_seqlens has shape {list(cu_seqlens.shape)}: a packed micro-batch is one row; use "
+                "--micro-batch-size 1, or join the rows first"
+            )
+        views[view] = checked_boundaries(cu_seqlens.flatten().tolist())
+    return views[view]
+
+
+class LocalPlaces(NamedTuple):
+    """Where a rank's packed tokens stand. All int64, [t]."""
+
+    in_pack: torch.Tensor
+    """In the whole pack."""
+    in_document: torch.Tensor
+    next_in_pack: torch.Tensor
+    """The token after it in its document; -1 for a document's last."""
+
+
+@functools.lru_cache(maxsize=32)
+def local_places(
+    config: LoongConfig, cp_rank: int, tokens: int, documents: tuple[int, ...], device: torch.device
+) -> LocalPlaces:
+    """Places of the tokens of `cp_rank` in a pack of `tokens` with boundaries `documents`, on `device`."""
+    in_pack = token_positions(config, cp_rank, tokens, cu_seqlens=documents)
+    bounds = torch.tensor(layout_of(config, tokens, documents).documents)
+    document = torch.searchsorted(bounds, in_pack, right=True) - 1
+    is_last = in_pack + 1 == bounds[document + 1]
+    next_in_pack = torch.where(is_last, -1, in_pack + 1)
+    return LocalPlaces(*(x.to(device) for x in (in_pack, in_pack - bounds[document], next_in_pack)))
+
+
+@functools.lru_cache(maxsize=16)
+def gathered_order(config: LoongConfig, tokens: int, documents: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Places in the pack of the tokens of all ranks, one rank behind the other: int64 [tokens]."""
+    ranks = range(config.context_parallel_size)
+    return torch.cat([token_positions(config, rank, tokens, cu_seqlens=documents) for rank in ranks]).to(device)
+
+
+def layout_config(state: Runtime, cp_size: int) -> LoongConfig | None:
+    """The layout of 2D-Attention over `cp_size` ranks in this process; None where attention over them is native.
+
+    Raises `ValueError` when layers share the ranks out in different ways: a batch can be cut in one way only.
+    """
+    if cp_size == 1:
+        return None
+    configs = [config for config in state.groups.configs() if config.context_parallel_size == cp_size]
+    if not configs and state.options().loong:
+        raise RuntimeError("2D-Attention was asked for, but no attention layer has been built yet: its layout is open")
+    sizes = sorted({config.head_parallel_size for config in configs})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"packed sequences need one layout for all layers, but head-parallel sizes {sizes} are in use; give "
+            "--loong-head-parallel-size as a number"
+        )
+    return configs[0] if configs else None
+
+
+def packed_arguments(
+    packed_seq_params: Any,
+    local_tokens: int,
+    cp_size: int,
+    *,
+    causal: bool = True,
+    config: Any = None,
+    state: Runtime | None = None,
+) -> dict[str, Any]:
+    """What `attention_2d` is given for Megatron's `PackedSeqParams`: cu_seqlens, seq_len, cu_seqlens_kv if it differs.
+
+    `local_tokens`: query tokens of this rank; `config`: the layer's TransformerConfig; `state`: the installed plugin,
+    if it cuts the batches. Waits for the device at the first layer of a micro-batch only. Raises
+    `NotImplementedError` for dynamic context parallelism, for padded documents without causal masking, and for what
+    else in the model would misread the layout; `RuntimeError` when the plugin has cut no packed batch, so that the
+    tokens are not where they should be.
+    """
+    refuse_dynamic(packed_seq_params)
+    if state is not None and cp_size > 1:
+        _require_slices(state)
+    refuse_beside_packs(config)
+    sides = []
+    for side in ("q", "kv"):
+        real = getattr(packed_seq_params, f"cu_seqlens_{side}")
+        padded = getattr(packed_seq_params, f"cu_seqlens_{side}_padded", None)
+        # Causally only the padded boundaries matter, and reading the others would make the device wait once more.
+        if not causal and padded is not None and padded is not real and boundaries_of(padded) != boundaries_of(real):
+            raise NotImplementedError(
+                f"attention that is not causal would see the padding of documents (cu_seqlens_{side}_padded differs "
+                f"from cu_seqlens_{side}) with --context-parallel-impl loong; supported: documents without padding "
+                "(leave cu_seqlens_*_padded out; 2D-Attention needs none), or causal attention"
+            )
+        sides.append(boundaries_of(real if padded is None else padded))
+    documents, kv_documents = sides
+    arguments: dict[str, Any] = {"cu_seqlens": documents, "seq_len": local_tokens * cp_size}
+    if kv_documents != documents:
+        arguments.update(cu_seqlens_kv=kv_documents, kv_seq_len=kv_documents[-1])
+    return arguments
+
+
+def _require_slices(state: Runtime) -> None:
+    parallel_state = state.megatron.parallel_state
+    if state.sliced_packs or not parallel_state.model_parallel_is_initialized():
+        return
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if parallel_state.get_pipeline_model_parallel_rank() in (0, stages - 1):  # the others read no batch
+        raise RuntimeError(
+            "packed sequences reached attention, but the batch was not cut by the layout of --context-parallel-impl "
+            "loong: this program cuts it itself. Let it call megatron.core.utils.get_batch_on_this_cp_rank (with "
+            "cu_seqlens in the batch), or megatron_loong.integration.slice_packed_batch"
+        )
+
+
+def refuse_dynamic(packed_seq_params: Any) -> None:
+    """Raise `NotImplementedError` for a pack that brings a context-parallel group of its own, or is no `thd`."""
+    for name in ("local_cp_size", "cp_group"):
+        if getattr(packed_seq_params, name, None) is not None:
+            raise NotImplementedError(
+                f"packed_seq_params.{name} (dynamic or hybrid context parallelism) does not work with "
+                "--context-parallel-impl loong; supported: one context-parallel size for all batches "
+                "(or --context-parallel-impl native)"
+            )
+    if packed_seq_params.qkv_format != "thd":
+        raise NotImplementedError(
+            f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r} does not work with --context-parallel-impl "
+            "loong; supported: 'thd'"
+        )
+
+
+# ---- what the hooks put in the place of Megatron's own ---------------------------------------------------------
+
+
+def rotary_freqs(
+    config: LoongConfig, cp_rank: int, tokens: int, cu_seqlens: torch.Tensor, freqs: torch.Tensor
+) -> torch.Tensor:
+    """Rows of `freqs` ([positions, 1, 1, d]) for this rank's packed tokens: [t, 1, 1, d].
+
+    By the place in the document; by the place in the pack where `freqs` has a row for each token of it, as
+    Megatron's own `thd` embedding does. Padding behind the last document takes the last row. Raises `ValueError` when
+    `freqs` is shorter than a document: max_seqlen was too small.
+    """
+    documents = boundaries_of(cu_seqlens)
+    places = local_places(config, cp_rank, tokens, documents, freqs.device)
+    if freqs.shape[0] == documents[-1]:
+        return freqs[places.in_pack.clamp(max=documents[-1] - 1)]
+    longest = max(b - a for a, b in itertools.pairwise(documents))
+    if freqs.shape[0] < longest:
+        raise ValueError(
+            f"the rotary embedding has {freqs.shape[0]} positions (packed_seq_params.max_seqlen_q), but a document has "
+            f"{longest} tokens"
+        )
+    return freqs[places.in_document.clamp(max=freqs.shape[0] - 1)]
+
+
+def rolled(
+    tensor: torch.Tensor, cu_seqlens: torch.Tensor, config: LoongConfig, cp_group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's successor in its document, 0 for a document's last; [..., t]. And its sum, the mean of the ranks.
+
+    For MTP, which divides by that sum (see `integration.loss`). Collective over `cp_group`: gathers token ids or masks,
+    a few bytes per token.
+    """
+    cp_size, cp_rank = cp_group.size(), cp_group.rank()
+    tokens, documents = tensor.shape[-1] * cp_size, boundaries_of(cu_seqlens)
+    sent = (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).contiguous()  # gloo knows no bool
+    parts = [torch.empty_like(sent) for _ in range(cp_size)]
+    dist.all_gather(parts, sent, group=cp_group)
+    whole = torch.empty(*tensor.shape[:-1], tokens, dtype=tensor.dtype, device=tensor.device)
+    whole[..., gathered_order(config, tokens, documents, tensor.device)] = torch.cat(parts, -1).to(tensor.dtype)
+    successor = local_places(config, cp_rank, tokens, documents, tensor.device).next_in_pack
+    result = whole[..., successor].masked_fill(successor < 0, 0)
+    starts = torch.tensor(layout_of(config, tokens, documents).documents[:-1], device=tensor.device)
+    return result, (whole.sum() - whole[..., starts].sum()) / cp_size
+
+
+def in_order_of_the_pack(x: torch.Tensor, cu_seqlens: torch.Tensor, config: LoongConfig) -> torch.Tensor:
+    """[tokens, ...], all ranks' one behind the other, put in the order of the pack: for Mamba's scan."""
+    order = gathered_order(config, x.shape[0], boundaries_of(cu_seqlens), x.device)
+    return torch.empty_like(x).index_copy(0, order, x)
+
+
+def in_order_of_ranks(x: torch.Tensor, cu_seqlens: torch.Tensor, config: LoongConfig) -> torch.Tensor:
+    """The inverse of `in_order_of_the_pack`."""
+    return x.index_select(0, gathered_order(config, x.shape[0], boundaries_of(cu_seqlens), x.device))

@@ -1,0 +1,109 @@
+"""Packs, lengths that do not divide and unusual layers, trained by `megatron.training` over ranks as on one.
+
+The reference is one rank with Megatron's own local attention; with packs it gets the mask as a tensor, spelled out
+document by document (tests/integration/packed_gpt.py). LOONG_TEST_ALL=1 runs the cases that are not in the default.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration import megatron_runs
+from tests.integration.test_pretrain_gpt import RUN_ALL, assert_same_steps, script_or_skip
+
+CP4 = "--context-parallel-size 4 --loong-head-parallel-size 2"
+CP2 = "--context-parallel-size 2 --loong-head-parallel-size 1"
+PP2 = "--pipeline-model-parallel-size 2"
+STEPS = "--train-iters 4"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Flags of both runs, and of the run over ranks alone."""
+
+    name: str
+    shared: str
+    loong: str = CP4
+    native_world_size: int = 1
+    always: bool = False
+
+
+CASES = [
+    Case("packs", "--sft", always=True),
+    Case("length-30", "--seq-length 30", always=True),
+    Case("packs-of-30", "--sft --seq-length 30"),
+    Case("packs-pp2", f"--sft {PP2}", CP2, native_world_size=2),
+    Case("length-30-pp2", f"--seq-length 30 {PP2}", CP2, native_world_size=2),
+    Case(
+        "packs-double-ring", "--sft", "--context-parallel-size 4 --loong-head-parallel-size 1 --loong-inner-ring-size 2"
+    ),
+    Case("packs-per-token-loss", "--sft --calculate-per-token-loss"),
+    Case("output-gate", "--attention-output-gate"),
+    Case("qk-layernorm", "--qk-layernorm"),
+    Case("yarn", "--position-embedding-type yarn"),
+    Case("partial-rope", "--rotary-percent 0.5"),
+    Case("nope-layers", "--no-rope-freq 2"),
+    Case("mtp", "--mtp-num-layers 2"),
+    Case("mtp-length-30", "--mtp-num-layers 1 --seq-length 30"),
+    Case("packs-yarn", "--sft --position-embedding-type yarn"),
+    Case(
+        "packs-gate-norm-partial-nope",
+        "--sft --attention-output-gate --qk-layernorm --rotary-percent 0.5 --no-rope-freq 2",
+    ),
+]
+
+
+def packed_script() -> Path:
+    """The script of these tests, or a skip where megatron-core brings no training loop."""
+    script_or_skip("own")
+    return Path(__file__).with_name("packed_gpt.py")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_trains_as_on_one_rank(case: Case) -> None:
+    if not RUN_ALL and not case.always:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    script, shared = packed_script(), [*STEPS.split(), *case.shared.split()]
+    native = megatron_runs.train(script, case.native_world_size, *shared)
+    loong = ["--context-parallel-impl", "loong", *case.loong.split()]
+    assert_same_steps(megatron_runs.train(script, 4, *shared, *loong), native)
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Flags for an indexed dataset of documents of 2 to 51 tokens, masked from one another."""
+    specification = importlib.util.spec_from_file_location(
+        "demo_data", megatron_runs.REPOSITORY / "scripts" / "demo_data.py"
+    )
+    assert specification is not None and specification.loader is not None
+    demo_data = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(demo_data)
+    draw = random.Random(5)
+    texts = [
+        "".join(chr(draw.randint(32, 126)) for _ in range(draw.choice([1, 2, 5, 9, 17, 30, 50]))) for _ in range(300)
+    ]
+    prefix = tmp_path_factory.mktemp("documents") / "text"
+    demo_data.write_dataset(texts, prefix)
+    return f"--data-path {prefix} --split 100,0,0 --dataloader-inter-document-masking {STEPS}"
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("script_name", ["tests", "checkout"])
+def test_documents_of_a_dataset_are_masked_from_one_another(
+    documents: str, script_name: str, micro_batch_size: int
+) -> None:
+    if not RUN_ALL and (script_name, micro_batch_size) != ("tests", 1):
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    reference = packed_script()
+    if not hasattr(importlib.import_module("megatron.core.utils"), "flatten_batch_for_packed_sequences"):
+        pytest.skip("--dataloader-inter-document-masking came with megatron-core 0.19")
+    script = reference if script_name == "tests" else script_or_skip("checkout")
+    shared = [*documents.split(), "--micro-batch-size", str(micro_batch_size)]
+    native = megatron_runs.train(reference, 1, *shared)
+    loong = ["--context-parallel-impl", "loong", *CP4.split()]
+    assert_same_steps(megatron_runs.train(script, 4, *shared, *loong), native)
