@@ -58,16 +58,17 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def step(layers: torch.nn.ModuleList, x: torch.Tensor, way: Callable[..., torch.Tensor]) -> float:
-    """Seconds of one forward and backward, from and to a barrier."""
+def step(layers: torch.nn.ModuleList, x: torch.Tensor, way: Callable[..., torch.Tensor]) -> tuple[float, float]:
+    """Seconds of one forward and backward, from and to a barrier: on the clock, and of this rank's CPU."""
     dist.barrier()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     h = x
     for layer in layers:
         h = way(layer, h)
     h.float().square().mean().backward()
+    cpu_s = time.process_time() - cpu_start
     dist.barrier()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, cpu_s
 
 
 def work(rank: int, args: argparse.Namespace, store: str) -> None:
@@ -78,7 +79,7 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     torch.manual_seed(0)
     layers = torch.nn.ModuleList(Layer(groups) for _ in range(args.layers)).to(torch.bfloat16)
     x = torch.randn(1, args.seq_len // args.ranks, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     names = list(WAYS)
     for index in range(1 + args.rounds):  # the first round warms up
         for name in names[index % 3 :] + names[: index % 3]:
@@ -91,20 +92,17 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     dist.destroy_process_group()
 
 
-def report(times: dict[str, list[float]], args: argparse.Namespace) -> None:
+def report(times: dict[str, list[tuple[float, float]]], args: argparse.Namespace) -> None:
     """Medians, and ratios to full recomputation taken round by round."""
-    record = {
-        "command": "scripts/bench_recompute.py " + " ".join(f"--{k} {v}" for k, v in vars(args).items() if v),
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-        "step_s": {name: statistics.median(taken) for name, taken in times.items()},
-        "ratio_to_full": {
-            name: statistics.median(a / b for a, b in zip(taken, times["full"], strict=True))
-            for name, taken in times.items()
-        },
-        "rounds_s": times,
-    }
-    for name in WAYS:
-        print(f"{name:10} {record['step_s'][name]:7.3f} s   {record['ratio_to_full'][name]:.3f} of full")
+    record: dict[str, Any] = {"arguments": vars(args), "machine": f"{platform.machine()}, torch {torch.__version__}"}
+    for index, clock in enumerate(("wall", "cpu")):
+        taken = {name: [pair[index] for pair in pairs] for name, pairs in times.items()}
+        medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        by_round = {name: [a / b for a, b in zip(taken[name], taken["full"], strict=True)] for name in WAYS}
+        ratios = {name: statistics.median(found) for name, found in by_round.items()}
+        record[clock] = {"median_s": medians, "ratio_to_full": ratios, "rounds_s": taken}
+        for name in WAYS:
+            print(f"{clock:5} {name:10} {medians[name]:7.3f} s   {ratios[name]:.3f} of full")
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
 

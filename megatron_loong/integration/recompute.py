@@ -12,12 +12,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from megatron_loong.attention.stash import Level
 from megatron_loong.integration.memory_options import check_recompute, layers_of
 from megatron_loong.integration.options import LoongOptions
-from megatron_loong.recompute.offload import Lot, Parking
+from megatron_loong.recompute.offload import Parking, inputs_wait_in
 from megatron_loong.recompute.selective import StashedFunction
 
 
@@ -54,7 +52,7 @@ def checkpoint_function(state: RecomputeState, original: Any) -> type:
         def apply(cls, run_function: Callable[..., Any], distribute_saved_activations: Any, *args: Any) -> Any:
             park = [state.attention_parking.lot().park] if state.offload_attention else []
             stashed = StashedFunction(run_function, *park)
-            saving = _inputs_wait_in(state.input_parking.lot(), args) if state.offload_inputs else _AS_IT_IS
+            saving = inputs_wait_in(state.input_parking.lot(), args) if state.offload_inputs else _AS_IT_IS
             with saving:
                 return original.apply(stashed, distribute_saved_activations, *args)
 
@@ -62,16 +60,3 @@ def checkpoint_function(state: RecomputeState, original: Any) -> type:
 
 
 _AS_IT_IS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
-def _inputs_wait_in(lot: Lot, args: tuple[Any, ...]) -> torch.autograd.graph.saved_tensors_hooks:
-    """Those saved inputs that carry a gradient go to the host; what layers share, such as rotary angles, stays.
-
-    The function's first run is without gradients and saves nothing, so only the checkpoint's own inputs come here.
-    """
-    moving = {x.data_ptr() for x in args if isinstance(x, torch.Tensor) and x.requires_grad}
-
-    def pack(x: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
-        return lot.park((x,)) if x.data_ptr() in moving else lambda: (x,)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda restore: restore()[0])

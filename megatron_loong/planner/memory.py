@@ -183,6 +183,8 @@ def layer_bytes(model: ModelShape, plan: MemoryPlan) -> LayerBytes:
     if model.num_experts:  # a copy of each token for every expert that it visits, on the way there and back
         copies = 2 * model.moe_router_topk * mlp_rows * model.hidden_size * e
         mlp_kept, mlp_backward = mlp_kept + copies, mlp_backward + copies
+    if plan.tiled_mlp:  # run again in the backward, from its input, which the norm keeps
+        mlp_kept = 0
     return LayerBytes(
         hidden=hidden,
         norm=norm,

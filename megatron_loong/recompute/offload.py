@@ -103,6 +103,20 @@ class Lot:
             parcel.on_device = None
 
 
+def inputs_wait_in(lot: Lot, args: tuple[Any, ...]) -> torch.autograd.graph.saved_tensors_hooks:
+    """`with inputs_wait_in(lot, args): checkpoint(function, *args)`: the checkpointed inputs wait in `lot`.
+
+    Those that carry a gradient; what layers share, such as rotary angles, stays. The function's first run saves
+    nothing under these hooks: it has no graph (reentrant), or hooks of its own (non-reentrant).
+    """
+    moving = {x.data_ptr() for x in args if isinstance(x, torch.Tensor) and x.requires_grad}
+
+    def pack(x: torch.Tensor) -> Callable[[], Tensors]:
+        return lot.park((x,)) if x.data_ptr() in moving else lambda: (x,)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda restore: restore()[0])
+
+
 class _Parcel:
     """Tensors on the host, and, once sent for, on their device. On a CPU a copy in host memory is a plain copy."""
 

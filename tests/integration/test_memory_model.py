@@ -35,6 +35,9 @@ CASES = {
         MemoryCase(cp=2, offload_activations=True, **DEEP, **FULL),
         MemoryCase(cp=2, offload_activations=True, offload_attention=True, **DEEP, **SELECTIVE),
         MemoryCase(cp=2, micro_batch_size=2, distributed_optimizer=True, **FULL),
+        MemoryCase(cp=2, seq_len=2048, vocab_size=4096, tiled_loss=64, **FULL),
+        MemoryCase(cp=2, seq_len=4096, vocab_size=64, num_layers=4, tiled_mlp=8, tiled_loss=64, **FULL),
+        MemoryCase(cp=2, seq_len=2048, vocab_size=64, num_layers=4, tiled_mlp=2, ffn_hidden_size=768),
         MemoryCase(cp=2, head_parallel_size=2, ffn_hidden_size=32, num_query_groups=4, **DEEP, **FULL),
     ],
     4: [

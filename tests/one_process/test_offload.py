@@ -10,8 +10,8 @@ import weakref
 
 import torch
 
-from megatron_loong.recompute.offload import Parking
-from megatron_loong.recompute.selective import StashedFunction
+from megatron_loong.recompute.offload import Parking, inputs_wait_in
+from megatron_loong.recompute.selective import StashedFunction, checkpoint
 from tests.one_process.test_stash import HEADS, TOKENS, WIDTH, Layer, Reentrant, step
 
 
@@ -85,3 +85,16 @@ def test_what_waits_is_not_held_on_the_device() -> None:
     gc.collect()
     assert len(seen) == 2 and all(ref() is None for ref in seen)
     out.sum().backward()
+
+
+def test_checkpointed_inputs_wait_on_the_host_and_change_no_number() -> None:
+    parking = Parking()
+    layers = [Layer() for _ in range(4)]
+
+    def offloaded(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        with inputs_wait_in(parking.lot(), (x,)):
+            return checkpoint(layer, x)
+
+    plain = step(layers, checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(step(layers, offloaded), plain, strict=True))
+    assert (parking.fetched_ahead, parking.fetched_late) == (3, 1)
