@@ -85,8 +85,8 @@ def test_random_numbers_are_in_a_checkpoint_and_know_no_layout(folder: Path) -> 
     """
     dropout = ("--hidden-dropout", "0.2")
     place, before = saved_under("cp4-double-ring", folder, *dropout)
-    assert abs(before[0].lm_loss - train("one-rank")[0].lm_loss) > 1e-3  # there is dropout
+    assert abs(before[0].grad_norm - train("one-rank")[0].grad_norm) > 1e-2  # there is dropout
     resumed = train("cp4-double-ring", *dropout, "--load", str(place))
     megatron_runs.assert_same_steps(train("cp4-context-first", *dropout, "--load", str(place)), resumed)
     without = train("cp4-context-first", *dropout, "--load", str(place), "--no-load-rng")
-    assert abs(without[0].lm_loss - resumed[0].lm_loss) > 1e-4  # and it is the saved state that both began from
+    assert abs(without[0].grad_norm - resumed[0].grad_norm) > 1e-3  # and it is the saved state that both began from
