@@ -77,13 +77,16 @@ def test_a_run_continues_under_another_layout(saved: str, resumed: str, folder: 
     megatron_runs.assert_same_steps(train(resumed, "--load", str(place)), expected[SAVED_AFTER:])
 
 
-def test_random_numbers_continue_too(folder: Path) -> None:
-    """With dropout, and under another layout of the same ranks: its masks depend on the tokens of a rank alone."""
+def test_random_numbers_are_in_a_checkpoint_and_know_no_layout(folder: Path) -> None:
+    """With dropout, one checkpoint resumed under two layouts of the same ranks: masks depend on a rank's tokens alone.
+
+    Not compared with the run that was never stopped: in CPU mode one generator serves the GPU's random numbers and the
+    data loader, which draws a seed when it starts again.
+    """
     dropout = ("--hidden-dropout", "0.2")
-    expected = train("cp4-double-ring", *dropout)
-    assert expected[0] != train("one-rank")[0]  # there is dropout
-    place, _ = saved_under("cp4-double-ring", folder, *dropout)
-    continued = train("cp4-context-first", *dropout, "--load", str(place))
-    megatron_runs.assert_same_steps(continued, expected[SAVED_AFTER:])
+    place, before = saved_under("cp4-double-ring", folder, *dropout)
+    assert abs(before[0].grad_norm - train("one-rank")[0].grad_norm) > 1e-2  # there is dropout
+    resumed = train("cp4-double-ring", *dropout, "--load", str(place))
+    megatron_runs.assert_same_steps(train("cp4-context-first", *dropout, "--load", str(place)), resumed)
     without = train("cp4-context-first", *dropout, "--load", str(place), "--no-load-rng")
-    assert abs(without[0].lm_loss - expected[SAVED_AFTER].lm_loss) > 1e-4  # and it is the saved state that continues it
+    assert abs(without[0].grad_norm - resumed[0].grad_norm) > 1e-3  # and it is the saved state that both began from
