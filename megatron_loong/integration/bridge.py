@@ -35,7 +35,6 @@ def use_loong(config: Any, **options: Any) -> LoongOptions:
     check_options(
         chosen,
         **sizes,
-        seq_length=getattr(model, "seq_length", None),
         cp_comm_type=getattr(model, "cp_comm_type", None),
         hierarchical_context_parallel_sizes=getattr(model, "hierarchical_context_parallel_sizes", None),
     )

@@ -135,16 +135,16 @@ def judge(args: argparse.Namespace) -> tuple[str | None, list[str]]:
     if not options.loong:
         return None, ["--context-parallel-impl is native: megatron_loong changes nothing"]
     heads = args.num_attention_heads
-    check_options(options, cp=cp, tp=tp, num_attention_heads=heads, seq_length=args.seq_length)
+    check_options(options, cp=cp, tp=tp, num_attention_heads=heads)
     check_kernel_name(options.loong_kernel)
     in_node = cp_ranks_per_node([tp * i for i in range(cp)], args.gpus_per_node)
     config = resolve(options, context_parallel_size=cp, heads=heads and heads // tp, cp_ranks_in_node=in_node)
     if config is None:
         return None, ["give --num-attention-heads: 'auto' depends on it"]
-    return config.describe(), remarks(config, in_node)
+    return config.describe(), remarks(config, in_node, args.seq_length)
 
 
-def remarks(config: LoongConfig, in_node: int) -> list[str]:
+def remarks(config: LoongConfig, in_node: int, seq_length: int | None) -> list[str]:
     """What is allowed, and probably not meant."""
     found = []
     if config.placement == "head_first" and config.head_parallel_size > in_node:
@@ -154,6 +154,11 @@ def remarks(config: LoongConfig, in_node: int) -> list[str]:
         )
     if config.outer_ring_size == 1 and config.ring_size > in_node > 1:
         found.append("one ring over several nodes: an inner ring size that fits in a node hides the slow hops")
+    if seq_length and seq_length % config.sequence_multiple:
+        found.append(
+            f"--seq-length {seq_length} is no multiple of {config.sequence_multiple} (2 x CP): every batch is padded at "
+            "its end"
+        )
     return found
 
 

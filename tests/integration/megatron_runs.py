@@ -6,6 +6,7 @@ log rounds a gradient norm to three decimals, which hides the mistakes looked fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect

@@ -42,7 +42,6 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (f"{LOONG} --nodes 1 --gpus-per-node 8", "= 8 ranks are not a multiple of TP 1 x CP 16 x PP 1 = 16"),
         (f"{LOONG} {CLUSTER} --loong-head-parallel-size 3", "head_parallel_size=3 does not divide"),
-        (f"{LOONG} {CLUSTER} --seq-length 1000", "--seq-length 1000 is not a multiple of 32"),
         (f"{LOONG} {CLUSTER} --loong-kernel fastest", "--loong-kernel fastest is unknown"),
         (f"{LOONG} {CLUSTER} --context-parallel-impl ring", "invalid choice: 'ring'"),
     ],
@@ -57,6 +56,7 @@ def test_flags_that_do_not_fit_end_with_1(flags: str, problem: str, capsys: pyte
     [
         (f"{CLUSTER} --loong-head-parallel-size 16", "the all-to-all over 16 ranks leaves the node"),
         (f"{CLUSTER} --loong-head-parallel-size 1 --loong-inner-ring-size 16", "one ring over several nodes"),
+        (f"{CLUSTER} --seq-length 1000", "--seq-length 1000 is no multiple of 32 (2 x CP): every batch is padded"),
         ("--nodes 4 --gpus-per-node 8 --loong-head-parallel-size 8", None),
     ],
 )
