@@ -158,9 +158,8 @@ def _backward(
     shares = call.shares
     q_exchange, kv_exchange = (call.exchange(layout) for layout in call.layouts)
     (dout,) = q_exchange.split([dout], [shares.query], "the output's gradient")
-    dq, dkv = ring_backward(dout, q, kv, out, lse, plan)
     # Summed in float32 to the end; rounded once, here, so that the all-to-all carries the input's width.
-    grads = [x.to(q.dtype) for x in (dq, dkv.k, dkv.v)]
+    grads = [x.to(q.dtype) for x in ring_backward(dout, q, kv, out, lse, plan)]
     if call.layouts[0] is call.layouts[1]:
         dq, dk, dv = q_exchange.join(grads, [shares.query, shares.kv, shares.kv], "dq, dk and dv")
     else:

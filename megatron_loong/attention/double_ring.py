@@ -201,13 +201,16 @@ def _nothing_seen(q: torch.Tensor, value_dim: int, wide: torch.dtype) -> tuple[t
 
 def ring_backward(
     dout: torch.Tensor, q: torch.Tensor, kv: KVBlock, out: torch.Tensor, lse: torch.Tensor, plan: RingPlan
-) -> tuple[torch.Tensor, KVBlock]:
-    """(dq, dkv) from the global out and lse; shapes of q and kv, summed and returned in float32 (float64).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) from the global out and lse; shapes of q, kv.k and kv.v, summed and returned in float32 (float64).
 
     KV goes round again. The gradient of a block travels with the visits, on communicators of its own, and is at
     home after ring_size - 1 hops (`backward_visits`).
     """
     work, circulation = plan.passage(backward=True), Circulation(plan, kv, backward=True)
+    if plan.one_call:  # nothing to add up, and so nothing to widen
+        dq, dk, dv = _tile_backward(dout, q, kv, out, lse, work.tiles[OWN][0], OWN, plan)
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
     wide = accumulator_dtype(q.dtype)
     traffic = Traffic(plan, "_dkv", "dKV of block")
     arriving: defaultdict[Visit, list[tuple[Rows, torch.Tensor, Wait]]] = defaultdict(list)
@@ -240,7 +243,7 @@ def ring_backward(
         for call, _, (tile_dq, _, _) in grads:
             dq[call.q].add_(tile_dq.transpose(0, 1))
     assert dkv is not None, "the rank's own block comes last"
-    return dq, dkv
+    return dq, dkv.k, dkv.v
 
 
 def _gathered(kv: KVBlock, rows: Rows, arriving: list[tuple[Rows, torch.Tensor, Wait]], dtype: torch.dtype) -> KVBlock:

@@ -10,7 +10,7 @@ import torch
 from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
-from megatron_loong.planner.schedule import Passage, RingSchedule, Visit, original_rows
+from megatron_loong.planner.schedule import OWN, Passage, RingSchedule, Visit, original_rows
 from megatron_loong.planner.tiles import Tile, squared
 from megatron_loong.topology.tokens import TokenLayout
 
@@ -42,9 +42,12 @@ class RingPlan:
 
     @property
     def one_call(self) -> bool:
-        """Whether the whole forward pass is one call of the kernel: nothing to merge."""
-        tiles = [tile for x in self.passage(backward=False).tiles.values() for tile in x]
-        return len(tiles) == 1 and len(self.calls(tiles[0])) == 1
+        """Whether one call of the kernel, on all rows and keys, is the whole attention: nothing to merge or add up."""
+        if self.schedule.ring_size > 1:
+            return False
+        tiles = self.passage(backward=False).tiles.get(OWN, ())
+        whole = slice(0, self.schedule.q.seq_len), slice(0, self.schedule.kv.seq_len)
+        return len(tiles) == 1 and (tiles[0].q, tiles[0].kv) == whole and len(self.calls(tiles[0])) == 1
 
     def calls(self, tile: Tile) -> list[Tile]:
         """A tile as calls that the kernel can serve."""

@@ -156,8 +156,8 @@ def remarks(config: LoongConfig, in_node: int, seq_length: int | None) -> list[s
         found.append("one ring over several nodes: an inner ring size that fits in a node hides the slow hops")
     if seq_length and seq_length % config.sequence_multiple:
         found.append(
-            f"--seq-length {seq_length} is no multiple of {config.sequence_multiple} (2 x CP): every batch is padded at "
-            "its end"
+            f"--seq-length {seq_length} is no multiple of {config.sequence_multiple} (2 x CP): every batch is padded "
+            "at its end"
         )
     return found
 
