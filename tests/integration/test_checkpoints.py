@@ -83,6 +83,8 @@ def test_random_numbers_are_in_a_checkpoint_and_know_no_layout(folder: Path) -> 
     Not compared with the run that was never stopped: in CPU mode one generator serves the GPU's random numbers and the
     data loader, which draws a seed when it starts again.
     """
+    if os.environ.get("LOONG_TEST_ALL") != "1":
+        pytest.skip("LOONG_TEST_ALL=1 runs this too")
     dropout = ("--hidden-dropout", "0.2")
     place, before = saved_under("cp4-double-ring", folder, *dropout)
     assert abs(before[0].grad_norm - train("one-rank")[0].grad_norm) > 1e-2  # there is dropout
