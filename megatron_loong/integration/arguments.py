@@ -21,6 +21,8 @@ _HELP = {
     "loong_hardware": "What the planner goes by for auto: a profile such as h100, or a file that `megatron-loong "
     "calibrate` wrote. auto: the profile of this GPU, if there is one.",
     "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others.",
+    "loong_mla_latent": "Multi-latent attention: send the latent round the ring instead of keys and values, where that "
+    "is fewer bytes.",
     "loong_selective_checkpoint": "With --recompute-granularity full: keep attention's output and log-sum-exp, so that "
     "the recomputation does not run the ring again. Optionally only on some layers, counted from 1, such as 1-4,9.",
     "loong_keep_exchange": "With --loong-selective-checkpoint: layers that also keep q, k and v after the all-to-all, "
@@ -41,6 +43,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "context_parallel_impl": {"choices": IMPLEMENTATIONS},
     "loong_selective_checkpoint": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
     "loong_keep_exchange": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
+    "loong_mla_latent": {"action": "store_true"},
     "loong_offload_attention": {"action": "store_true"},
     "loong_offload_activations": {"action": "store_true"},
     "loong_tiled_loss": {"nargs": "?", "const": 1024, "type": int, "metavar": "TOKENS"},

@@ -18,6 +18,7 @@ from megatron_loong.attention.attention_2d import attention_2d, kernel_request
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse
+from megatron_loong.integration.latent import LatentSource
 from megatron_loong.integration.lengths import refuse_seen_padding
 from megatron_loong.integration.packed import packed_arguments
 from megatron_loong.integration.recompute import level_of_layer
@@ -87,6 +88,8 @@ class LoongCoreAttention(MegatronModule):
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.tp_group = compat.group_of(pg_collection, "tp")
         self._make_softmax_offset()
+        self.latent_source: LatentSource | None = None
+        """Set by `latent.attach_before_first_use` where the latent is to travel."""
         # Raised by every forward where asked for, read and put back to None by --qk-clip.
         self.current_max_attn_logits: torch.Tensor | None = None
         self._wants_max_logits = any(getattr(config, name, False) for name in ("qk_clip", "log_max_attention_logit"))
@@ -175,6 +178,13 @@ class LoongCoreAttention(MegatronModule):
             )
             lengths["qkv_format"] = "thd"
             self._say_kernel(*(x.unsqueeze(1) for x in (query, key, value)))
+        if self.latent_source is not None:
+            if packed_seq_params is not None:
+                raise NotImplementedError(
+                    "packed sequences do not work with --loong-mla-latent yet; supported: one of the two without the "
+                    "other"
+                )
+            key, value, lengths["kv_up_weight"] = self.latent_source.take(key)
         with keeping(self.kept_in_checkpoint):
             out = attention_2d(
                 query,

@@ -162,6 +162,11 @@ def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Calla
         check_tiled_mlp(chosen, config)
         state.recompute.note(chosen)
         original(self, config, swapped_submodules(state, self, config, submodules), *args, **kwargs)
+        if chosen.loong and chosen.loong_mla_latent and getattr(config, "multi_latent_attention", False):
+            from megatron_loong.integration import latent  # imports Megatron
+
+            latent.check_latent(self)
+            latent.attach_before_first_use(self, self.core_attention.groups.config)
 
     return __init__
 

@@ -47,6 +47,9 @@ class LoongOptions:
     loong_kernel: str = "auto"
     """A name of `kernels.registry`, or `auto`."""
 
+    loong_mla_latent: bool = False
+    """Multi-latent attention sends the latent round the ring where that is fewer bytes than keys and values."""
+
     loong_selective_checkpoint: str = "off"
     """Layers (`all`, `off`, or numbers such as `1-4,9`) whose recomputation does not run the ring again."""
 
