@@ -249,9 +249,9 @@ def test_numbers_that_a_checkpoint_will_replace_are_not_judged_yet(
     arguments: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
-    flags = "--context-parallel-impl loong --context-parallel-size 6 --loong-head-parallel-size 3"
+    flags = "--context-parallel-impl loong --context-parallel-size 16 --loong-head-parallel-size 16"
     parse(arguments, monkeypatch, f"{flags} --use-checkpoint-args")
-    with pytest.raises(ValueError, match="size 3 does not divide the 8 query heads"):
+    with pytest.raises(ValueError, match="size 16 is more than the 8 query heads"):
         parse(arguments, monkeypatch, flags)
 
 

@@ -129,7 +129,6 @@ def test_kernel_and_determinism_are_handed_on(monkeypatch: pytest.MonkeyPatch) -
             "kernel": "reference",
             "deterministic": True,
             "seq_len": 6,
-            "kv_seq_len": None,
         }
     ]
 

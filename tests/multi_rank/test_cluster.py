@@ -25,7 +25,7 @@ RINGS = """
 import os
 import torch
 import torch.distributed as dist
-from megatron_loong.comm.ring import Ring
+from megatron_loong.comm.ring import Message, Ring
 from megatron_loong.config import LoongConfig
 from megatron_loong.topology.groups import build_groups
 
@@ -34,10 +34,13 @@ rank = dist.get_rank()
 # One ring over both nodes crosses each boundary once: 1 -> 2 and 3 -> 0. Two rings cross it everywhere.
 for inner_ring_size, name, mib in ((4, "inner", 8), (2, "outer", 4)):
     groups = build_groups(LoongConfig(4, 1, inner_ring_size), range(4))
-    ring = Ring(groups.handle(name))
-    incoming, wait = ring.pass_on(torch.full((mib << 20,), rank, dtype=torch.uint8), "test")
-    wait()
-    assert incoming.unique().tolist() == [ring.previous_global_rank]
+    handle = groups.handle(name)
+    to, origin = (handle.rank + 1) % handle.size, (handle.rank - 1) % handle.size
+    outgoing = torch.full((mib << 20,), rank, dtype=torch.uint8)
+    incoming = torch.empty_like(outgoing)
+    for wait in Ring(handle).post([Message(True, to, outgoing, "test"), Message(False, origin, incoming, "test")]):
+        wait()
+    assert incoming.unique().tolist() == [handle.global_ranks[origin]]
     dist.barrier()
 dist.destroy_process_group()
 """

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_loong import LoongConfig, attention_2d, build_groups
-from megatron_loong.attention import attention_2d as module
+from megatron_loong.attention import call as module
 from megatron_loong.recompute import selective
 from megatron_loong.recompute.selective import StashedFunction, keeping, kept_bytes
 
