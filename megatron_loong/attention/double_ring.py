@@ -17,8 +17,10 @@ from megatron_loong.attention.merge import add_sink_, merge_
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.comm.ring import Message, Wait
 from megatron_loong.kernels.max_logit import raise_to_max_logits_
-from megatron_loong.planner.schedule import OWN, Hop, Rows, Visit, row_count, slice_within
+from megatron_loong.planner.rows import Rows, row_count, slice_within
+from megatron_loong.planner.schedule import Hop
 from megatron_loong.planner.tiles import Tile
+from megatron_loong.planner.visits import OWN, Visit
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,8 +10,10 @@ import torch
 from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
-from megatron_loong.planner.schedule import OWN, Passage, RingSchedule, Visit, original_rows
+from megatron_loong.planner.rows import original_rows
+from megatron_loong.planner.schedule import Passage, RingSchedule
 from megatron_loong.planner.tiles import Tile, squared
+from megatron_loong.planner.visits import OWN, Visit
 from megatron_loong.topology.tokens import TokenLayout
 
 

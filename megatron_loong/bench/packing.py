@@ -7,7 +7,8 @@ import random
 from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.schedule import RingSchedule, row_count
+from megatron_loong.planner.rows import row_count
+from megatron_loong.planner.schedule import RingSchedule
 from megatron_loong.planner.tiles import Mask, documents_in
 from megatron_loong.sequence.packing import imbalance, packed_layout
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from megatron_loong.planner import programs
 from megatron_loong.planner.programs import Op
-from megatron_loong.planner.schedule import Visit, forward_visits
 from megatron_loong.planner.traffic import AttentionShape
+from megatron_loong.planner.visits import Visit, forward_visits
 
 Program = Callable[[int, int], tuple[Op, ...]]
 

@@ -11,8 +11,9 @@ from collections import defaultdict
 from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.schedule import RingSchedule, Visit
+from megatron_loong.planner.schedule import RingSchedule
 from megatron_loong.planner.tiles import Mask, Tile, held_segments, tiles
+from megatron_loong.planner.visits import Visit
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 

@@ -17,76 +17,15 @@ inner ring need different rows (a window: the two neighbours), its first place s
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from megatron_loong.planner.rows import Rows, original_rows, row_count, running_unions, slice_within, union
 from megatron_loong.planner.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles
-from megatron_loong.topology.tokens import Run, TokenLayout, starts_of
-
-Rows = tuple[Run, ...]
-"""Rows of a block as ascending, disjoint runs."""
-
-
-class Visit(NamedTuple):
-    """How far back on each ring the owner of the visited block stands."""
-
-    outer_shift: int
-    inner_shift: int
-
-    def owner(self, ring_rank: int, ring_size: int, inner_ring_size: int) -> int:
-        """Ring rank whose block this is, seen from `ring_rank`."""
-        return _shifted(ring_rank, ring_size, inner_ring_size, -self.outer_shift, -self.inner_shift)
-
-    def visitor(self, owner: int, ring_size: int, inner_ring_size: int) -> int:
-        """Ring rank that sees `owner`'s block in this visit."""
-        return _shifted(owner, ring_size, inner_ring_size, self.outer_shift, self.inner_shift)
-
-
-OWN = Visit(0, 0)
-
-
-def _shifted(ring_rank: int, ring_size: int, inner_ring_size: int, outer_shift: int, inner_shift: int) -> int:
-    outer, inner = divmod(ring_rank, inner_ring_size)
-    outer = (outer + outer_shift) % (ring_size // inner_ring_size)
-    return outer * inner_ring_size + (inner + inner_shift) % inner_ring_size
-
-
-def forward_visits(outer_ring_size: int, inner_ring_size: int) -> list[Visit]:
-    """Own block first, then the rest of the inner ring, then one inner round per outer hop."""
-    return [Visit(j, i) for j in range(outer_ring_size) for i in range(inner_ring_size)]
-
-
-def backward_visits(outer_ring_size: int, inner_ring_size: int) -> list[Visit]:
-    """Such an order that dKV ends where it belongs: C-1 hops for C blocks, and the last one hidden.
-
-    On each ring a rank's own block comes last, so that the gradient that travels with the visits is at home when
-    everybody has added to it. The block that is the rank's own on both rings comes last of all and hides the last
-    hop of its gradient.
-
-    >>> [tuple(v) for v in backward_visits(1, 3)]
-    [(0, 1), (0, 2), (0, 0)]
-    >>> [tuple(v) for v in backward_visits(2, 2)]
-    [(0, 1), (1, 1), (1, 0), (0, 0)]
-    """
-    last_on_inner = [*range(1, inner_ring_size), 0]
-    visits = [Visit(j, i) for j in range(outer_ring_size) for i in last_on_inner]
-    visits.remove(OWN)
-    return [*visits, OWN]
-
-
-def kv_visit_order(ring_rank: int, ring_size: int, inner_ring_size: int) -> list[int]:
-    """Ring ranks whose KV this rank attends to in the forward pass, in order, its own first.
-
-    >>> kv_visit_order(0, ring_size=4, inner_ring_size=1)   # one ring
-    [0, 3, 2, 1]
-    >>> kv_visit_order(0, ring_size=4, inner_ring_size=2)   # two rings of two
-    [0, 1, 2, 3]
-    """
-    visits = forward_visits(ring_size // inner_ring_size, inner_ring_size)
-    return [visit.owner(ring_rank, ring_size, inner_ring_size) for visit in visits]
+from megatron_loong.planner.visits import OWN, Route, Visit, backward_visits, forward_visits
+from megatron_loong.topology.tokens import TokenLayout
 
 
 class Hop(NamedTuple):
@@ -141,7 +80,7 @@ class RingSchedule:
     mask: Mask
     inner_ring_size: int
     _known_needs: dict[tuple[int, int], Rows] = field(default_factory=dict, repr=False)
-    _known_trees: dict[int | Rows, _Tree] = field(default_factory=dict, repr=False)
+    _known_routes: dict[int | Rows, Route] = field(default_factory=dict, repr=False)
     _known_passages: dict[tuple[int, bool], Passage] = field(default_factory=dict, repr=False)
 
     @property
@@ -222,31 +161,31 @@ class RingSchedule:
         gradient_hops: defaultdict[int, list[Hop]] = defaultdict(list)
         for visit in visits:
             owner = visit.owner(ring_rank, self.ring_size, self.inner_ring_size)
-            tree = self._tree(owner)
-            if visit not in tree.carried:
+            route = self._route(owner)
+            if visit not in route.carried:
                 continue
-            kv_rows[visit] = tree.carried[visit]
+            kv_rows[visit] = route.carried[visit]
             last_use[visit] = max(
-                [step[visit], *(self._post_step(x, tree, step, backward) for x in tree.children[visit])]
+                [step[visit], *(self._post_step(x, route, step, backward) for x in route.children[visit])]
             )
             tiles_of[visit] = tuple(
                 tile._replace(kv=slice_within(kv_rows[visit], (tile.kv.start, tile.kv.stop)))
                 for tile in self.tiles(ring_rank, owner)
             )
-            ends = [(True, child, child) for child in tree.children[visit]]
+            ends = [(True, child, child) for child in route.children[visit]]
             if visit != OWN:
-                ends.append((False, tree.parent[visit], visit))
+                ends.append((False, route.parent[visit], visit))
             for send, other, child in ends:
-                due = min([step[child], *(self._post_step(x, tree, step, backward) for x in tree.children[child])])
-                hop = self._hop(send, visit, other, owner, tree.carried[child], due)
-                hops[self._post_step(child, tree, step, backward)].append(hop)
+                due = min([step[child], *(self._post_step(x, route, step, backward) for x in route.children[child])])
+                hop = self._hop(send, visit, other, owner, route.carried[child], due)
+                hops[self._post_step(child, route, step, backward)].append(hop)
             if backward:
-                gradient_rows[visit] = tree.gathered[visit]
-                for source in tree.gradient_sources.get(visit, ()):
-                    rows = tree.gathered[source]
+                gradient_rows[visit] = route.gathered[visit]
+                for source in route.gradient_sources.get(visit, ()):
+                    rows = route.gathered[source]
                     gradient_hops[step[source]].append(self._hop(False, visit, source, owner, rows, step[visit]))
                 if visit != OWN:
-                    target, rows = tree.gradient_target[visit], tree.gathered[visit]
+                    target, rows = route.gradient_target[visit], route.gathered[visit]
                     gradient_hops[step[visit]].append(self._hop(True, visit, target, owner, rows, step[target]))
         return Passage(
             visits=tuple(visits),
@@ -258,15 +197,15 @@ class RingSchedule:
             gradient_hops=_frozen(gradient_hops),
         )
 
-    def _post_step(self, child: Visit, tree: _Tree, step: dict[Visit, int], backward: bool) -> int:
+    def _post_step(self, child: Visit, route: Route, step: dict[Visit, int], backward: bool) -> int:
         """The step in which the hop to `child` is posted.
 
         Backward, an inner round begins with the second place of the ring (the first comes last), so what the first
         place hands on is posted a step ahead of that.
         """
-        if child in tree.direct:
+        if child in route.direct:
             return step[child] - 1
-        sender = tree.parent[child]
+        sender = route.parent[child]
         if not backward or sender.inner_shift:
             return step[sender]
         if self.inner_ring_size > 1:
@@ -279,27 +218,27 @@ class RingSchedule:
         coordinate = peer // self.inner_ring_size if ring == "outer" else peer % self.inner_ring_size
         return Hop(send, ring, coordinate, visit, rows, due)
 
-    def _tree(self, owner: int) -> _Tree:
+    def _route(self, owner: int) -> Route:
         # Where blocks travel whole, those of one length go the same way.
         key = self.block_rows(owner) if self.whole_blocks else owner
-        if key not in self._known_trees:
-            self._known_trees[key] = self._make_tree(owner)
-        return self._known_trees[key]
+        if key not in self._known_routes:
+            self._known_routes[key] = self._make_route(owner)
+        return self._known_routes[key]
 
-    def _make_tree(self, owner: int) -> _Tree:
+    def _make_route(self, owner: int) -> Route:
         rounds = self._rounds(owner)
-        tree = _Tree({}, {}, {}, {}, {}, {OWN: []}, set())
+        route = Route({}, {}, {}, {}, {}, {OWN: []}, set())
         for head, *inner in rounds.values():
             needs = [self._need(visit, owner) for visit in inner]
             if self._direct:
-                tree.add_direct(head, inner, needs)
+                route.add_direct(head, inner, needs)
             else:
-                tree.add_chain([head, *inner], needs)
+                route.add_chain([head, *inner], needs)
         # Along the outer ring travels what a whole inner round needs.
         of_rounds = [running_unions([self._need(visit, owner) for visit in rounds[j]])[-1] for j in rounds if j]
-        tree.add_chain([places[0] for places in rounds.values()], of_rounds)
-        tree.carried[OWN] = tree.gathered[OWN] = self.block_rows(owner)
-        return tree
+        route.add_chain([places[0] for places in rounds.values()], of_rounds)
+        route.carried[OWN] = route.gathered[OWN] = self.block_rows(owner)
+        return route
 
     def _need(self, visit: Visit, owner: int) -> Rows:
         """Rows of `owner`'s block that are to come to a place."""
@@ -333,94 +272,6 @@ class RingSchedule:
                 direct += sum(map(row_count, needs))
                 chain += sum(map(row_count, running_unions(needs[::-1])))
         return 4 * direct <= 3 * chain
-
-
-@dataclass(frozen=True)
-class _Tree:
-    """The way of one owner's block, and of its gradient home."""
-
-    carried: dict[Visit, Rows]
-    """Rows that come to each place: what it and those behind it need."""
-    gathered: dict[Visit, Rows]
-    """Rows whose gradient leaves each place: what it and those before it need."""
-    parent: dict[Visit, Visit]
-    gradient_target: dict[Visit, Visit]
-    gradient_sources: dict[Visit, list[Visit]]
-    """Places whose gathered gradient joins that of another, the same inner ring first."""
-    children: dict[Visit, list[Visit]]
-    direct: set[Visit]
-    """Places served by the first of their inner ring itself: nobody between needs what they need."""
-
-    def add_chain(self, places: list[Visit], needs: list[Rows]) -> None:
-        """`places` pass blocks on one to the next; `needs` are of all but the first."""
-        for visit, rows in zip(places[1:], running_unions(needs), strict=True):
-            self.gathered[visit] = rows
-        for visit, rows in zip(places[:0:-1], running_unions(needs[::-1]), strict=True):
-            self.carried[visit] = rows
-        for i, visit in enumerate(places[1:]):
-            self._link(visit, parent=places[i], target=(*places[i + 2 : i + 3], places[0])[0])
-
-    def add_direct(self, head: Visit, places: list[Visit], needs: list[Rows]) -> None:
-        """`places` get what they need from `head`, each for itself, and send their gradients straight to it."""
-        for visit, rows in zip(places, needs, strict=True):
-            self.carried[visit] = self.gathered[visit] = rows
-            self._link(visit, parent=head, target=head)
-            self.direct.add(visit)
-
-    def _link(self, visit: Visit, parent: Visit, target: Visit) -> None:
-        self.parent[visit], self.gradient_target[visit] = parent, target
-        self.gradient_sources.setdefault(target, []).append(visit)
-        self.children.setdefault(visit, [])
-        self.children.setdefault(parent, []).append(visit)
-
-
-def union(runs: Iterable[Run]) -> Rows:
-    """Runs in any order, overlapping or not, as ascending disjoint runs.
-
-    >>> union([(4, 6), (0, 2), (2, 3), (5, 8)])
-    ((0, 3), (4, 8))
-    """
-    merged: list[Run] = []
-    for start, stop in sorted(runs):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return tuple(merged)
-
-
-def running_unions(parts: Iterable[Rows]) -> list[Rows]:
-    """The union of the first one, two, three ...
-
-    >>> running_unions([((0, 2),), ((4, 5),), ((2, 3),)])
-    [((0, 2),), ((0, 2), (4, 5)), ((0, 3), (4, 5))]
-    """
-    return list(itertools.accumulate(parts, lambda a, b: a if a == b else union((*a, *b))))
-
-
-def row_count(rows: Rows) -> int:
-    """Number of rows."""
-    return sum(stop - start for start, stop in rows)
-
-
-def slice_within(rows: Rows, run: Run) -> slice:
-    """Where `run` stands among `rows` put one after another; it must lie inside one of them.
-
-    >>> slice_within(((2, 4), (8, 12)), (9, 11))
-    slice(3, 5, None)
-    """
-    for (start, stop), offset in zip(rows, starts_of(b - a for a, b in rows), strict=False):
-        if start <= run[0] and run[1] <= stop:
-            return slice(run[0] - start + offset, run[1] - start + offset)
-    raise AssertionError(f"rows {run} are not among {rows}")
-
-
-def original_rows(rows: Rows, place: slice) -> Run:
-    """The inverse of `slice_within`."""
-    for (start, stop), offset in zip(rows, starts_of(b - a for a, b in rows), strict=False):
-        if offset <= place.start and place.stop <= offset + stop - start:
-            return (place.start - offset + start, place.stop - offset + start)
-    raise AssertionError(f"places {place} are not among {rows}")
 
 
 def _frozen(hops: Mapping[int, list[Hop]]) -> dict[int, tuple[Hop, ...]]:

@@ -7,8 +7,9 @@ import itertools
 import pytest
 
 from megatron_loong.config import AXES, CAUSAL, FULL, LoongConfig, divisors
-from megatron_loong.planner.schedule import RingSchedule, backward_visits, forward_visits, kv_visit_order
+from megatron_loong.planner.schedule import RingSchedule
 from megatron_loong.planner.tiles import Mask, held_segments, tiles
+from megatron_loong.planner.visits import backward_visits, forward_visits, kv_visit_order
 from megatron_loong.sequence.sharding import token_positions
 from megatron_loong.topology.layout import coordinates_of, cp_rank_of, group_members, logical_rank_of
 from megatron_loong.topology.tokens import zigzag_or_contiguous

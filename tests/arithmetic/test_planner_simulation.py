@@ -14,11 +14,11 @@ from megatron_loong.planner.hardware import Curve, Hardware
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.methods import LOONGTRAIN, MEGATRON_CP, OURS, Program
 from megatron_loong.planner.profiles import PROFILES
-from megatron_loong.planner.schedule import Visit
 from megatron_loong.planner.search import axis_orders
 from megatron_loong.planner.simulate import simulate_pass
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, attention_bytes
+from megatron_loong.planner.visits import Visit
 
 LAYOUTS = [
     LoongConfig(cp, hp, w, placement)

@@ -11,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.planner.schedule import (
-    OWN,
-    Hop,
-    RingSchedule,
-    original_rows,
-    row_count,
-    union,
-)
+from megatron_loong.planner.rows import original_rows, row_count, union
+from megatron_loong.planner.schedule import Hop, RingSchedule
 from megatron_loong.planner.tiles import Mask
+from megatron_loong.planner.visits import OWN
 from megatron_loong.sequence.packing import packed_layout
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
