@@ -196,10 +196,14 @@ def build_groups(
 
 
 def _wait_until_connected(groups: LoongGroups) -> None:
-    """gloo connects all members before `new_group` returns, but not at the same moment: a member that releases its
-    groups at once would cut off one that still connects."""
+    """Have every communicator connected by all its members before anyone uses or releases it.
+
+    gloo connects a group before `new_group` returns, but not at the same moment everywhere: a member that releases its
+    groups at once would cut off one that still connects. NCCL connects at the first use, in which all members must
+    take part, and the hops of a window or of a pack are between some of them.
+    """
     for handle in groups.handles.values():
-        if handle.process_group is not None and dist.get_backend(handle.process_group) == "gloo":
+        if handle.process_group is not None:
             dist.barrier(group=handle.process_group)
 
 
