@@ -215,14 +215,15 @@ def _attention_backward(plan: MemoryPlan, q: int, kv: int) -> int:
     wide = 4 // plan.dtype_bytes if plan.dtype_bytes < 4 else 1  # dq and dkv are summed in float32
     config = LoongConfig(plan.context_parallel_size, plan.head_parallel_size, plan.inner_ring_size)
     dout = q * (2 if plan.head_parallel_size > 1 else 1)
+    summed = wide if config.ring_size > 1 else 0  # without a ring the kernel's gradients are all there is
     if config.ring_size == 1:
-        ring = q * wide + kv * wide + q + kv
+        ring = q + kv
     else:
         is_double = config.outer_ring_size > 1 and (config.inner_ring_size or 1) > 1
         blocks = min(4 if is_double else 2, config.ring_size - 1)
         # Two tiles' results of half the queries, the one that is added up and the one that is computed.
         ring = q * wide + blocks * kv + min(2, config.ring_size) * kv * wide + 2 * (q // 2 + kv)
-    exchange = (q + kv) * (wide + 4) if plan.head_parallel_size > 1 else 0
+    exchange = (q + kv) * (summed + 4) if plan.head_parallel_size > 1 else 0
     return dout + max(ring, exchange)
 
 

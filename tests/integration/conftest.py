@@ -13,3 +13,7 @@ def _environment_is_put_back() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(saved)
+
+
+#: A script that needs megatron.training as soon as it is imported; nothing in it is a test.
+collect_ignore = ["packed_gpt.py"]
