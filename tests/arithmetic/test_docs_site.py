@@ -106,3 +106,18 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert "contradicts --context-parallel-impl loong" in (tmp_path / "site/troubleshooting/index.html").read_text()
+
+
+def test_the_memory_page_has_the_figures_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The three columns of docs/memory.md beside Arctic ALST's, as `megatron-loong memory` prints them now."""
+    from megatron_loong.planner import memory_table
+
+    page = (DOCS / "memory.md").read_text()
+    columns = []
+    for gpus in ("1", "8", "32"):
+        memory_table.main(["--model", "llama3-8b", "--gpus", gpus])
+        lines = capsys.readouterr().out.splitlines()[2:]
+        columns.append(dict(re.match(r"(.*?)  +([\d,]+|none)", line).groups() for line in lines))  # type: ignore[union-attr]
+    for name in columns[1]:
+        one = columns[0][name] if name.startswith(("full recomputation", "+")) and "Selective" not in name else "-"
+        assert f"| {name} | {one} | {columns[1][name]} | {columns[2][name]} |" in page, name
