@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +13,7 @@ from megatron_loong.planner.rows import original_rows
 from megatron_loong.planner.schedule import Passage, RingSchedule
 from megatron_loong.planner.tiles import Tile, squared
 from megatron_loong.planner.visits import OWN, Visit
+from megatron_loong.sequence.sharding import places_of
 from megatron_loong.topology.tokens import TokenLayout
 
 
@@ -71,8 +71,3 @@ class RingPlan:
         if key not in self._places:
             self._places[key] = places_of(layout.ring_runs(ring_rank)).to(device)
         return self._places[key]
-
-
-def places_of(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """int64: the tokens of some runs, in order."""
-    return torch.cat([torch.arange(a, b) for a, b in runs]) if runs else torch.empty(0, dtype=torch.int64)

@@ -25,7 +25,8 @@ def all_to_all(
     width = send.element_size()
     ledger.record(handle.name, (send.numel() - send_lengths[handle.rank]) * width)
     # Pieces travel in the group's own order (ascending global ranks), which may differ from the coordinates'.
-    order = sorted(range(handle.size), key=lambda peer: handle.global_ranks[peer])
+    slots = handle.slots
+    order = sorted(range(handle.size), key=slots.__getitem__)
     in_order = order == list(range(handle.size))
     received = torch.empty(sum(receive_lengths), dtype=send.dtype, device=send.device)
     outgoing = send if in_order else _reordered(send, send_lengths, order)
@@ -45,8 +46,7 @@ def all_to_all(
         ) from error
     if in_order:
         return received
-    back = [order.index(peer) for peer in range(handle.size)]
-    return _reordered(received, [receive_lengths[peer] for peer in order], back)
+    return _reordered(received, [receive_lengths[peer] for peer in order], slots)
 
 
 def _reordered(buffer: torch.Tensor, lengths: Sequence[int], order: Sequence[int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.sequence.packing import checked_boundaries, packed_layout
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
-from megatron_loong.topology.tokens import TokenLayout, starts_of, zigzag_or_contiguous
+from megatron_loong.topology.tokens import Run, TokenLayout, starts_of, zigzag_or_contiguous
 
 Boundaries = torch.Tensor | Sequence[int]
 """`cu_seqlens`: global, from 0 to the number of tokens. A tensor on the CPU costs no synchronisation."""
@@ -50,6 +50,11 @@ def token_positions(
     """
     layout = layout_of(config, seq_len, cu_seqlens)
     runs = layout.rank_runs[logical_rank_of(config, coordinates_of(config, cp_rank))]
+    return places_of(runs)
+
+
+def places_of(runs: Sequence[Run]) -> torch.Tensor:
+    """int64: the tokens of some runs, in order."""
     return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in runs)])
 
 
