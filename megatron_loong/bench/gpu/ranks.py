@@ -1,4 +1,4 @@
-"""Several processes on one device, attention over a real process group. Under torchrun, or by itself:
+"""Several processes, attention over a real process group; they share a GPU where there are fewer than processes.
 
 python -m megatron_loong.bench.gpu.ranks --backend gloo [--cpu] [--ranks 4]
 """
@@ -30,7 +30,7 @@ REFUSAL = "Duplicate GPU detected"
 
 
 def start(backend: str, device: torch.device) -> dict[str, Any]:
-    """Attention on four processes that share one device, over a process group of this backend."""
+    """Attention on four processes that share a device, or have one each, over a process group of this backend."""
     if backend == "nccl" and (device.type != "cuda" or not dist.is_nccl_available()):
         raise CannotRunError("NCCL needs a CUDA device and a torch that has it")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
@@ -45,11 +45,21 @@ def start(backend: str, device: torch.device) -> dict[str, Any]:
     errors = [float(line.split()[-1]) for line in ended.stdout.splitlines() if "largest error" in line]
     assert len(errors) == 1, f"{len(errors)} reports of a largest error, not one"
     version = {"nccl": _nccl_version()} if backend == "nccl" else {}
-    return {"ranks": RANKS, "layouts": [x.describe() for x in LAYOUTS], "max_error_float64": errors[0], **version}
+    devices = min(RANKS, torch.cuda.device_count()) if device.type == "cuda" else 0
+    return {
+        "ranks": RANKS,
+        "gpus": devices,
+        "layouts": [x.describe() for x in LAYOUTS],
+        "max_error_float64": errors[0],
+        **version,
+    }
 
 
 def one_of_them(backend: str, device: torch.device) -> None:
     """What each process runs: float64, reference kernel, against one device. `AssertionError` names the layout."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     rank, worst = dist.get_rank(), torch.zeros((), dtype=torch.float64, device=device)
     tensors = exact.inputs(64, (8, 4), (16, 16), torch.float64, device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_loong.bench.gpu import exact
 from megatron_loong.bench.gpu.outcome import CannotRunError, main
 from megatron_loong.bench.local_copies import LocalCopies
 from megatron_loong.bench.rank_alone import chosen_kernel, our_rank, rank_inputs
@@ -17,6 +18,8 @@ from megatron_loong.bench.simulate import groups_without_processes
 from megatron_loong.config import LoongConfig
 
 LAYOUTS = [LoongConfig(1), LoongConfig(8), LoongConfig(8, 1, 4), LoongConfig(8, 2, 2)]
+#: Of bfloat16 gradients that are added up in another order each time.
+TOLERANCE = 1e-2
 SHAPE = Shape(4096, 16, 8, 128, torch.bfloat16)
 
 
@@ -32,8 +35,9 @@ def check(device: torch.device) -> dict[str, Any]:
         with no_synchronisation():
             step()
         captured[config.describe()] = graph_difference(step, expected)
-        assert captured[config.describe()] == 0.0, f"{config.describe()}: the graph's results differ from those before"
-    return {"layouts without a synchronisation": [x.describe() for x in LAYOUTS], "graph_difference": captured}
+        error = captured[config.describe()]
+        assert error <= TOLERANCE, f"{config.describe()}: results of the graph are {error:.1e} from those before"
+    return {"layouts without a synchronisation": [x.describe() for x in LAYOUTS], "graph_relative_rms": captured}
 
 
 def one_step(config: LoongConfig, device: torch.device) -> Callable[[], list[torch.Tensor]]:
@@ -63,7 +67,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 def graph_difference(step: Callable[[], list[torch.Tensor]], expected: list[torch.Tensor]) -> float:
-    """Largest difference between `expected` and what a captured graph of `step` computes when it is replayed."""
+    """Relative RMS between `expected` and what a captured graph of `step` computes when it is replayed."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # as PyTorch asks for: a warm-up on the stream of the capture
@@ -77,7 +81,7 @@ def graph_difference(step: Callable[[], list[torch.Tensor]], expected: list[torc
         x.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    return max((x.double() - y.double()).abs().max().item() for x, y in zip(results, expected, strict=True))
+    return max(exact.relative_rms(x, y.double()) for x, y in zip(results, expected, strict=True))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from megatron_loong.bench.record import StepRecord, parse_log, relative_differen
 ROOT = Path(__file__).resolve().parents[3]
 #: Largest difference of step times, and the steps at the start that do not count.
 TOLERANCE, SKIPPED = 0.01, 3
+#: Largest relative difference of a loss. A GPU adds up in another order each time, in bfloat16 and over 33 steps.
+LOSS_TOLERANCE = {"cpu": 0.0, "cuda": 1e-3}
 MODEL = """
     --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
     --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm
@@ -43,14 +45,25 @@ def check(device: torch.device) -> dict[str, Any]:
     for plugin in ("without", "with", "with", "without")[: 4 if device.type == "cuda" else 2]:
         runs[plugin].append(train(script, device, plugin))
     differences = [max(relative_differences(*pair)) for pair in zip(runs["with"], runs["without"], strict=True)]
-    step_s = {plugin: min(statistics.median(x.step_time_s for x in log[SKIPPED:]) for log in logs)
-              for plugin, logs in runs.items()}  # fmt: skip
+    step_s = {
+        plugin: min(statistics.median(x.step_time_s for x in log[SKIPPED:]) for log in logs)
+        for plugin, logs in runs.items()
+    }
     ratio = step_s["with"] / step_s["without"]
-    assert max(differences) == 0.0, f"losses differ by {max(differences):.1e} where nothing is distributed"
+    assert max(differences) <= LOSS_TOLERANCE[device.type], (
+        f"losses differ by {max(differences):.1e} where nothing is distributed"
+    )
     if device.type == "cuda":
         assert abs(ratio - 1) <= TOLERANCE, f"a step takes {ratio:.3f} times that without the plugin ({step_s})"
-    return {"script": script.name, "steps": len(runs["with"][0]), "step_s": step_s, "with_over_without": ratio,
-            "time_judged": device.type == "cuda", "last_loss": runs["with"][0][-1].loss}  # fmt: skip
+    return {
+        "script": script.name,
+        "steps": len(runs["with"][0]),
+        "step_s": step_s,
+        "with_over_without": ratio,
+        "time_judged": device.type == "cuda",
+        "largest_loss_difference": max(differences),
+        "last_loss": runs["with"][0][-1].loss,
+    }
 
 
 def training_script() -> Path:
