@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_loong.config import LoongConfig, placement_axes
+from megatron_loong.config import GRADIENT_WIRES, LoongConfig, placement_axes
 from megatron_loong.integration import memory_options
 from megatron_loong.planner.choose import Job, choose_layout
 from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
@@ -46,6 +46,9 @@ class LoongOptions:
 
     loong_kernel: str = "auto"
     """A name of `kernels.registry`, or `auto`."""
+
+    loong_gradient_wire: str = "auto"
+    """What gradients travel round the ring in: `float32`, `input` (the dtype of q) or `auto` (bfloat16 for bfloat16)."""
 
     loong_mla_latent: bool = False
     """Multi-latent attention sends the latent round the ring where that is fewer bytes than keys and values."""
@@ -92,6 +95,10 @@ class LoongOptions:
             raise ValueError(f"--loong-placement: {error}") from None
         if not isinstance(self.loong_kernel, str):
             raise ValueError(f"--loong-kernel {self.loong_kernel!r} must be the name of a kernel, or auto")
+        if self.loong_gradient_wire not in GRADIENT_WIRES:
+            raise ValueError(
+                f"--loong-gradient-wire {self.loong_gradient_wire!r} is unknown; use {', '.join(GRADIENT_WIRES)}"
+            )
         memory_options.check_values(self)
 
     @property
