@@ -57,6 +57,13 @@ def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callab
     @functools.wraps(original)
     def slice_sequence(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         cp_group = _cp_group(state, args[0] if args else kwargs.get("cp_group"))
+        if state.hybrid and batch.get("local_cp_size") is not None:
+            # Masking between documents (0.19) keeps Megatron from looking at the size: it hands the static group.
+            size = int(batch["local_cp_size"])
+            if size == 1:
+                return batch
+            cp_group = state.megatron.parallel_state.get_hybrid_data_context_parallel_groups(group_size=size)
+            batch["hybrid_cp_group"] = cp_group
         if packed.layout_config(state, cp_group.size()) is None:
             return original(batch, *args, **kwargs)
         cu_seqlens = _boundaries(batch)

@@ -14,7 +14,6 @@ from megatron.core import mpu, utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.training import get_args
 
-
 sizes_seen: set[int] = set()
 """Every `local_cp_size` that this rank met."""
 

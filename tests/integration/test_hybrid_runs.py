@@ -15,7 +15,8 @@ from tests.integration import megatron_runs
 from tests.integration.test_packed_runs import packed_script
 from tests.integration.test_pretrain_gpt import RUN_ALL, assert_same_steps, script_or_skip
 
-SHARED = "--calculate-per-token-loss"
+#: The vocabulary is padded to the same size for one and two tensor-parallel ranks, or other weights would be drawn.
+SHARED = "--calculate-per-token-loss --vocab-size 319 --make-vocab-size-divisible-by 4"
 HYBRID = "--context-parallel-impl loong --hybrid-context-parallel --max-seqlen-per-dp-cp-rank 16"
 
 #: Case -> flags of the run over ranks alone.
