@@ -6,6 +6,7 @@ Free of torch and Megatron: everything here is arithmetic on names and numbers.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -225,6 +226,35 @@ def resolve(
     if isinstance(inner, str) and cp % hp == 0:
         inner = largest_inner_ring_size(cp, hp, placement, cp_ranks_in_node)
     return LoongConfig(cp, hp, inner if isinstance(inner, int) else None, placement)
+
+
+def resolve_part(
+    options: LoongOptions,
+    size: int,
+    *,
+    heads: int | None,
+    cp_ranks_in_node: int,
+    job: Job | None = None,
+) -> LoongConfig | None:
+    """The layout for a micro-batch on `size` ranks, a part of those that the flags were written for.
+
+    A number in a flag becomes its greatest common divisor with what there is; `auto` is answered for `size` ranks. The
+    other arguments as for `resolve`. Placement is head_first: the ranks of a part are neighbours as they come.
+
+    >>> resolve_part(LoongOptions("loong", 4), 2, heads=8, cp_ranks_in_node=2).describe()
+    'cp 2 = head 2 x ring 1 (outer 1 x inner 1), placement head_first, zigzag'
+    """
+    hp, inner = options.loong_head_parallel_size, options.loong_inner_ring_size
+    fitted = dataclasses.replace(
+        options,
+        loong_head_parallel_size=math.gcd(hp, size) if isinstance(hp, int) else hp,
+        loong_inner_ring_size="auto",
+        loong_placement="head_first",
+    )
+    config = resolve(fitted, context_parallel_size=size, heads=heads, cp_ranks_in_node=cp_ranks_in_node, job=job)
+    if config is None or isinstance(inner, str):
+        return config
+    return dataclasses.replace(config, inner_ring_size=math.gcd(inner, config.ring_size))
 
 
 def ranks_per_node(environment: Mapping[str, str], device_count: int, world_size: int) -> int:
