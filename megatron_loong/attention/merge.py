@@ -1,22 +1,10 @@
-"""Fold one block's attention into the running result: the online softmax."""
+"""The running result of attention: a block folded in (the online softmax), a sink given to every row."""
 
 from __future__ import annotations
 
 import torch
 
-
-def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
-    """Fold (block_out, block_lse) into (out, lse), in place.
-
-    Shapes: out, block_out [b, s, h, d]; lse, block_lse [b, s, h], natural log. `out` and `lse` are float32 or
-    wider: ring_size folds in bfloat16 multiply the RMS error by 5 or more. A row that has seen nothing yet has
-    out = 0 and lse = -inf; in a block, every row has seen something. LoongTrain algorithm 1; FlashAttention
-    (arXiv 2205.14135) section 3.1.
-
-        lse' = log(exp(lse) + exp(block_lse))      out' = out + sigmoid(block_lse - lse) * (block_out - out)
-    """
-    out.lerp_(block_out.to(out.dtype), torch.sigmoid(block_lse - lse).unsqueeze(-1).to(out.dtype))
-    torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
+from megatron_loong.kernels.folds import merge_ as merge_
 
 
 def add_sink_(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ import torch.nn.functional as F
 from megatron_loong.kernels.interface import KernelRequest
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+_FP8_FAULT = (
+    "fp8: flash-attn 3 and 4 have no fp8 backward, and cuDNN's through TransformerEngine wants the scales of the whole "
+    "row's scores and gradients, which no tile of a ring knows; use bfloat16 attention"
+)
 
 
 def request_fault(request: KernelRequest) -> str | None:
@@ -38,6 +44,8 @@ def dtype_fault(request: KernelRequest, dtypes: tuple[torch.dtype, ...]) -> str 
     """None when the request's dtype is one of `dtypes`."""
     if request.dtype in dtypes:
         return None
+    if request.dtype.itemsize == 1:
+        return _FP8_FAULT
     return f"takes {', '.join(dtype_name(x) for x in dtypes)}, not {dtype_name(request.dtype)}"
 
 
@@ -117,6 +125,22 @@ def gpu_operand(x: torch.Tensor, width: int) -> torch.Tensor:
     if x.stride(-1) == 1 and not any(n % per_load for n in (x.storage_offset(), *steps)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=64)
+def boundaries_on(device: torch.device, boundaries: tuple[int, ...]) -> torch.Tensor:
+    """int32 `cu_seqlens` on a device, remembered: all layers of a step ask for the same. The host does not wait."""
+    values = torch.tensor(boundaries, dtype=torch.int32)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def longest(boundaries: tuple[int, ...]) -> int:
+    """Length of the longest document.
+
+    >>> longest((0, 3, 8, 10))
+    5
+    """
+    return max(stop - start for start, stop in itertools.pairwise(boundaries))
 
 
 def lse_to_bhs(lse: torch.Tensor) -> torch.Tensor:

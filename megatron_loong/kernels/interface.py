@@ -60,6 +60,9 @@ class TileRules:
     q_places: torch.Tensor | None = None
     """int64 [s_q]: places of the rows in the whole sequence; given with ALiBi and dropout."""
     kv_places: torch.Tensor | None = None
+    boundaries: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Of the documents packed into one tile of batch 1, in rows and in keys, each from 0: document i's rows see its
+    keys alone, and `window` holds within each. Given only to kernels that say `packs`."""
 
 
 @runtime_checkable
@@ -68,7 +71,8 @@ class AttentionKernel(Protocol):
 
     Shapes: q, dout, out [b, s_q, h, d]; k, v [b, s_kv, g, d] with h a multiple of g (query head i reads KV head
     i // (h // g)); lse [b, s_q, h], natural log, float32 (float64 when q is float64). Inputs may be strided views.
-    No row is ever masked as a whole, no length is ever 0.
+    No row is ever masked as a whole, no length is ever 0. A kernel with the attribute `packs` True takes
+    `TileRules.boundaries`: many short tiles are then one launch.
     """
 
     name: str

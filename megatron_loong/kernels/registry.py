@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from megatron_loong.kernels.common import dtype_name
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
 from megatron_loong.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
+from megatron_loong.kernels.flash_attn_4 import FlashAttn4Kernel
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.reference import ReferenceKernel
+from megatron_loong.kernels.te_fused import TransformerEngineKernel
 from megatron_loong.kernels.torch_cuda import TorchCudnnKernel, TorchFlashKernel
 
-#: Every kernel by name, the preferred first.
+#: Every kernel by name, the preferred first: flash-attn 3 is made for Hopper and runs nowhere else, 4 is then first on
+#: Blackwell; torch_cudnn comes before te_fused, which calls the same cuDNN and needs one package more.
 KERNELS: dict[str, AttentionKernel] = {
     kernel.name: kernel
     for kernel in (
         FlashAttn3Kernel(),
+        FlashAttn4Kernel(),
         FlashAttn2Kernel(),
         TorchCudnnKernel(),
+        TransformerEngineKernel(),
         TorchFlashKernel(),
         CpuFlashKernel(),
         ReferenceKernel(),

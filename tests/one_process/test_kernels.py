@@ -486,7 +486,7 @@ def install(monkeypatch):
 
 
 def hearsay(monkeypatch, capability):
-    for name in ("common", "flash_attn", "torch_cuda"):
+    for name in ("common", "flash_attn", "flash_attn_4", "te_fused", "torch_cuda"):
         monkeypatch.setattr(f"megatron_loong.kernels.{name}.gpu_capability", lambda: capability)
     registry.forget_choices()
 
@@ -547,7 +547,8 @@ def test_flash_attn_3_knows_its_limits(install):
 
 
 def test_every_kernel_keeps_the_contract():
-    assert list(KERNELS) == ["flash_attn_3", "flash_attn_2", "torch_cudnn", "torch_flash", "cpu_flash", "reference"]
+    names = "flash_attn_3 flash_attn_4 flash_attn_2 torch_cudnn te_fused torch_flash cpu_flash reference"
+    assert list(KERNELS) == names.split()
     for name, kernel in KERNELS.items():
         assert isinstance(kernel, AttentionKernel) and kernel.name == name
 

@@ -1,0 +1,62 @@
+"""The benchmark of the memory-bound passes: it runs, counts the bytes it must, and refuses a wrong pass."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megatron_loong.bench import copy_rate
+from megatron_loong.kernels import folds
+
+SMALL = "--device cpu --tokens 16 --heads 4 --kv-heads 2 --width 8 --peers 2 --copy-bytes 4096 --repeats 1".split()
+
+
+def test_record_has_every_pass_and_the_bytes_it_must_move(tmp_path, capsys):
+    file = tmp_path / "record.json"
+    assert copy_rate.main([*SMALL, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    q, kv, lse = 16 * 4 * 8, 16 * 2 * 8, 16 * 4
+    assert {name: x["bytes"] for name, x in record["passes"].items()} == {
+        "merge": q * (4 + 4 + 2) + lse * 12,
+        "add dk, dv": 2 * kv * 10,
+        "add dq": q * 10,
+        "pack q, k, v": (q + 2 * kv) * 4,
+        "order q, k, v": (q + 2 * kv) * 4 + 32 * 8,
+    }
+    for x in record["passes"].values():
+        assert x["of_copy"] == pytest.approx(x["bytes"] / x["seconds"] / record["copy_bytes_per_s"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(record["passes"])
+
+
+def test_packing_and_ordering_are_what_the_head_exchange_does():
+    """Each peer's piece has its heads of q, k and v token by token; the second halves come back in opposite order."""
+    found = copy_rate.passes(8, 4, 2, 4, 2, torch.device("cpu"))
+    found["pack q, k, v"].run()
+    found["order q, k, v"].run()
+    (message,) = found["pack q, k, v"].results
+    q, k, v = (x.flatten(1) for x in found["order q, k, v"].results)
+    pieces = message.flatten(0, 1)
+    order = [0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15, 4, 5, 6, 7]
+    assert torch.equal(torch.cat([q, k, v], 1), pieces[order])
+
+
+def test_a_wrong_pass_is_not_timed(monkeypatch):
+    right = folds.add_rows_
+
+    def wrong(pairs):
+        if folds._triton_wanted:
+            pairs = pairs[:1]
+        right(pairs)
+
+    monkeypatch.setattr(folds, "add_rows_", wrong)
+    with pytest.raises(RuntimeError, match="add dk, dv: differs by"):
+        copy_rate.main(SMALL)
+
+
+def test_without_a_gpu_it_says_what_to_do(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert copy_rate.main([]) == 2
+    assert "--device cpu" in capsys.readouterr().err
