@@ -21,6 +21,7 @@ from megatron_loong.bench.gpu import (
     kernels,
     outcome,
     page,
+    passes,
     ranks,
     records,
     simulated,
@@ -177,9 +178,18 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             dq, dk, dv = KERNELS["cpu_flash"].backward(*args, **options)
             return dq, dk * 1.05, dv
 
-    monkeypatch.setattr(kernels, "KERNELS", {"wrong": Wrong()})
-    with pytest.raises(AssertionError, match=r"wrong, bfloat16 on cpu.*dk"):
+    monkeypatch.setattr(kernels, "CASES", kernels.CASES[:1])
+    monkeypatch.setattr(kernels, "KERNELS", {"wrong": Wrong(), "reference": KERNELS["reference"]})
+    with pytest.raises(outcome.WrongError, match=r"wrong: bfloat16 on cpu.*dk") as raised:
         kernels.check(CPU)
+    assert "worst_relative_rms" in raised.value.figures["reference"], "the others are measured all the same"
+
+
+def test_passes_over_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert max(passes.check(CPU)["worst_relative_rms"].values()) <= passes.BOUND
+    monkeypatch.setattr(passes.folds, "add_rows_", lambda pairs: [x.add_(y.bfloat16()) for x, y in pairs])
+    with pytest.raises(AssertionError, match="add: relative RMS"):
+        passes.check(CPU)
 
 
 def test_all_ranks_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_loong.attention.merge import merge_
 from megatron_loong.bench.gpu import exact
-from megatron_loong.bench.gpu.outcome import CannotRunError, main
+from megatron_loong.bench.gpu.outcome import CannotRunError, WrongError, main
 from megatron_loong.bench.rank_alone import tile_flops
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
@@ -32,28 +32,36 @@ CASES = [
 
 def check(device: torch.device) -> dict[str, Any]:
     """Every kernel of the registry that serves this device, against float64, and its speed."""
-    figures: dict[str, Any] = {}
-    for name, kernel in KERNELS.items():
-        errors, reasons = {}, []
-        for dtype, bound in BOUNDS.items():
-            for heads, widths, length, causal in CASES:
-                request = KernelRequest(device.type, dtype, *widths, *heads)
-                reason = kernel.why_not(request)
-                if reason:
-                    reasons.append(reason)
-                    continue
-                error = compare(kernel, exact.inputs(length, heads, widths, dtype, device), causal)
-                worst = max(error, key=lambda x: error[x])
-                assert error[worst] <= bound, f"{name}, {describe(request)}: {worst} {error[worst]:.1e} > {bound:g}"
-                kind = str(dtype).removeprefix("torch.")
-                errors[kind] = max(errors.get(kind, 0.0), error[worst])
-        if errors:
-            figures[name] = {"worst_relative_rms": errors, **speed(kernel, device)}
-        else:
-            figures[name] = {"not_here": reasons[0]}
+    figures = {name: judge(kernel, device) for name, kernel in KERNELS.items()}
+    wrong = [f"{name}: {x['wrong']}" for name, x in figures.items() if "wrong" in x]
+    if wrong:
+        raise WrongError("; ".join(wrong), figures)
     if all("not_here" in x for name, x in figures.items() if name != "reference"):
         raise CannotRunError(f"no kernel but the reference serves {device.type}: {figures}")
     return figures
+
+
+def judge(kernel: AttentionKernel, device: torch.device) -> dict[str, Any]:
+    """A kernel's worst errors and speed; `not_here` with the reason, or `wrong` with the first thing that is."""
+    errors: dict[str, float] = {}
+    reason: str | None = None
+    for dtype, bound in BOUNDS.items():
+        kind = str(dtype).removeprefix("torch.")
+        for heads, widths, length, causal in CASES:
+            request = KernelRequest(device.type, dtype, *widths, *heads)
+            fault = kernel.why_not(request)
+            if fault:
+                reason = reason or fault
+                continue
+            try:
+                error = compare(kernel, exact.inputs(length, heads, widths, dtype, device), causal)
+            except Exception as raised:  # a kernel that raises must not hide the others
+                return {"wrong": f"{describe(request)}: {type(raised).__name__}: {raised}"}
+            worst = max(error, key=lambda x: error[x])
+            if not error[worst] <= bound:
+                return {"wrong": f"{describe(request)}: {worst} {error[worst]:.1e} > {bound:g}"}
+            errors[kind] = max(errors.get(kind, 0.0), error[worst])
+    return {"worst_relative_rms": errors, **speed(kernel, device)} if errors else {"not_here": reason}
 
 
 def compare(kernel: AttentionKernel, tensors: list[torch.Tensor], causal: bool) -> dict[str, float]:

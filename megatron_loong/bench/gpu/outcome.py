@@ -15,6 +15,14 @@ import torch
 PASSED, FAILED, CANNOT = 0, 1, 3
 
 
+class WrongError(AssertionError):
+    """Something is wrong, and there are figures of the rest."""
+
+    def __init__(self, message: str, figures: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
 class CannotRunError(Exception):
     """What a check needs is not here; the message says what."""
 
@@ -44,6 +52,8 @@ def _run(check: Callable[[torch.device], dict[str, Any]], cpu: bool) -> tuple[in
         return PASSED, check(torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device()))
     except CannotRunError as error:
         return CANNOT, {"reason": str(error)}
+    except WrongError as error:
+        return FAILED, {**error.figures, "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
         return FAILED, {"reason": f"{type(error).__name__}: {error}"}

@@ -37,6 +37,7 @@ def _check(name: str, module: str, proves: str, limit_s: float, *arguments: str,
 #: take, which has a limit of its own.
 STEPS = (
     _check("kernels", "kernels", "every kernel that serves this device agrees with float64; its speed", 120),
+    _check("passes over memory", "passes", "merging, adding up and packing agree with float64, by Triton", 60),
     _check(
         "all ranks on one device",
         "simulated",
