@@ -13,6 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from megatron_loong import LoongConfig
 from tests.one_process.host_reads import FAKE, HostReads, forget_indices, host_reads
 
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="a torch without CUDA knows no tensors that claim to be on a GPU"
+)
 CUDA = torch.device("cuda", 0)
 LAYOUTS = [LoongConfig(1), LoongConfig(8, 2, 2)]
 FEATURES: dict[str, Callable[[torch.device], dict[str, Any]]] = {
