@@ -131,7 +131,7 @@ def attention_2d(
 
 #: Beyond these parts there is little left to hide; below these sizes of a part's share of q, messages and kernel calls
 #: cost more than they hide. On a GPU a part must also fill it: query rows x heads of one kernel call, 128 to a block.
-MOST_HEAD_PARTS, LEAST_PART_BYTES, LEAST_PART_ROWS_ON_GPU = 4, 128 * 1024, 2**16
+MOST_HEAD_PARTS, LEAST_PART_BYTES, LEAST_PART_ROWS_ON_GPU = 4, 2**21, 2**16
 
 
 def _head_parts(
