@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 
+from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Attention2D, Call
 from megatron_loong.attention.checks import check_heads, check_inputs, check_latent
 from megatron_loong.attention.heads import head_shares, latent_shares
+from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.planner.tiles import Mask
@@ -41,6 +43,7 @@ def attention_2d(
     dropout_seed: int | None = None,
     max_logits: torch.Tensor | None = None,
     kv_up_weight: torch.Tensor | None = None,
+    gradient_wire: str = "auto",
 ) -> torch.Tensor:
     """Exact attention over a sequence of which this rank holds the tokens `token_positions` names.
 
@@ -70,6 +73,10 @@ def attention_2d(
         then the latent [b, s, 1, r], v the part of the keys that carries the position [b, s, 1, d_rope], q has width
         d_nope + d_rope; differentiable, its gradient being that of this rank's heads and blocks: sum it over the
         group. `latent_is_smaller` says when that is fewer bytes. DeepSeek-V2 (arXiv 2405.04434) section 2.1.
+    gradient_wire: what gradients travel round the ring in; they are summed in float32 (float64) in any case.
+        `float32`; `input`, the dtype of q, each rank's part being rounded once for each ring that it crosses; `auto`,
+        the default: bfloat16 for bfloat16 (the errors of dq, dk and dv stay within the bound of a single device's
+        kernel, see docs/benchmarks.md), float32 or wider else.
     kernel: a name of `kernels.registry`, "auto", or a kernel object. deterministic: honoured, or a `ValueError`.
 
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
@@ -147,9 +154,19 @@ def prepare(
         alibi_slopes=alibi_slopes,
         dropout=(dropout_p, dropout_seed) if dropout_p and dropout_seed is not None else None,
         max_logits=max_logits,
+        wire_dtype=wire_dtype(q.dtype, gradient_wire),
         deterministic=deterministic,
     )
     return q, k, v, call
+
+
+def wire_dtype(dtype: torch.dtype, gradient_wire: str) -> torch.dtype:
+    """What gradients of tensors in `dtype` travel in; float16 might overflow where a sum of parts does not."""
+    if gradient_wire not in GRADIENT_WIRES:
+        raise ValueError(f"gradient_wire={gradient_wire!r} is unknown; use {', '.join(GRADIENT_WIRES)}")
+    if gradient_wire == "input" or (gradient_wire == "auto" and dtype == torch.bfloat16):
+        return dtype
+    return accumulator_dtype(dtype)
 
 
 def _layouts(

@@ -9,7 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_loong.attention import stash
-from megatron_loong.attention.double_ring import KVBlock, ring_backward, ring_forward
+from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
+from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.expansion import LatentHeads, PlainHeads
 from megatron_loong.attention.head_exchange import HeadExchange
 from megatron_loong.attention.heads import HeadShares
@@ -17,6 +18,7 @@ from megatron_loong.attention.merge import sink_gradient
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, Dropout, TileRules
+from megatron_loong.planner.rotation import Moving, backward_moving, backward_rows
 from megatron_loong.planner.schedule import ring_schedule
 from megatron_loong.planner.tiles import Mask
 from megatron_loong.topology.groups import LoongGroups
@@ -41,6 +43,8 @@ class Call:
     dropout: tuple[float, int] | None
     """(p, seed)."""
     max_logits: torch.Tensor | None
+    wire_dtype: torch.dtype
+    """What gradients travel in on the rings."""
     deterministic: bool
 
     @property
@@ -57,13 +61,27 @@ class Call:
         """KV rows of this ring rank."""
         return sum(stop - start for start, stop in self.layouts[1].ring_runs(self.groups.ring_rank))
 
-    def plan(self, sink: torch.Tensor | None, up_weight: torch.Tensor | None) -> RingPlan:
-        """What the ring does."""
+    def moving_backward(self, q: Form, kv: Form) -> Moving:
+        """Which side moves in the backward pass, given the forms of q and of k and v after the all-to-all."""
+        ((batch, heads, head_dim), dtype), ((_, kv_heads, k_dim), _), ((_, _, v_dim), _) = *q.parts, *kv.parts
+        rows = backward_rows(
+            (batch * heads, head_dim, self.value_dim),
+            (batch * kv_heads, k_dim, v_dim),
+            dtype.itemsize,
+            self.wire_dtype.itemsize,
+            accumulator_dtype(dtype).itemsize,
+        )
+        return backward_moving(rows, *(layout.seq_len for layout in self.layouts))
+
+    def plan(self, sink: torch.Tensor | None, up_weight: torch.Tensor | None, moving: Moving = "kv") -> RingPlan:
+        """What the ring does; `moving` says which side does in the backward pass."""
         config, heads = self.groups.config, self.query_heads
         handles = [self.groups.handle(name) for name in ("inner", "outer", "inner_dkv", "outer_dkv")]
         assert config.inner_ring_size is not None
+        narrow = self.wire_dtype.itemsize < torch.float32.itemsize
         return RingPlan(
-            schedule=ring_schedule(*self.layouts, self.mask, config.inner_ring_size),
+            forward=ring_schedule(*self.layouts, self.mask, config.inner_ring_size),
+            backward=ring_schedule(*self.layouts, self.mask, config.inner_ring_size, moving, narrow),
             ring_rank=self.groups.ring_rank,
             rings={handle.name: Ring(handle) for handle in handles if handle.process_group is not None},
             kernel=self.kernel,
@@ -79,6 +97,7 @@ class Call:
                 else LatentHeads(up_weight.detach()[heads], self.value_dim)
             ),
             value_dim=self.value_dim,
+            wire_dtype=self.wire_dtype,
             deterministic=self.deterministic,
             sink=None if sink is None else sink.detach()[heads],
             max_logits=None if self.max_logits is None else self.max_logits[heads],
@@ -100,7 +119,7 @@ class Attention2D(torch.autograd.Function):
     ) -> Any:
         out, q_share, kv, out_share, lse = _forward(q, k, v, call.plan(sink, up_weight), call)
         ctx.save_for_backward(q_share, kv.flat, out_share, lse, sink, up_weight)
-        ctx.kv_rows = kv.k_row, kv.v_row
+        ctx.kv_form = kv.form
         ctx.call = call
         return out
 
@@ -108,8 +127,8 @@ class Attention2D(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         q_share, kv_flat, out_share, lse, sink, up_weight = ctx.saved_tensors
-        call, kv = ctx.call, KVBlock(kv_flat, *ctx.kv_rows)
-        plan = call.plan(sink, up_weight)
+        call, kv = ctx.call, Block(ctx.kv_form, kv_flat)
+        plan = call.plan(sink, up_weight, call.moving_backward(Form.like(q_share), kv.form))
         dq, dk, dv, dout_share = _backward(dout, q_share, kv, out_share, lse, plan, call)
         dsink = dweight = None
         if sink is not None:
@@ -123,22 +142,22 @@ class Attention2D(torch.autograd.Function):
 
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RingPlan, call: Call
-) -> tuple[torch.Tensor, torch.Tensor, KVBlock, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, Block, torch.Tensor, torch.Tensor]:
     shares, me = call.shares, call.groups.handle("head").rank
-    k_row, v_row = ((x.shape[1], len(shares.kv[me]), x.shape[3]) for x in (k, v))
+    form = Form.of(*(((x.shape[1], len(shares.kv[me]), x.shape[3]), x.dtype) for x in (k, v)))
     signature = (*(tuple(x.shape) for x in (q, k, v)), call.mask, call.dropout)
     kept = stash.take(*signature)  # None unless a checkpoint replays this call
     if kept is not None and kept.exchanged is not None:
         q_share, kv_flat, out = kept.exchanged
-        return out, q_share, KVBlock(kv_flat, k_row, v_row), *kept.ring
-    kv = KVBlock.empty(call.kv_rows(), k_row, v_row, like=k)
+        return out, q_share, Block(form, kv_flat), *kept.ring
+    kv = form.empty(call.kv_rows(), k.device)
     kv_shares = [shares.kv, shares.kv]
     q_exchange, kv_exchange = (call.exchange(layout) for layout in call.layouts)
     if call.layouts[0] is call.layouts[1]:
-        q, _, _ = q_exchange.split([q, k, v], [shares.query, *kv_shares], "q, k and v", into=[None, kv.k, kv.v])
+        q, _, _ = q_exchange.split([q, k, v], [shares.query, *kv_shares], "q, k and v", into=[None, *kv.parts])
     else:
         (q,) = q_exchange.split([q], [shares.query], "q")
-        kv_exchange.split([k, v], kv_shares, "k and v", into=[kv.k, kv.v])
+        kv_exchange.split([k, v], kv_shares, "k and v", into=kv.parts)
     out_share, lse = ring_forward(q, kv, plan) if kept is None else kept.ring
     (out,) = q_exchange.join([out_share], [shares.query], "the output")
     stash.keep(*signature, ring=(out_share, lse), exchanged=(q, kv.flat, out))
@@ -148,7 +167,7 @@ def _forward(
 def _backward(
     dout: torch.Tensor,
     q: torch.Tensor,
-    kv: KVBlock,
+    kv: Block,
     out: torch.Tensor,
     lse: torch.Tensor,
     plan: RingPlan,

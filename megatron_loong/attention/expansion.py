@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -32,7 +33,8 @@ class PlainHeads:
         """KV heads [..., g, d] -> [..., h, d] where places are given."""
         if self._places is None:
             return k, v
-        return k[..., list(self._places), :], v[..., list(self._places), :]
+        places = _index(self._places, k.device)
+        return k.index_select(-2, places), v.index_select(-2, places)
 
     def reduce(
         self, dk: torch.Tensor, dv: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -40,7 +42,7 @@ class PlainHeads:
         """Sums over the query heads of each KV head."""
         if self._places is None:
             return dk, dv
-        places = torch.tensor(self._places, device=dk.device)
+        places = _index(self._places, dk.device)
         dk, dv = (
             torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device).index_add_(-2, places, grad.to(_wide(x.dtype)))
             for x, grad in ((k, dk), (v, dv))
@@ -77,6 +79,12 @@ class LatentHeads:
         self.weight_gradient += torch.einsum("bshe,bsr->her", up, k.squeeze(2).to(wide))
         latent = torch.einsum("bshe,her->bsr", up, self._weight.to(wide)).unsqueeze(2)
         return latent, dk[..., self._nope :].to(wide).sum(2, keepdim=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _index(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64, made once: making it stops the host until the device has it."""
+    return torch.tensor(places, device=device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.planner.rows import original_rows
-from megatron_loong.planner.schedule import Passage, RingSchedule
+from megatron_loong.planner.schedule import RingSchedule
 from megatron_loong.planner.tiles import Tile, squared
 from megatron_loong.planner.visits import OWN, Visit
 from megatron_loong.sequence.sharding import places_of
@@ -21,7 +21,10 @@ from megatron_loong.topology.tokens import TokenLayout
 class RingPlan:
     """One attention call of one ring rank."""
 
-    schedule: RingSchedule
+    forward: tuple[RingSchedule, ...]
+    """What is computed in the forward pass; together all of the attention."""
+    backward: tuple[RingSchedule, ...]
+    """The same for the backward pass, in which another side may move."""
     ring_rank: int
     rings: dict[str, Ring]
     """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
@@ -31,6 +34,8 @@ class RingPlan:
     """What holds for every tile: all but window and places."""
     value_dim: int
     """Width of the output's heads."""
+    wire_dtype: torch.dtype
+    """What gradients, and results of queries that moved, travel in; they are summed in float32 or wider."""
     deterministic: bool = False
     sink: torch.Tensor | None = None
     """[h] of this rank's heads."""
@@ -38,16 +43,17 @@ class RingPlan:
     """[h] float32 of this rank's heads, to be raised to the greatest score of each."""
     _places: dict[tuple[bool, int, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def passage(self, backward: bool) -> Passage:
-        """What this rank does in one direction."""
-        return self.schedule.passage(self.ring_rank, backward)
+    @property
+    def schedule(self) -> RingSchedule:
+        """Any of the schedules: for what holds for all."""
+        return self.forward[0]
 
     @property
     def one_call(self) -> bool:
         """Whether one call of the kernel, on all rows and keys, is the whole attention: nothing to merge or add up."""
         if self.schedule.ring_size > 1:
             return False
-        tiles = self.passage(backward=False).tiles.get(OWN, ())
+        tiles = self.schedule.passage(self.ring_rank, backward=False).tiles.get(OWN, ())
         whole = slice(0, self.schedule.q.seq_len), slice(0, self.schedule.kv.seq_len)
         return len(tiles) == 1 and (tiles[0].q, tiles[0].kv) == whole and len(self.calls(tiles[0])) == 1
 
@@ -55,15 +61,23 @@ class RingPlan:
         """A tile as calls that the kernel can serve."""
         return [tile] if self.kernel.bottom_right else squared(tile)
 
-    def rules_of(self, tile: Tile, visit: Visit, work: Passage, device: torch.device) -> TileRules:
+    def rules_of(
+        self, tile: Tile, visit: Visit, schedule: RingSchedule, backward: bool, device: torch.device
+    ) -> TileRules:
         """The kernel's rules for one call."""
         rules = replace(self.rules, window=tile.window)
         if rules.alibi_slopes is None and rules.dropout is None:
             return rules
-        owner = visit.owner(self.ring_rank, self.schedule.ring_size, self.schedule.inner_ring_size)
-        start, stop = original_rows(work.kv_rows[visit], tile.kv)
-        q_places = self._all_places(self.schedule.q, self.ring_rank, device)[tile.q]
-        kv_places = self._all_places(self.schedule.kv, owner, device)[start:stop]
+        owner = visit.owner(self.ring_rank, schedule.ring_size, schedule.inner_ring_size)
+        rows = schedule.passage(self.ring_rank, backward).rows[visit]
+        if schedule.moving == "kv":
+            q_rank, q_rows = self.ring_rank, tile.q
+            kv_rank, kv_rows = owner, slice(*original_rows(rows, tile.kv))
+        else:
+            q_rank, q_rows = owner, slice(*original_rows(rows, tile.q))
+            kv_rank, kv_rows = self.ring_rank, tile.kv
+        q_places = self._all_places(schedule.q, q_rank, device)[q_rows]
+        kv_places = self._all_places(schedule.kv, kv_rank, device)[kv_rows]
         return replace(rules, q_places=q_places, kv_places=kv_places)
 
     def _all_places(self, layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.Tensor:

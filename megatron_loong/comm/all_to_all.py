@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from megatron_loong.comm import ledger
 from megatron_loong.comm.errors import CommunicationError
+from megatron_loong.comm.transport import transport_for
 from megatron_loong.topology.groups import GroupHandle
 
 
@@ -32,12 +32,11 @@ def all_to_all(
     outgoing = send if in_order else _reordered(send, send_lengths, order)
     try:
         # Bytes, so that the backend need not know the dtype.
-        dist.all_to_all_single(
+        transport_for(group, send.device).all_to_all(
             received.view(torch.uint8),
             outgoing.view(torch.uint8),
             [receive_lengths[peer] * width for peer in order],
             [send_lengths[peer] * width for peer in order],
-            group=group,
         )
     except RuntimeError as error:
         raise CommunicationError(

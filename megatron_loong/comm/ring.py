@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from megatron_loong.comm import ledger
 from megatron_loong.comm.errors import CommunicationError
+from megatron_loong.comm.transport import End, Pending, transport_for
 from megatron_loong.topology.groups import GroupHandle
 
 Wait = Callable[[], None]
@@ -36,7 +36,8 @@ class Ring:
     def post(self, messages: Sequence[Message]) -> list[Wait]:
         """Begin all messages of one step; returns, for each, the function that waits for it (once).
 
-        Both ends post a message in the same step, so a step never depends on a later one. A failure to post or to
+        Both ends post a message in the same step, so a step never depends on a later one. All blocks of a step are on
+        one device; a wait makes its current stream wait, and the host only where gloo is. A failure to post or to
         arrive in the group's timeout raises `CommunicationError` from the wait or from here, naming group, message
         and peer.
         """
@@ -45,44 +46,26 @@ class Ring:
         for message in messages:
             if message.send:
                 ledger.record(self.handle.name, message.block.numel() * message.block.element_size())
-        if dist.get_backend(group) == "gloo":
-            return [self._waiting([message], self._post_alone(message, group)) for message in messages]
-        # NCCL: one group call, so that a ring of two cannot deadlock on the order of its sends and receives.
+        transport = transport_for(group, messages[0].block.device)
+        pending: list[Pending] = []
         try:
-            works = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend if x.send else dist.irecv, x.block, self._global_rank(x), group)
-                    for x in messages
-                ]
-            )
+            for one in transport.post([End(x.send, self._global_rank(x), x.block) for x in messages]):
+                pending.append(one)
         except (RuntimeError, ValueError) as error:
-            raise self._failure(messages, error) from error
-        if len(works) == len(messages):
-            return [self._waiting([message], work) for message, work in zip(messages, works, strict=True)]
-        wait = self._waiting(messages, *works)
-        return [wait] * len(messages)
+            failed = messages if transport.batched else messages[len(pending) : len(pending) + 1]
+            raise self._failure(failed, error) from error
+        if transport.batched:
+            return [self._waiting(messages, pending)] * len(messages)
+        return [self._waiting([message], [one]) for message, one in zip(messages, pending, strict=True)]
 
-    def _post_alone(self, message: Message, group: dist.ProcessGroup) -> dist.Work:
-        peer = self._global_rank(message)
-        try:
-            if message.send:
-                work = dist.isend(message.block, dst=peer, group=group)
-            else:
-                work = dist.irecv(message.block, src=peer, group=group)
-        except (RuntimeError, ValueError) as error:
-            raise self._failure([message], error) from error
-        assert work is not None
-        return work
-
-    def _waiting(self, messages: Sequence[Message], *works: dist.Work) -> Wait:
-        remaining = list(works)
+    def _waiting(self, messages: Sequence[Message], pending: Sequence[Pending]) -> Wait:
+        remaining = list(pending)
 
         def wait() -> None:
-            # A second wait() on a gloo p2p work blocks until the timeout, so each is waited for once, here; and
-            # gloo's wait() without an argument ignores the timeout of the group.
+            # A second wait() on a gloo p2p work blocks until the timeout, so each is waited for once, here.
             while remaining:
                 try:
-                    remaining.pop().wait(self.handle.timeout)
+                    remaining.pop()(self.handle.timeout)
                 except RuntimeError as error:
                     raise self._failure(messages, error) from error
 

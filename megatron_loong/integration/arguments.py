@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.integration.options import IMPLEMENTATIONS, LoongOptions, flag_of
 
 _HELP = {
@@ -21,6 +22,8 @@ _HELP = {
     "loong_hardware": "What the planner goes by for auto: a profile such as h100, or a file that `megatron-loong "
     "calibrate` wrote. auto: the profile of this GPU, if there is one.",
     "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others.",
+    "loong_gradient_wire": "What gradients travel round the ring in; they are summed in float32. auto: bfloat16 where q "
+    "is, float32 else.",
     "loong_mla_latent": "Multi-latent attention: send the latent round the ring instead of keys and values, where that "
     "is fewer bytes.",
     "loong_selective_checkpoint": "With --recompute-granularity full: keep attention's output and log-sum-exp, so that "
@@ -43,6 +46,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "context_parallel_impl": {"choices": IMPLEMENTATIONS},
     "loong_selective_checkpoint": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
     "loong_keep_exchange": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
+    "loong_gradient_wire": {"choices": GRADIENT_WIRES},
     "loong_mla_latent": {"action": "store_true"},
     "loong_offload_attention": {"action": "store_true"},
     "loong_offload_activations": {"action": "store_true"},

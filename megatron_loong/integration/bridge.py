@@ -40,6 +40,11 @@ def use_loong(config: Any, **options: Any) -> LoongOptions:
     )
     check_kernel_name(chosen.loong_kernel)
     refuse(model)
+    if getattr(model, "hybrid_context_parallel", False):
+        raise NotImplementedError(
+            "hybrid_context_parallel does not work through Megatron-Bridge with context_parallel_impl='loong' yet; "
+            "supported: Megatron's own training loop, or one context-parallel size for all batches"
+        )
     if getattr(getattr(config, "dist", None), "use_tp_pp_dp_mapping", False):
         order = "tp-cp-ep-pp-dp"
     else:

@@ -18,14 +18,16 @@ def check_options(
     num_attention_heads: int | None = None,
     cp_comm_type: str | Sequence[str | None] | None = None,
     hierarchical_context_parallel_sizes: Sequence[int] | None = None,
+    hybrid: bool = False,
 ) -> None:
     """Raise `ValueError` when the options contradict each other or Megatron's own flags; None is "not known yet".
 
-    Does nothing for `native`.
+    `hybrid`: micro-batches bring ranks of their own out of DP x CP, whose number `check_parts` is told once it is
+    known. Does nothing for `native`.
     """
     if not options.loong:
         return
-    if cp == 1:
+    if cp == 1 and not hybrid:
         raise ValueError(
             "--context-parallel-impl loong needs --context-parallel-size above 1, which is 1: "
             "set it, or leave --context-parallel-impl at native"
@@ -43,7 +45,8 @@ def check_options(
             "to native context parallelism and contradicts --context-parallel-impl loong; remove it, and use "
             "--loong-head-parallel-size and --loong-inner-ring-size"
         )
-    _check_sizes(options, cp)
+    if not hybrid:
+        _check_sizes(options, cp, f"--context-parallel-size {cp}")
     if num_attention_heads is not None:
         check_heads(options.loong_head_parallel_size, cp=cp, tp=tp, num_attention_heads=num_attention_heads)
 
@@ -63,9 +66,14 @@ def check_heads(head_parallel_size: int | str, *, cp: int, tp: int, num_attentio
         )
 
 
-def _check_sizes(options: LoongOptions, cp: int) -> None:
+def check_parts(options: LoongOptions, dp_cp: int) -> None:
+    """Raise `ValueError` where the sizes asked for do not fit all ranks of DP x CP, which long micro-batches share."""
+    _check_sizes(options, dp_cp, f"--hybrid-context-parallel over data x context parallel = {dp_cp} ranks")
+
+
+def _check_sizes(options: LoongOptions, cp: int, ranks: str) -> None:
     hp, inner = options.loong_head_parallel_size, options.loong_inner_ring_size
-    flags = f"(--context-parallel-size {cp}, --loong-head-parallel-size {hp}, --loong-inner-ring-size {inner})"
+    flags = f"({ranks}, --loong-head-parallel-size {hp}, --loong-inner-ring-size {inner})"
     if isinstance(hp, str):
         # With hp still open, an inner ring only has to divide some ring: one whose size divides cp.
         if isinstance(inner, int) and cp % inner:
@@ -99,10 +107,10 @@ REFUSALS = (
     Refusal("fp8", _is_set, "--fp8-format {value}", "--bf16"),
     Refusal("fp4", _is_set, "--fp4-format {value}", "--bf16"),
     Refusal(
-        "hybrid_context_parallel", _is_set, "--hybrid-context-parallel", "one context-parallel size for all batches"
-    ),
-    Refusal(
-        "dynamic_context_parallel", _is_set, "--dynamic-context-parallel", "one context-parallel size for all batches"
+        "dynamic_context_parallel",
+        _is_set,
+        "--dynamic-context-parallel",
+        "--hybrid-context-parallel, or one context-parallel size for all batches",
     ),
     Refusal("batch_invariant_mode", _is_set, "--batch-invariant-mode", "training without it"),
     Refusal(
@@ -153,6 +161,42 @@ def refuse_beside_packs(holder: Any) -> None:
         )
 
 
+#: Beside micro-batches that bring ranks of their own: what in Megatron still talks to the static group, and why.
+_BESIDE_HYBRID = (
+    ("multi_latent_attention", "--multi-latent-attention (Megatron itself refuses it there)"),
+    ("mtp_num_layers", "--mtp-num-layers (it shifts tokens over the static group)"),
+    ("num_experts", "--num-experts (its ranks would wait for each other's micro-batches)"),
+    ("num_moe_experts", "num_moe_experts (its ranks would wait for each other's micro-batches)"),
+    ("hybrid_layer_pattern", "--hybrid-layer-pattern (Mamba layers use the static group)"),
+    ("hybrid_override_pattern", "--hybrid-override-pattern (Mamba layers use the static group)"),
+    ("experimental_attention_variant", "--experimental-attention-variant"),
+)
+
+
+def refuse_beside_hybrid(options: LoongOptions, holder: Any) -> None:
+    """Raise `NotImplementedError` for what does not work where micro-batches bring ranks of their own.
+
+    `holder`: Megatron's args or a TransformerConfig; nothing is checked unless it asks for `hybrid_context_parallel`.
+    """
+    if not getattr(holder, "hybrid_context_parallel", False):
+        return
+    reason = instead = None
+    if options.loong_placement not in ("head_first", "head-inner-outer"):
+        reason = f"--loong-placement {options.loong_placement} (it moves the ranks of a short sequence apart)"
+        instead = "--loong-placement head_first"
+    for attribute, why in _BESIDE_HYBRID:
+        if getattr(holder, attribute, None):
+            reason, instead = why, "dense models whose layers are dot-product attention"
+    if getattr(holder, "eval_iters", 0):
+        reason = f"--eval-iters {holder.eval_iters} (Megatron schedules no batches of an evaluation)"
+        instead = "--eval-iters 0"
+    if reason:
+        raise NotImplementedError(
+            f"--hybrid-context-parallel does not work with {reason} and --context-parallel-impl loong; "
+            f"supported: {instead}"
+        )
+
+
 def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
     """Both checks on Megatron's arguments; unless `final`, what a checkpoint may still replace is left open."""
     check_recompute(options, args)
@@ -167,7 +211,9 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
         num_attention_heads=None if open_yet else getattr(args, "num_attention_heads", None),
         cp_comm_type=getattr(args, "cp_comm_type", None),
         hierarchical_context_parallel_sizes=getattr(args, "hierarchical_context_parallel_sizes", None),
+        hybrid=bool(getattr(args, "hybrid_context_parallel", False)),
     )
+    refuse_beside_hybrid(options, args)
     check_kernel_name(options.loong_kernel)
     refuse(args)
     # Before Megatron has validated its arguments, it is open whether the rotary embedding will be fused.

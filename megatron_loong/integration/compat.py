@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch.distributed as dist
+
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module"
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
@@ -86,6 +88,7 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
         "initialize_model_parallel": Seam(megatron.parallel_state, "initialize_model_parallel"),
         "destroy_model_parallel": Seam(megatron.parallel_state, "destroy_model_parallel"),
         "attention_init": Seam(megatron.attention_class, "__init__"),
+        "attention_forward": Seam(megatron.attention_class, "forward"),
         "mla_init": Seam(megatron.mla_class, "__init__"),
         "checkpoint_function": Seam(megatron.random, "CheckpointFunction"),
         "model_forward": Seam(_attribute(_module("megatron.core.models.gpt"), "GPTModel"), "forward"),
@@ -100,6 +103,7 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
     if megatron.arguments is not None:
         found["add_megatron_arguments"] = Seam(megatron.arguments, "add_megatron_arguments")
     found.update(_token_layout_seams())
+    found.update(_hybrid_seams())
     for seam in found.values():
         seam.original()
     for name in ("attention_init", "mla_init"):
@@ -147,6 +151,22 @@ def _token_layout_seams() -> dict[str, Seam]:
         holder = sys.modules.get(name)
         if holder is not None and vars(holder).get("get_batch_on_this_cp_rank") is utils.get_batch_on_this_cp_rank:
             found[f"slice_sequence@{name}"] = Seam(holder, "get_batch_on_this_cp_rank")
+    return found
+
+
+def _hybrid_seams() -> dict[str, Seam]:
+    """Where Megatron's hybrid context parallelism has to be mended, see `hybrid_loop`; empty where there is none."""
+    if importlib.util.find_spec("megatron.core.pipeline_parallel.hybrid_cp_schedule") is None:
+        return {}
+    utils, found = _module("megatron.core.utils"), {}
+    if hasattr(utils, "get_batch_on_this_tp_rank"):  # 0.18 on; before, the training loop's own was right
+        found["hybrid_batch"] = Seam(utils, "get_batch_on_this_tp_rank")
+    if hasattr(utils, "get_batch_on_this_hybrid_cp_rank"):
+        found["hybrid_one_rank"] = Seam(utils, "get_batch_on_this_hybrid_cp_rank")
+    found["hybrid_backward_step"] = Seam(_module("megatron.core.pipeline_parallel.schedules"), "backward_step")
+    if not hasattr(sys.modules.get("megatron.training.training"), "wrap_hybrid_cp_data_iterator"):
+        wrapper = _attribute(_module("megatron.core.datasets.data_schedule"), "HybridCPDataLoaderWrapper")
+        found["hybrid_iterator"] = Seam(wrapper, "__iter__")
     return found
 
 
@@ -216,6 +236,17 @@ def training_args(megatron: Megatron) -> argparse.Namespace | None:
 def group_of(pg_collection: object, name: str) -> Any:
     """A process group of a `ProcessGroupCollection`, or None; 0.19 answers `hasattr` with yes for every name."""
     return None if pg_collection is None else vars(pg_collection).get(name)
+
+
+def hybrid_groups(megatron: Megatron) -> list[tuple[int, ...]]:
+    """Global ranks of every group of this process that hybrid context parallelism makes, the smallest first.
+
+    Of powers of two, and all of DP x CP; groups of one rank Megatron does without.
+    """
+    parallel_state = megatron.parallel_state
+    groups = [group for _, group in sorted(_attribute(parallel_state, "_HYBRID_DP_CP_GROUPS").items())]
+    groups.append(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return [tuple(dist.get_process_group_ranks(group)) for group in groups]
 
 
 def context_parallel_groups(

@@ -18,7 +18,8 @@ from megatron_loong.attention.attention_2d import attention_2d, kernel_request
 from megatron_loong.attention.compiled import traced
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
-from megatron_loong.integration.checks import check_options, refuse
+from megatron_loong.integration.checks import check_options, refuse, refuse_beside_hybrid
+from megatron_loong.integration.dynamic import members_of
 from megatron_loong.integration.latent import LatentSource
 from megatron_loong.integration.lengths import refuse_seen_padding
 from megatron_loong.integration.packed import packed_arguments
@@ -72,10 +73,14 @@ class LoongCoreAttention(MegatronModule):
         _refuse_construction(config, attention_type, unknown)
         chosen = runtime.active().options(config) if groups is None else None
         if chosen is not None:
-            check_options(chosen, cp=config.context_parallel_size, cp_comm_type=cp_comm_type)
+            hybrid = bool(getattr(config, "hybrid_context_parallel", False))
+            runtime.active().hybrid |= hybrid
+            refuse_beside_hybrid(chosen, config)
+            check_options(chosen, cp=config.context_parallel_size, cp_comm_type=cp_comm_type, hybrid=hybrid)
             groups = _groups_for(config, pg_collection, chosen)
         assert groups is not None
         self.groups = groups
+        self.chosen = chosen
         # With groups of one's own, whoever checkpoints decides what is kept.
         self.kept_in_checkpoint: Level = "ring" if chosen is None else level_of_layer(chosen, config, layer_number)
         self.plugin = None if chosen is None else runtime.active()
@@ -159,14 +164,17 @@ class LoongCoreAttention(MegatronModule):
         """Attention over the whole sequence for this rank's tokens.
 
         Shapes: query [s, b, h, d], key [s, b, g, d], value [s, b, g, dv] with s = S / cp_size; returns
-        [s, b, h * dv]. With `packed_seq_params`: [t, h, d] to [t, h * dv]. As with TransformerEngine, a causal mask
-        type ignores `attention_mask`. In cross-attention key and value are this rank's share of the other sequence.
+        [s, b, h * dv]. With `packed_seq_params`: [t, h, d] to [t, h * dv], and over the ranks that its `cp_group` or
+        `local_cp_size` names, if any. As with TransformerEngine, a causal mask type ignores `attention_mask`. In
+        cross-attention key and value are this rank's share of the other sequence.
         Raises `NotImplementedError` for biases and masks that only a tensor can describe.
         """
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
         _refuse_inputs(attention_bias, unknown)
-        cp = self.groups.config.context_parallel_size
-        if packed_seq_params is None:
+        groups = self._groups_of(packed_seq_params)
+        cp = groups.config.context_parallel_size
+        # Before 0.18, hybrid context parallelism hands its sequences on as they are, with the group alone beside them.
+        if packed_seq_params is None or (packed_seq_params.qkv_format == "sbhd" and members_of(packed_seq_params)):
             lengths: dict[str, Any] = {"qkv_format": "sbhd", "seq_len": query.shape[0] * cp}
             if self.attention_type == "cross":
                 lengths["kv_seq_len"] = key.shape[0] * cp
@@ -193,7 +201,7 @@ class LoongCoreAttention(MegatronModule):
                 query,
                 key,
                 value,
-                self.groups,
+                groups,
                 causal=causal,
                 softmax_scale=self.softmax_scale,
                 window_size=self.window_size,
@@ -206,6 +214,19 @@ class LoongCoreAttention(MegatronModule):
                 **lengths,
             )
         return out.flatten(-2)
+
+    def _groups_of(self, packed_seq_params: Any) -> LoongGroups:
+        """The layer's own, or those of the ranks that share this micro-batch alone."""
+        members = members_of(packed_seq_params)
+        if members is None or members.global_ranks == self.groups.cp_global_ranks:
+            return self.groups
+        if self.plugin is None or self.chosen is None:
+            raise NotImplementedError(
+                f"packed_seq_params.cp_group of ranks {list(members.global_ranks)} does not work with a layer that was "
+                f"given groups of ranks {list(self.groups.cp_global_ranks)}; supported: the groups of the plugin"
+            )
+        tp = self.config.tensor_model_parallel_size
+        return self.plugin.groups_of_members(self.chosen, members, heads=self.config.num_attention_heads, tp=tp)
 
     def _dropout_seed(self) -> int | None:
         """A number from Megatron's RNG, which recomputation puts back before it replays the layer."""

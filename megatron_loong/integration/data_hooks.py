@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_loong.integration import lengths, loss, packed
+from megatron_loong.integration import dynamic, lengths, loss, packed
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.runtime import Runtime, active
 
@@ -42,7 +42,7 @@ def slice_batch(state: Runtime, batch: dict[str, Any], cp_group: Any, cu_seqlens
     refuse_beside_packs(state.args())
     config = packed.layout_config(state, cp_group.size())
     assert config is not None  # the hooks ask first
-    batch = lengths.pad_batch(state, batch)
+    batch = lengths.pad_batch(state, batch, cp_group.size())
     state.sliced_packs = True
     for key, x in batch.items():
         if key in lengths.METADATA or key == "attention_mask" or x is None:
@@ -57,6 +57,13 @@ def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callab
     @functools.wraps(original)
     def slice_sequence(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         cp_group = _cp_group(state, args[0] if args else kwargs.get("cp_group"))
+        if state.hybrid and batch.get("local_cp_size") is not None:
+            # Masking between documents (0.19) keeps Megatron from looking at the size: it hands the static group.
+            size = int(batch["local_cp_size"])
+            if size == 1:
+                return batch
+            cp_group = state.megatron.parallel_state.get_hybrid_data_context_parallel_groups(group_size=size)
+            batch["hybrid_cp_group"] = cp_group
         if packed.layout_config(state, cp_group.size()) is None:
             return original(batch, *args, **kwargs)
         cu_seqlens = _boundaries(batch)
@@ -64,7 +71,7 @@ def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callab
         # issue 6156); here a batch with documents is always cut by them.
         if cu_seqlens is not None:
             return slice_batch(state, batch, cp_group, cu_seqlens)
-        return original(lengths.pad_batch(state, batch), *args, **kwargs)
+        return original(lengths.pad_batch(state, batch, cp_group.size()), *args, **kwargs)
 
     return slice_sequence
 
@@ -111,10 +118,11 @@ def _hook_rotary_thd(state: Runtime, original: Callable[..., Any]) -> Callable[.
     def _apply_rotary_pos_emb_thd(
         t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *args: Any, cp_group: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        config = packed.layout_config(state, cp_group.size()) if cp_group else None
-        if cp_group is None or config is None:
+        size, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
+        config, rank = dynamic.layout_and_rank(state, size, rank)
+        if config is None:
             return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
-        local = packed.rotary_freqs(config, cp_group.rank(), t.shape[0] * cp_group.size(), cu_seqlens, freqs)
+        local = packed.rotary_freqs(config, rank, t.shape[0] * config.context_parallel_size, cu_seqlens, freqs)
         return rope._apply_rotary_pos_emb_bshd(t.unsqueeze(1), local, *args, **kwargs).squeeze(1)
 
     return _apply_rotary_pos_emb_thd
@@ -133,10 +141,10 @@ def _hook_fused_rotary_thd(state: Runtime, original: Callable[..., Any]) -> Call
         cp_rank: int = 0,
         **kwargs: Any,
     ) -> torch.Tensor:
-        config = packed.layout_config(state, cp_size)
+        config, rank = dynamic.layout_and_rank(state, cp_size, cp_rank)
         if config is None:
             return original(t, cu_seqlens, freqs, cp_size=cp_size, cp_rank=cp_rank, **kwargs)
-        local = packed.rotary_freqs(config, cp_rank, t.shape[0] * cp_size, cu_seqlens, freqs)
+        local = packed.rotary_freqs(config, rank, t.shape[0] * config.context_parallel_size, cu_seqlens, freqs)
         return rope.fused_apply_rotary_pos_emb(t.unsqueeze(1), local, **kwargs).squeeze(1)
 
     return fused_apply_rotary_pos_emb_thd

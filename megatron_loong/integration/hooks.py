@@ -11,8 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import arguments, compat, data_hooks, placement, runtime, zero
-from megatron_loong.integration.checks import check_args, check_options
+from megatron_loong.integration import arguments, compat, data_hooks, dynamic, hybrid_loop, placement, runtime, zero
+from megatron_loong.integration.checks import check_args, check_options, check_parts
+from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.integration.memory_options import check_tiled_mlp
 from megatron_loong.integration.options import LoongOptions, fields_of
 from megatron_loong.integration.recompute import checkpoint_function
@@ -130,13 +131,18 @@ def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[.
             return result
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
+        state.hybrid = bool(given.arguments.get("hybrid_context_parallel"))
         check_options(
             chosen,
             cp=given.arguments["context_parallel_size"],
+            hybrid=state.hybrid,
             hierarchical_context_parallel_sizes=given.arguments.get("hierarchical_context_parallel_sizes"),
         )
         result = original(*args, **kwargs)
         cp_group = state.megatron.parallel_state.get_context_parallel_group()
+        if state.hybrid:
+            dp_cp_group = state.megatron.parallel_state.get_data_parallel_group(with_context_parallel=True)
+            check_parts(chosen, dp_cp_group.size())
         minutes = given.arguments.get("distributed_timeout_minutes")
         timeout = timedelta(minutes=minutes) if minutes else None
         state.say_zero()
@@ -171,6 +177,22 @@ def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Calla
     return __init__
 
 
+def _hook_attention_forward(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the rotary embedding inside which ranks share the micro-batch, where it brings its own."""
+    place = list(inspect.signature(original).parameters).index("packed_seq_params")
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # One less than its place, for `self`.
+        given = args[place - 1] if len(args) >= place else kwargs.get("packed_seq_params")
+        if given is None or not isinstance(self.core_attention, LoongCoreAttention):
+            return original(self, *args, **kwargs)
+        with dynamic.attending(state, dynamic.members_of(given)):
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
 def _hook_checkpoint_function(state: Runtime, original: Any) -> Any:
     return checkpoint_function(state.recompute, original)
 
@@ -185,6 +207,7 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "initialize_model_parallel": _hook_initialize,
     "destroy_model_parallel": _hook_destroy,
     "attention_init": _hook_attention_init,
+    "attention_forward": _hook_attention_forward,
     "mla_init": _hook_attention_init,
     "checkpoint_function": _hook_checkpoint_function,
     "model_forward": _with_options(model_forward),
@@ -192,4 +215,5 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "acceptance_counts": _with_options(acceptance_counts),
     "mlp_forward": _with_options(mlp_forward),
     **data_hooks.HOOKS,
+    **hybrid_loop.HOOKS,
 }

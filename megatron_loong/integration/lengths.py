@@ -44,14 +44,14 @@ def padded_length(seq_len: int, cp: int, tp: int = 1) -> int:
     return -(-seq_len // multiple) * multiple
 
 
-def length_for_megatron(state: Runtime, seq_len: int) -> int:
-    """`padded_length` for the ranks of this process."""
+def length_for_megatron(state: Runtime, seq_len: int, cp: int | None = None) -> int:
+    """`padded_length` for the ranks of this process; `cp`: those that share a micro-batch, if not all of CP."""
     parallel_state = state.megatron.parallel_state
     args = state.args()
     tp = parallel_state.get_tensor_model_parallel_world_size()
     if args is not None and not getattr(args, "sequence_parallel", False):
         tp = 1
-    return padded_length(seq_len, parallel_state.get_context_parallel_world_size(), tp)
+    return padded_length(seq_len, cp or parallel_state.get_context_parallel_world_size(), tp)
 
 
 def let_megatron_accept(args: Any) -> None:
@@ -74,8 +74,15 @@ def let_megatron_accept(args: Any) -> None:
     args.encoder_seq_length, args.seq_length = seq_len, None
 
 
-def pad_batch(state: Runtime, batch: dict[str, Any]) -> dict[str, Any]:
-    """`batch` (tensors [b, S, ...]; attention_mask [b, 1, S, S]) with S padded to what the ranks can share out.
+def _what_is_padded(state: Runtime, seq_len: int, missing: int) -> str:
+    """For the log, which says a thing once: with sequences of every length no numbers."""
+    if state.hybrid:
+        return "sequences are padded at their end to a length"
+    return f"sequences of {seq_len} tokens are padded at their end to {seq_len + missing}"
+
+
+def pad_batch(state: Runtime, batch: dict[str, Any], cp: int | None = None) -> dict[str, Any]:
+    """`batch` (tensors [b, S, ...]; attention_mask [b, 1, S, S]) with S padded to what `cp` ranks can share out.
 
     Padding: token 0, label 0, loss mask 0, the last position id once more (learned position embeddings may have no row
     behind it), masked in the attention mask. The same dictionary when nothing is to be padded.
@@ -83,7 +90,7 @@ def pad_batch(state: Runtime, batch: dict[str, Any]) -> dict[str, Any]:
     seq_len = next((x.shape[1] for key, x in batch.items() if x is not None and key in _LENGTH_KEYS), None)
     if seq_len is None:
         return batch
-    missing = length_for_megatron(state, seq_len) - seq_len
+    missing = length_for_megatron(state, seq_len, cp) - seq_len
     if not missing:
         return batch
     if batch.get("labels") is not None and batch.get("loss_mask") is None:
@@ -93,8 +100,8 @@ def pad_batch(state: Runtime, batch: dict[str, Any]) -> dict[str, Any]:
         )
     state.padded = True
     state.say(
-        f"sequences of {seq_len} tokens are padded at their end to {seq_len + missing}, which the context-parallel "
-        "ranks can share out; padding takes no part in attention or loss"
+        f"{_what_is_padded(state, seq_len, missing)}, which the context-parallel ranks can share out; padding takes no "
+        "part in attention or loss"
     )
     return {key: x if key in METADATA or x is None else _padded(key, x, missing) for key, x in batch.items()}
 

@@ -6,12 +6,13 @@ Free of torch and Megatron: everything here is arithmetic on names and numbers.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_loong.config import LoongConfig, placement_axes
+from megatron_loong.config import GRADIENT_WIRES, LoongConfig, placement_axes
 from megatron_loong.integration import memory_options
 from megatron_loong.planner.choose import Job, choose_layout
 from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
@@ -46,6 +47,9 @@ class LoongOptions:
 
     loong_kernel: str = "auto"
     """A name of `kernels.registry`, or `auto`."""
+
+    loong_gradient_wire: str = "auto"
+    """What gradients travel round the ring in: `float32`, `input` (the dtype of q) or `auto` (bfloat16 for bfloat16)."""
 
     loong_mla_latent: bool = False
     """Multi-latent attention sends the latent round the ring where that is fewer bytes than keys and values."""
@@ -92,6 +96,10 @@ class LoongOptions:
             raise ValueError(f"--loong-placement: {error}") from None
         if not isinstance(self.loong_kernel, str):
             raise ValueError(f"--loong-kernel {self.loong_kernel!r} must be the name of a kernel, or auto")
+        if self.loong_gradient_wire not in GRADIENT_WIRES:
+            raise ValueError(
+                f"--loong-gradient-wire {self.loong_gradient_wire!r} is unknown; use {', '.join(GRADIENT_WIRES)}"
+            )
         memory_options.check_values(self)
 
     @property
@@ -218,6 +226,35 @@ def resolve(
     if isinstance(inner, str) and cp % hp == 0:
         inner = largest_inner_ring_size(cp, hp, placement, cp_ranks_in_node)
     return LoongConfig(cp, hp, inner if isinstance(inner, int) else None, placement)
+
+
+def resolve_part(
+    options: LoongOptions,
+    size: int,
+    *,
+    heads: int | None,
+    cp_ranks_in_node: int,
+    job: Job | None = None,
+) -> LoongConfig | None:
+    """The layout for a micro-batch on `size` ranks, a part of those that the flags were written for.
+
+    A number in a flag becomes its greatest common divisor with what there is; `auto` is answered for `size` ranks. The
+    other arguments as for `resolve`. Placement is head_first: the ranks of a part are neighbours as they come.
+
+    >>> resolve_part(LoongOptions("loong", 4), 2, heads=8, cp_ranks_in_node=2).describe()
+    'cp 2 = head 2 x ring 1 (outer 1 x inner 1), placement head_first, zigzag'
+    """
+    hp, inner = options.loong_head_parallel_size, options.loong_inner_ring_size
+    fitted = dataclasses.replace(
+        options,
+        loong_head_parallel_size=math.gcd(hp, size) if isinstance(hp, int) else hp,
+        loong_inner_ring_size="auto",
+        loong_placement="head_first",
+    )
+    config = resolve(fitted, context_parallel_size=size, heads=heads, cp_ranks_in_node=cp_ranks_in_node, job=job)
+    if config is None or isinstance(inner, str):
+        return config
+    return dataclasses.replace(config, inner_ring_size=math.gcd(inner, config.ring_size))
 
 
 def ranks_per_node(environment: Mapping[str, str], device_count: int, world_size: int) -> int:

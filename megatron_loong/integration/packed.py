@@ -114,11 +114,15 @@ def packed_arguments(
 
     `local_tokens`: query tokens of this rank; `config`: the layer's TransformerConfig; `state`: the installed plugin,
     if it cuts the batches. Waits for the device at the first layer of a micro-batch only. Raises
-    `NotImplementedError` for dynamic context parallelism, for padded documents without causal masking, and for what
+    `NotImplementedError` for another format than `thd`, for padded documents without causal masking, and for what
     else in the model would misread the layout; `RuntimeError` when the plugin has cut no packed batch, so that the
     tokens are not where they should be.
     """
-    refuse_dynamic(packed_seq_params)
+    if packed_seq_params.qkv_format != "thd":
+        raise NotImplementedError(
+            f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r} does not work with --context-parallel-impl "
+            "loong; supported: 'thd'"
+        )
     if state is not None and cp_size > 1:
         _require_slices(state)
     refuse_beside_packs(config)
@@ -151,22 +155,6 @@ def _require_slices(state: Runtime) -> None:
             "packed sequences reached attention, but the batch was not cut by the layout of --context-parallel-impl "
             "loong: this program cuts it itself. Let it call megatron.core.utils.get_batch_on_this_cp_rank (with "
             "cu_seqlens in the batch), or megatron_loong.integration.slice_packed_batch"
-        )
-
-
-def refuse_dynamic(packed_seq_params: Any) -> None:
-    """Raise `NotImplementedError` for a pack that brings a context-parallel group of its own, or is no `thd`."""
-    for name in ("local_cp_size", "cp_group"):
-        if getattr(packed_seq_params, name, None) is not None:
-            raise NotImplementedError(
-                f"packed_seq_params.{name} (dynamic or hybrid context parallelism) does not work with "
-                "--context-parallel-impl loong; supported: one context-parallel size for all batches "
-                "(or --context-parallel-impl native)"
-            )
-    if packed_seq_params.qkv_format != "thd":
-        raise NotImplementedError(
-            f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r} does not work with --context-parallel-impl "
-            "loong; supported: 'thd'"
         )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,14 @@ from megatron_loong.integration.options import (
     merge,
     ranks_per_node,
     resolve,
+    resolve_part,
 )
 from megatron_loong.integration.recompute import RecomputeState
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.placement import cp_ranks_per_node, permuted_ranks
+
+if TYPE_CHECKING:
+    from megatron_loong.integration.dynamic import Members
 
 
 class Runtime:
@@ -47,6 +52,11 @@ class Runtime:
         """Whether a batch had to be padded."""
         self.sliced_packs = False
         """Whether a packed batch was cut by our layout."""
+        self.hybrid = False
+        """Whether Megatron gives each micro-batch ranks of its own (`--hybrid-context-parallel`)."""
+        self.members: Members | None = None
+        """The ranks of the micro-batch whose attention runs now, where it brings its own."""
+        self._part_layouts: dict[Any, LoongConfig | None] = {}
         self._said: set[str] = set()
 
     # ---- options ----
@@ -138,6 +148,8 @@ class Runtime:
         self, chosen: LoongOptions, cp_ranks: Sequence[int], heads: int | None, world_size: int
     ) -> LoongConfig | None:
         per_node = ranks_per_node(os.environ, torch.cuda.device_count(), world_size)
+        if self.hybrid:
+            return self.layout_of_part(chosen, cp_ranks, heads)
         return resolve(
             chosen,
             context_parallel_size=len(cp_ranks),
@@ -161,27 +173,60 @@ class Runtime:
             )
         return config
 
+    def layout_of_part(self, chosen: LoongOptions, ranks: Sequence[int], heads: int | None) -> LoongConfig | None:
+        """The layout for micro-batches that `ranks` share, by `options.resolve_part`; None while heads are unknown."""
+        key = (chosen, tuple(ranks), heads)
+        if key not in self._part_layouts:
+            per_node = ranks_per_node(os.environ, torch.cuda.device_count(), dist.get_world_size())
+            job, longest = job_of(chosen, self.args()), getattr(self.args(), "max_seqlen_per_dp_cp_rank", None)
+            if job is not None and longest:  # Megatron's scheduler gives so many ranks nothing longer
+                job = dataclasses.replace(job, seq_len=longest * len(ranks))
+            in_node = cp_ranks_per_node(ranks, per_node)
+            self._part_layouts[key] = resolve_part(chosen, len(ranks), heads=heads, cp_ranks_in_node=in_node, job=job)
+        return self._part_layouts[key]
+
     def build_with_the_world(self, cp_ranks: Sequence[int], timeout: timedelta | None) -> None:
-        """Called by every rank once Megatron has its groups; leaves them to the first layer if heads are unknown."""
+        """Called by every rank once Megatron has its groups; leaves them to the first layer if heads are unknown.
+
+        Where micro-batches bring ranks of their own, the groups of every size, smallest first: later, ranks would meet
+        a size at different times.
+        """
+        self._part_layouts.clear()
         args = self.args()
         chosen = self.options()
         heads = getattr(args, "num_attention_heads", None)
         tp = getattr(args, "tensor_model_parallel_size", 1)
         config = self.layout(chosen, cp_ranks, heads and heads // tp)
-        if config is not None:
-            self.groups.get(config, cp_ranks, local_synchronization=False, timeout=timeout)
-            self.say_layout(config)
+        if config is None:
+            return
+        self.groups.get(config, cp_ranks, local_synchronization=False, timeout=timeout)
+        self.say_layout(config)
+        for ranks in compat.hybrid_groups(self.megatron) if self.hybrid else []:
+            if len(ranks) != len(cp_ranks):  # else they are the same ranks
+                part = self.layout_of_part(chosen, ranks, heads and heads // tp)
+                assert part is not None  # heads are known
+                self.groups.get(part, ranks, local_synchronization=False, timeout=timeout)
+                self.say(f"micro-batches on {len(ranks)} ranks: {part.describe()}")
 
     def groups_of_layer(self, chosen: LoongOptions, cp_ranks: Sequence[int], *, heads: int, tp: int) -> LoongGroups:
         """Groups for an attention layer with `heads` query heads in all; the same object for all such layers."""
         cp = len(cp_ranks)
-        check_options(chosen, cp=cp, tp=tp, num_attention_heads=heads)
+        check_options(chosen, cp=cp, tp=tp, num_attention_heads=heads, hybrid=self.hybrid)
         config = self.layout(chosen, cp_ranks, heads // tp)
         assert config is not None  # heads are known
         check_heads(config.head_parallel_size, cp=cp, tp=tp, num_attention_heads=heads)
         groups = self.groups.get(config, cp_ranks, local_synchronization=True)
         self.say_layout(config)
         return groups
+
+    def groups_of_members(self, chosen: LoongOptions, members: Members, *, heads: int, tp: int) -> LoongGroups:
+        """Groups of the ranks that share a micro-batch, for a layer with `heads` query heads in all.
+
+        Made when Megatron made its own (`build_with_the_world`), or else now, by those ranks alone.
+        """
+        config = self.layout_of_part(chosen, members.global_ranks, heads // tp)
+        assert config is not None  # heads are known
+        return self.groups.get(config, members.global_ranks, local_synchronization=True)
 
     # ---- the log ----
 

@@ -24,7 +24,7 @@ def swapped_submodules(runtime: Runtime, layer: object, config: Any, submodules:
     chosen = runtime.options(config)
     if not chosen.loong:
         return submodules
-    if config.context_parallel_size == 1:
+    if config.context_parallel_size == 1 and not getattr(config, "hybrid_context_parallel", False):
         # Fine for a tower beside the model (a vision encoder); asked for on this very config, it is a mistake.
         if getattr(config, "context_parallel_impl", "native") == "loong":
             raise ValueError(

@@ -16,7 +16,7 @@ def keep_mask(
     """
     device = q_places.device
     state = torch.arange(batch, device=device).view(-1, 1, 1, 1) ^ (seed & _MASK)
-    state = _mixed(state) ^ torch.tensor(list(heads), device=device).view(-1, 1, 1) ^ (seed >> 32 & _MASK)
+    state = _mixed(state) ^ torch.arange(heads.start, heads.stop, device=device).view(-1, 1, 1) ^ (seed >> 32 & _MASK)
     state = _mixed(state) ^ q_places.view(-1, 1)
     state = _mixed(_mixed(state) ^ _mixed(kv_places + 0x9E3779B9 & _MASK))
     return state >= int(p * 2**32)

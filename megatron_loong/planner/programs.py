@@ -77,7 +77,7 @@ def _program(outer_ring_size: int, inner_ring_size: int, backward: bool) -> tupl
         if backward:
             ops += gradients.pop(visit, [])
             ops.append(Op("fold", visit))
-        for hop in passage.gradient_hops.get(step, ()):
+        for hop in passage.return_hops.get(step, ()):
             # The block's gradient is complete on this rank before it is sent on; the neighbour's comes in exchange.
             if hop.send:
                 ops.append(Op("post", visit, f"{hop.ring}_dkv"))

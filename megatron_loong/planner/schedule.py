@@ -1,7 +1,8 @@
-"""Which KV block is attended to when, and by which hop it comes: pure functions.
+"""Which block is attended to when, and by which hop it comes: pure functions.
 
 A double ring is only another visit order (LoongTrain section 4.3): what a rank computes with a block depends on
-(ring_rank, kv_owner) alone. A visit is a pair of shifts (outer, inner): the block of the ring rank that stands
+(ring_rank, owner) alone. Either the KV blocks move and every rank computes for its own queries, or the queries move
+(with what their gradient needs) and every rank computes with its own keys: `moving` says which. A visit is a pair of shifts (outer, inner): the block of the ring rank that stands
 that many places back on each ring. A block goes round its owner's inner ring, and from the owner to its places on
 the other inner rings by outer hops, each of which begins an inner round there:
 
@@ -9,7 +10,9 @@ the other inner rings by outer hops, each of which begins an inner round there:
       | outer                                    attends to the block, so the hop hides behind that step's tiles,
     (1,0) -inner-> (1,1) -inner-> (1,2)          and an outer hop behind a whole inner round
 
-Gradients go home the other way: along each inner ring to its first place, and from there along the outer ring.
+What was computed on a block (gradients; of queries that move forward, their partial output) goes home the other way:
+along each inner ring to its first place, and from there along the outer ring; from place to place, each adding its
+own, or (`straight_home`) every place's part by itself: a part which is rounded to travel is rounded once a ring.
 A rank that needs nothing of a block, and hands it to nobody on the other ring, is passed over. Where the ranks of an
 inner ring need different rows (a window: the two neighbours), its first place sends each of them its own instead.
 """
@@ -20,10 +23,11 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from megatron_loong.planner.rotation import Moving
 from megatron_loong.planner.rows import Rows, original_rows, row_count, running_unions, slice_within, union
-from megatron_loong.planner.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles
+from megatron_loong.planner.tiles import Held, Mask, Tile, halved, held_segments, seen_rows, tiles
 from megatron_loong.planner.visits import OWN, Route, Visit, backward_visits, forward_visits
 from megatron_loong.topology.tokens import TokenLayout
 
@@ -49,23 +53,24 @@ class Passage:
     """What one rank does in one direction, step by step; step -1 is before the first visit. `visits[i]` is step i."""
 
     visits: tuple[Visit, ...]
+    opening: tuple[Tile, ...]
+    """About half of the own block's tiles, to be computed in step -1: they hide the first hops."""
     tiles: Mapping[Visit, tuple[Tile, ...]]
-    """Tiles of each visit; kv slices count rows of `kv_rows`."""
-    kv_rows: Mapping[Visit, Rows]
+    """Tiles of each visit, without the opening; on the moving side slices count rows of `rows`."""
+    rows: Mapping[Visit, Rows]
     """Rows of the owner's block that are here during a visit; a visit without an entry is passed over."""
     hops: Mapping[int, tuple[Hop, ...]]
-    """KV hops by the step in which they are posted."""
+    """Hops of the moving blocks by the step in which they are posted."""
     last_use: Mapping[Visit, int]
     """Step after which a block may be dropped."""
-    gradient_rows: Mapping[Visit, Rows]
-    """Rows of the owner's block to which this rank, or those before it, have a gradient; backward only."""
-    gradient_hops: Mapping[int, tuple[Hop, ...]]
-    """dKV hops by step; backward only."""
+    return_rows: Mapping[Visit, Rows]
+    """Rows of the owner's block for which this rank, or those before it, have something that must go home."""
+    return_hops: Mapping[int, tuple[Hop, ...]]
+    """What goes home, by step; empty where nothing does (KV moving forward)."""
 
-    def gradient_tiles(self, visit: Visit) -> list[slice]:
-        """For every tile of a visit, the rows of `gradient_rows` that its keys are."""
-        held, rows = self.kv_rows[visit], self.gradient_rows[visit]
-        return [slice_within(rows, original_rows(held, tile.kv)) for tile in self.tiles[visit]]
+    def return_place(self, visit: Visit, rows: slice) -> slice:
+        """Where `rows` of what is here during a visit stand among its `return_rows`."""
+        return slice_within(self.return_rows[visit], original_rows(self.rows[visit], rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,11 @@ class RingSchedule:
     kv: TokenLayout
     mask: Mask
     inner_ring_size: int
+    moving: Moving = "kv"
+    share: Literal["all", "near", "far"] = "all"
+    """Which pairs of ring ranks are computed here: all, or those less (more) than half a ring apart (`helping`)."""
+    straight_home: bool = False
+    """Whether what goes home goes straight to the first place of its ring, and is not added to on the way."""
     _known_needs: dict[tuple[int, int], Rows] = field(default_factory=dict, repr=False)
     _known_routes: dict[int | Rows, Route] = field(default_factory=dict, repr=False)
     _known_passages: dict[tuple[int, bool], Passage] = field(default_factory=dict, repr=False)
@@ -100,7 +110,7 @@ class RingSchedule:
         Somebody further along then needs all of every block (but for the half of one block in causal zigzag), so
         that choosing rows would cost a copy per hop and save next to nothing.
         """
-        if len(self.q.documents) != 2 or self.mask.left is not None:
+        if len(self.q.documents) != 2 or self.mask.left is not None or self.share != "all":
             return False
         q_runs, kv_runs = ([x.ring_runs(rank) for rank in range(self.ring_size)] for x in (self.q, self.kv))
         if not all(q_runs) or not all(kv_runs):
@@ -112,21 +122,35 @@ class RingSchedule:
 
     def block_rows(self, owner: int) -> Rows:
         """All rows of an owner's block."""
-        length = sum(stop - start for start, stop in self.kv.ring_runs(owner))
+        length = sum(stop - start for start, stop in (self.kv if self.moving == "kv" else self.q).ring_runs(owner))
         return ((0, length),) if length else ()
 
     def tiles(self, ring_rank: int, owner: int) -> list[Tile]:
         """Tiles of `ring_rank` with all of `owner`'s block."""
-        q, kv = self._held if ring_rank == owner else self._shared
-        return tiles(self.q, self.kv, q[ring_rank], kv[owner], self.mask)
+        pair = self._pair(ring_rank, owner)
+        return [] if pair is None else tiles(self.q, self.kv, *pair, self.mask)
 
     def needs(self, ring_rank: int, owner: int) -> Rows:
-        """Rows of `owner`'s block that `ring_rank` sees."""
+        """Rows of `owner`'s block that `ring_rank` meets."""
         if (ring_rank, owner) not in self._known_needs:
-            q, kv = self._held if ring_rank == owner else self._shared
-            seen = seen_rows(self.q, self.kv, q[ring_rank], kv[owner], self.mask)
-            self._known_needs[ring_rank, owner] = union(seen)
+            pair = self._pair(ring_rank, owner)
+            if pair is None:
+                rows: Rows = ()
+            elif self.moving == "kv":
+                rows = union(seen_rows(self.q, self.kv, *pair, self.mask))
+            else:
+                rows = union((tile.q.start, tile.q.stop) for tile in self.tiles(ring_rank, owner))
+            self._known_needs[ring_rank, owner] = rows
         return self._known_needs[ring_rank, owner]
+
+    def _pair(self, ring_rank: int, owner: int) -> tuple[Held, Held] | None:
+        """What is held of queries and of keys where `ring_rank` meets `owner`'s block; None: not computed here."""
+        q_rank, kv_rank = (ring_rank, owner) if self.moving == "kv" else (owner, ring_rank)
+        far = 2 * (q_rank - kv_rank) > self.ring_size
+        if self.share != "all" and far != (self.share == "far"):
+            return None
+        q, kv = self._held if ring_rank == owner else self._shared
+        return q[q_rank], kv[kv_rank]
 
     @functools.cached_property
     def _held(self) -> tuple[list[Held], list[Held]]:
@@ -150,63 +174,75 @@ class RingSchedule:
     def passage(self, ring_rank: int, backward: bool) -> Passage:
         """What `ring_rank` does in the forward or in the backward pass."""
         if (ring_rank, backward) not in self._known_passages:
-            visits = (backward_visits if backward else forward_visits)(self.outer_ring_size, self.inner_ring_size)
+            # What returns must have come to its home by the last visit: the own block's.
+            order = backward_visits if backward or self.moving == "q" else forward_visits
+            visits = order(self.outer_ring_size, self.inner_ring_size)
             self._known_passages[ring_rank, backward] = self._passage(ring_rank, visits, backward)
         return self._known_passages[ring_rank, backward]
 
     def _passage(self, ring_rank: int, visits: list[Visit], backward: bool) -> Passage:
         step = {visit: index for index, visit in enumerate(visits)}
-        kv_rows, gradient_rows, last_use, tiles_of = {}, {}, {}, {}
+        own_last = visits[-1] == OWN
+        rows, return_rows, last_use, tiles_of = {}, {}, {}, {}
         hops: defaultdict[int, list[Hop]] = defaultdict(list)
-        gradient_hops: defaultdict[int, list[Hop]] = defaultdict(list)
+        return_hops: defaultdict[int, list[Hop]] = defaultdict(list)
         for visit in visits:
             owner = visit.owner(ring_rank, self.ring_size, self.inner_ring_size)
             route = self._route(owner)
             if visit not in route.carried:
                 continue
-            kv_rows[visit] = route.carried[visit]
+            rows[visit] = route.carried[visit]
             last_use[visit] = max(
-                [step[visit], *(self._post_step(x, route, step, backward) for x in route.children[visit])]
+                [step[visit], *(self._post_step(x, route, step, own_last) for x in route.children[visit])]
             )
-            tiles_of[visit] = tuple(
-                tile._replace(kv=slice_within(kv_rows[visit], (tile.kv.start, tile.kv.stop)))
-                for tile in self.tiles(ring_rank, owner)
-            )
+            tiles_of[visit] = tuple(self._placed(tile, rows[visit]) for tile in self.tiles(ring_rank, owner))
             ends = [(True, child, child) for child in route.children[visit]]
             if visit != OWN:
                 ends.append((False, route.parent[visit], visit))
             for send, other, child in ends:
-                due = min([step[child], *(self._post_step(x, route, step, backward) for x in route.children[child])])
+                due = min([step[child], *(self._post_step(x, route, step, own_last) for x in route.children[child])])
                 hop = self._hop(send, visit, other, owner, route.carried[child], due)
-                hops[self._post_step(child, route, step, backward)].append(hop)
-            if backward:
-                gradient_rows[visit] = route.gathered[visit]
-                for source in route.gradient_sources.get(visit, ()):
-                    rows = route.gathered[source]
-                    gradient_hops[step[source]].append(self._hop(False, visit, source, owner, rows, step[visit]))
-                if visit != OWN:
-                    target, rows = route.gradient_target[visit], route.gathered[visit]
-                    gradient_hops[step[visit]].append(self._hop(True, visit, target, owner, rows, step[target]))
+                hops[self._post_step(child, route, step, own_last)].append(hop)
+            if not backward and self.moving == "kv":
+                continue
+            return_rows[visit] = route.gathered[visit]
+            for source in route.return_sources.get(visit, ()):
+                hop = self._hop(False, visit, source, owner, route.gathered[source], step[source] + 1)
+                return_hops[step[source]].append(hop)
+            if visit != OWN:
+                target = route.return_target[visit]
+                hop = self._hop(True, visit, target, owner, route.gathered[visit], step[visit] + 1)
+                return_hops[step[visit]].append(hop)
+        opening: tuple[Tile, ...] = ()
+        if backward and self.ring_size > 1:
+            opening, tiles_of[OWN] = halved(tiles_of[OWN])
         return Passage(
             visits=tuple(visits),
+            opening=opening,
             tiles=tiles_of,
-            kv_rows=kv_rows,
+            rows=rows,
             hops=_frozen(hops),
             last_use=last_use,
-            gradient_rows=gradient_rows,
-            gradient_hops=_frozen(gradient_hops),
+            return_rows=return_rows,
+            return_hops=_frozen(return_hops),
         )
 
-    def _post_step(self, child: Visit, route: Route, step: dict[Visit, int], backward: bool) -> int:
+    def _placed(self, tile: Tile, rows: Rows) -> Tile:
+        """A tile of a whole block as one of those of its rows that are here."""
+        if self.moving == "kv":
+            return tile._replace(kv=slice_within(rows, (tile.kv.start, tile.kv.stop)))
+        return tile._replace(q=slice_within(rows, (tile.q.start, tile.q.stop)))
+
+    def _post_step(self, child: Visit, route: Route, step: dict[Visit, int], own_last: bool) -> int:
         """The step in which the hop to `child` is posted.
 
-        Backward, an inner round begins with the second place of the ring (the first comes last), so what the first
-        place hands on is posted a step ahead of that.
+        Where the own block comes last, an inner round begins with the second place of the ring (the first comes last),
+        so what the first place hands on is posted a step ahead of that.
         """
         if child in route.direct:
             return step[child] - 1
         sender = route.parent[child]
-        if not backward or sender.inner_shift:
+        if not own_last or sender.inner_shift:
             return step[sender]
         if self.inner_ring_size > 1:
             return step[Visit(sender.outer_shift, 1)] - 1
@@ -227,7 +263,7 @@ class RingSchedule:
 
     def _make_route(self, owner: int) -> Route:
         rounds = self._rounds(owner)
-        route = Route({}, {}, {}, {}, {}, {OWN: []}, set())
+        route = Route({}, {}, {}, {}, {}, {OWN: []}, set(), self.straight_home)
         for head, *inner in rounds.values():
             needs = [self._need(visit, owner) for visit in inner]
             if self._direct:
@@ -279,6 +315,24 @@ def _frozen(hops: Mapping[int, list[Hop]]) -> dict[int, tuple[Hop, ...]]:
 
 
 @functools.lru_cache(maxsize=32)
-def ring_schedule(q: TokenLayout, kv: TokenLayout, mask: Mask, inner_ring_size: int) -> RingSchedule:
-    """The schedule of a ring, remembered: every layer of a model asks for the same."""
-    return RingSchedule(q, kv, mask, inner_ring_size)
+def ring_schedule(
+    q: TokenLayout,
+    kv: TokenLayout,
+    mask: Mask,
+    inner_ring_size: int,
+    moving: Moving = "kv",
+    straight_home: bool = False,
+) -> tuple[RingSchedule, ...]:
+    """The schedules that together are the attention of a ring, remembered: every layer of a model asks for the same.
+
+    One schedule, or, for a causal document in contiguous chunks, two, whatever `moving` says: pairs of ranks more than
+    half a ring apart are computed by the earlier rank, which has few keys to attend to itself and is sent the queries.
+    So every rank computes about half of the ring's blocks (LightSeq, DISTFLASHATTN, arXiv 2310.03294, section 3.2).
+    """
+    contiguous = all(len(q.ring_runs(rank)) <= 1 for rank in range(q.ring_size))
+    if contiguous and q is kv and q.ring_size > 2 and mask == Mask(right=0) and len(q.documents) == 2:
+        return (
+            RingSchedule(q, kv, mask, inner_ring_size, "kv", "near", straight_home),
+            RingSchedule(q, kv, mask, inner_ring_size, "q", "far", straight_home),
+        )
+    return (RingSchedule(q, kv, mask, inner_ring_size, moving, "all", straight_home),)

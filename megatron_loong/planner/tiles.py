@@ -88,6 +88,47 @@ def squared(tile: Tile) -> list[Tile]:
     return [Tile(tile.q, slice(tile.kv.start, middle), FULL), Tile(tile.q, slice(middle, tile.kv.stop), CAUSAL)]
 
 
+def halved(found: Sequence[Tile]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
+    """Tiles in two parts of about as many pairs each; at most one tile is cut, by rows.
+
+    >>> [tile.q for tile in halved([Tile(slice(0, 100), slice(0, 100), CAUSAL)])[1]]
+    [slice(70, 100, None)]
+    """
+    first: list[Tile] = []
+    missing = sum(map(_pairs_of, found)) / 2
+    for index, tile in enumerate(found):
+        if _pairs_of(tile) <= missing:
+            first.append(tile)
+            missing -= _pairs_of(tile)
+            continue
+        parts = _cut(tile, missing / _pairs_of(tile))
+        return (*first, *parts[:-1]), (parts[-1], *found[index + 1 :])
+    return tuple(first), ()
+
+
+def _pairs_of(tile: Tile) -> int:
+    left, right = (None if x == UNBOUNDED else x for x in tile.window)
+    return Mask(left, right).pairs(tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start)
+
+
+def _cut(tile: Tile, share: float) -> list[Tile]:
+    """A full or causal tile as two, the first with about `share` of its pairs; any other tile as it is."""
+    rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+    if tile.window == FULL:
+        top = int(rows * share)
+    elif tile.window == CAUSAL:
+        before = keys - rows + 0.5  # the first row sees as many keys, and each further one another
+        top = int(math.sqrt(before**2 + share * ((before + rows) ** 2 - before**2)) - before)
+    else:
+        return [tile]
+    if not 0 < top < rows:
+        return [tile]
+    middle = tile.q.start + top
+    end = tile.kv.stop if tile.window == FULL else tile.kv.stop - (rows - top)
+    upper = Tile(slice(tile.q.start, middle), slice(tile.kv.start, end), tile.window)
+    return [upper, Tile(slice(middle, tile.q.stop), tile.kv, tile.window)]
+
+
 class Segment(NamedTuple):
     """A piece of one document that a ring rank holds in one piece."""
 

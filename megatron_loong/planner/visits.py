@@ -1,4 +1,4 @@
-"""In which order a rank attends to the KV blocks of a double ring, and by which way a block comes (LoongTrain 4.3)."""
+"""In which order a rank meets the blocks of a double ring, and by which way a block comes (LoongTrain 4.3)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def forward_visits(outer_ring_size: int, inner_ring_size: int) -> list[Visit]:
 
 
 def backward_visits(outer_ring_size: int, inner_ring_size: int) -> list[Visit]:
-    """Such an order that dKV ends where it belongs: C-1 hops for C blocks, and the last one hidden.
+    """Such an order that what returns ends where it belongs: C-1 hops for C blocks, and the last one hidden.
 
     On each ring a rank's own block comes last, so that the gradient that travels with the visits is at home when
     everybody has added to it. The block that is the rank's own on both rings comes last of all and hides the last
@@ -69,38 +69,41 @@ def kv_visit_order(ring_rank: int, ring_size: int, inner_ring_size: int) -> list
 
 @dataclass(frozen=True)
 class Route:
-    """The way of one owner's block, and of its gradient home."""
+    """The way of one owner's block, and home for what was computed on it."""
 
     carried: dict[Visit, Rows]
     """Rows that come to each place: what it and those behind it need."""
     gathered: dict[Visit, Rows]
-    """Rows whose gradient leaves each place: what it and those before it need."""
+    """Rows of which each place sends something home: what it needs and, unless `straight_home`, those before it."""
     parent: dict[Visit, Visit]
-    gradient_target: dict[Visit, Visit]
-    gradient_sources: dict[Visit, list[Visit]]
-    """Places whose gathered gradient joins that of another, the same inner ring first."""
+    return_target: dict[Visit, Visit]
+    return_sources: dict[Visit, list[Visit]]
+    """Places whose part joins that of another, the same inner ring first."""
     children: dict[Visit, list[Visit]]
     direct: set[Visit]
     """Places served by the first of their inner ring itself: nobody between needs what they need."""
+    straight_home: bool
+    """Whether the parts of a chain go to its first place each by itself."""
 
     def add_chain(self, places: list[Visit], needs: list[Rows]) -> None:
         """`places` pass blocks on one to the next; `needs` are of all but the first."""
-        for visit, rows in zip(places[1:], running_unions(needs), strict=True):
+        for visit, rows in zip(places[1:], needs if self.straight_home else running_unions(needs), strict=True):
             self.gathered[visit] = rows
         for visit, rows in zip(places[:0:-1], running_unions(needs[::-1]), strict=True):
             self.carried[visit] = rows
         for i, visit in enumerate(places[1:]):
-            self._link(visit, parent=places[i], target=(*places[i + 2 : i + 3], places[0])[0])
+            following = () if self.straight_home else places[i + 2 : i + 3]
+            self._link(visit, parent=places[i], target=(*following, places[0])[0])
 
     def add_direct(self, head: Visit, places: list[Visit], needs: list[Rows]) -> None:
-        """`places` get what they need from `head`, each for itself, and send their gradients straight to it."""
+        """`places` get what they need from `head`, each for itself, and send their parts straight to it."""
         for visit, rows in zip(places, needs, strict=True):
             self.carried[visit] = self.gathered[visit] = rows
             self._link(visit, parent=head, target=head)
             self.direct.add(visit)
 
     def _link(self, visit: Visit, parent: Visit, target: Visit) -> None:
-        self.parent[visit], self.gradient_target[visit] = parent, target
-        self.gradient_sources.setdefault(target, []).append(visit)
+        self.parent[visit], self.return_target[visit] = parent, target
+        self.return_sources.setdefault(target, []).append(visit)
         self.children.setdefault(visit, [])
         self.children.setdefault(parent, []).append(visit)

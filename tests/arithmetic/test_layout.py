@@ -91,7 +91,7 @@ def test_every_owner_is_visited_once_and_blocks_come_from_neighbours(n: int, w: 
             assert all(v.visitor(v.owner(rank, n, w), n, w) == rank for v in order)
             passage = schedule.passage(rank, bool(backward))
             o, i = divmod(rank, w)
-            for kind in (passage.hops, passage.gradient_hops):
+            for kind in (passage.hops, passage.return_hops):
                 sent = [hop for hops in kind.values() for hop in hops if hop.send]
                 assert len(sent) == (n - 1 if backward or kind is passage.hops else 0)
                 for hop in sent:

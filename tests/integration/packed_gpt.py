@@ -115,7 +115,8 @@ def forward_step(data_iterator, model):
     return output, partial(base.sum_loss, batch["loss_mask"])
 
 
-if __name__ == "__main__":
+def run(forward_step: Any) -> None:
+    """Train as the command line says."""
     parts = {"model_provider": base.provide_model, "model_type": ModelType.encoder_or_decoder}
     parts.update(train_valid_test_dataset_provider=provide_datasets, forward_step_func=forward_step)
     if "cfg_container" in inspect.signature(training.pretrain).parameters:  # 0.18 on
@@ -123,3 +124,7 @@ if __name__ == "__main__":
 
         parts["cfg_container"] = argument_utils.pretrain_cfg_container_from_args(arguments.parse_and_validate_args())
     training.pretrain(**parts)
+
+
+if __name__ == "__main__":
+    run(forward_step)

@@ -221,7 +221,7 @@ def test_arguments_that_change_no_result_are_taken(ignored: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"packed_seq_params": types.SimpleNamespace(qkv_format="thd", local_cp_size=2)}, "dynamic or hybrid context"),
+        ({"packed_seq_params": types.SimpleNamespace(qkv_format="sbhd")}, "qkv_format='sbhd' .*supported: 'thd'"),
         ({"attention_bias": torch.zeros(1)}, "attention bias"),
         ({"attn_mask_type": AttnMaskType.arbitrary}, "mask type arbitrary .*supported: causal"),
         ({"attn_mask_type": AttnMaskType.padding}, "mask type padding "),

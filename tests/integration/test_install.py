@@ -177,7 +177,7 @@ def test_context_parallel_size_1_is_native_beside_the_model_and_an_error_on_the_
     ("attribute", "value", "message"),
     [
         ("fp8", "hybrid", "--fp8-format hybrid"),
-        ("hybrid_context_parallel", True, "--hybrid-context-parallel"),
+        ("dynamic_context_parallel", True, "--dynamic-context-parallel .*supported: --hybrid-context-parallel"),
         ("batch_invariant_mode", True, "--batch-invariant-mode"),
         ("experimental_attention_variant", "dsa", "--experimental-attention-variant dsa"),
         ("cache_mla_latents", True, "absorbed MLA"),

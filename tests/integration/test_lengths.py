@@ -22,6 +22,7 @@ def plugin(cp: int = 4, tp: int = 1, **args: Any) -> Any:
         megatron=types.SimpleNamespace(parallel_state=parallel_state),
         args=lambda: types.SimpleNamespace(**args),
         padded=False,
+        hybrid=False,
         say=said.append,
         said=said,
     )

@@ -95,8 +95,6 @@ def test_attention_is_given_the_padded_boundaries_and_the_length() -> None:
 @pytest.mark.parametrize(
     ("changes", "config", "message"),
     [
-        ({"local_cp_size": 2}, {}, "packed_seq_params.local_cp_size .*one context-parallel size"),
-        ({"cp_group": Group(0)}, {}, "packed_seq_params.cp_group "),
         ({"qkv_format": "sbhd"}, {}, "qkv_format='sbhd' .*supported: 'thd'"),
         ({}, {"experimental_attention_variant": "gated_delta_net"}, "gated_delta_net does not work with packed"),
         ({}, {"multi_latent_attention": True, "apply_rope_fusion": True}, "supported: --no-rope-fusion"),

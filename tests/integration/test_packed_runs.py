@@ -7,7 +7,6 @@ document by document (tests/integration/packed_gpt.py). LOONG_TEST_ALL=1 runs th
 from __future__ import annotations
 
 import importlib.util
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,24 +73,6 @@ def test_trains_as_on_one_rank(case: Case) -> None:
     native = megatron_runs.train(script, case.native_world_size, *shared)
     loong = ["--context-parallel-impl", "loong", *case.loong.split()]
     assert_same_steps(megatron_runs.train(script, 4, *shared, *loong), native)
-
-
-@pytest.fixture(scope="session")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Flags for an indexed dataset of documents of 2 to 51 tokens, masked from one another."""
-    specification = importlib.util.spec_from_file_location(
-        "demo_data", megatron_runs.REPOSITORY / "scripts" / "demo_data.py"
-    )
-    assert specification is not None and specification.loader is not None
-    demo_data = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(demo_data)
-    draw = random.Random(5)
-    texts = [
-        "".join(chr(draw.randint(32, 126)) for _ in range(draw.choice([1, 2, 5, 9, 17, 30, 50]))) for _ in range(300)
-    ]
-    prefix = tmp_path_factory.mktemp("documents") / "text"
-    demo_data.write_dataset(texts, prefix)
-    return f"--data-path {prefix} --split 100,0,0 --dataloader-inter-document-masking {STEPS}"
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])

@@ -137,16 +137,18 @@ def test_bytes_fall_with_the_window_and_equal_the_schedules(pool: WorkerPool, co
     layout = zigzag_or_contiguous(config, 256)
     totals = []
     for index, window in enumerate(windows):
-        schedule = RingSchedule(layout, layout, Mask(window, 0), config.inner_ring_size or 1)
+        # Two query and two KV heads: backward the queries move, with dout, lse and delta.
+        ways = [RingSchedule(layout, layout, Mask(window, 0), config.inner_ring_size or 1, x) for x in ("kv", "q")]
         head_bytes = 4 * 2 * 8 // config.head_parallel_size  # float32, 2 heads of 8 shared out, of k or of v
         exchange = (config.head_parallel_size - 1) * (256 // 8) * 4 * head_bytes
         for rank in range(8):
-            passages = [schedule.passage(rank // config.head_parallel_size, backward) for backward in (False, True)]
-            kv, kv_again = (
-                sum(row_count(h.rows) for hops in p.hops.values() for h in hops if h.send) for p in passages
-            )
-            dkv = sum(row_count(h.rows) for hops in passages[1].gradient_hops.values() for h in hops if h.send)
-            forward, backward = exchange + 2 * head_bytes * kv, exchange + 2 * head_bytes * (kv_again + dkv)
+            there, back = (x.passage(rank // config.head_parallel_size, i == 1) for i, x in enumerate(ways))
+            rows = [
+                sum(row_count(hop.rows) for hops in by_step.values() for hop in hops if hop.send)
+                for by_step in (there.hops, back.hops, back.return_hops)
+            ]
+            forward = exchange + 2 * head_bytes * rows[0]
+            backward = exchange + (2 * head_bytes + head_bytes // 4) * rows[1] + head_bytes * rows[2]
             assert per_rank[rank][index] == (forward, backward), (rank, window)
         totals.append(sum(sum(x[index]) for x in per_rank))
     assert totals == sorted(totals, reverse=True) and totals[0] > 2 * totals[1] > 3 * totals[2]

@@ -1,4 +1,4 @@
-"""`flash_attn` for machines without a GPU: its functions, computed by PyTorch's CPU flash operator.
+"""`flash_attn` where it is not installed: its functions, computed by PyTorch's flash operator, on a CPU or a GPU.
 
 Several rivals import flash-attn at the top and call its private functions for every block. With this in its place they
 run unchanged, on the same kernel as everyone else.
@@ -7,13 +7,19 @@ run unchanged, on the same kernel as everyone else.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from megatron_loong.config import CAUSAL, FULL
+from megatron_loong.kernels.interface import TileRules
+from megatron_loong.kernels.torch_cuda import TorchFlashKernel
+
 _VERSION = "2.8.0"
+_ON_GPU = TorchFlashKernel()
 
 
 def _operands(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -35,6 +41,9 @@ def _flash_attn_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
     """[b, s, h, d] -> (out [b, s, h, d], lse [b, h, s], None, None)."""
     _refuse(causal and q.shape[1] != k.shape[1], dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    if q.device.type == "cuda":
+        out, lse = _ON_GPU.forward(q, k, v, _rules(q, softmax_scale, causal))
+        return out, lse.transpose(1, 2).contiguous(), None, None
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_operands(q, k, v), 0.0, causal, scale=softmax_scale
     )
@@ -63,12 +72,21 @@ def _flash_attn_backward(
 ) -> torch.Tensor:
     """Fill dq, dk and dv (views are fine); the softmax_d that flash-attn returns is read by nobody."""
     _refuse(causal and q.shape[1] != k.shape[1], dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_operands(dout, q, k, v, out), softmax_lse, 0.0, causal, scale=softmax_scale
-    )
+    if q.device.type == "cuda":
+        lse, rules = softmax_lse.transpose(1, 2), _rules(q, softmax_scale, causal)
+        gradients = _ON_GPU.backward(dout, q, k, v, out, lse, rules, deterministic=deterministic)
+    else:
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_operands(dout, q, k, v, out), softmax_lse, 0.0, causal, scale=softmax_scale
+        )
+        gradients = [x.transpose(1, 2) for x in gradients]
     for into, gradient in zip((dq, dk, dv), gradients, strict=True):
-        into.copy_(gradient.transpose(1, 2))
+        into.copy_(gradient)
     return softmax_lse
+
+
+def _rules(q: torch.Tensor, softmax_scale: float | None, causal: bool) -> TileRules:
+    return TileRules(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, CAUSAL if causal else FULL)
 
 
 def _refuse(
@@ -108,8 +126,8 @@ def _missing(*args: Any, **kwargs: Any) -> Any:
 
 
 def install_stand_in() -> None:
-    """Put the stand-in where `import flash_attn` finds it, unless the real one is there already."""
-    if "flash_attn" in sys.modules:
+    """Put the stand-in where `import flash_attn` finds it, unless the real one is there and has its GPU."""
+    if "flash_attn" in sys.modules or (torch.cuda.is_available() and importlib.util.find_spec("flash_attn")):
         return
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
     for module in (package, interface):

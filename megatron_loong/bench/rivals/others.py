@@ -25,6 +25,13 @@ def absent(*modules: str) -> str | None:
     return f"{', '.join(missing)} not installed (requirements/bench.txt)" if missing else None
 
 
+def without_hugging_face_adapters() -> None:
+    """ring-flash-attn's adapter for Hugging Face does not import with transformers 5; nothing else of it needs that."""
+    adapters: Any = ModuleType("ring_flash_attn.adapters")
+    adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
+    sys.modules.setdefault(adapters.__name__, adapters)
+
+
 class RingFlashAttn(Contestant):
     """zhuzilin/ring-flash-attention: one zigzag ring over all ranks."""
 
@@ -40,10 +47,7 @@ class RingFlashAttn(Contestant):
     def set_up(self, groups: GroupCache, shape: Shape) -> None:
         """The inner ring of our single ring."""
         install_stand_in()
-        # Its adapter for Hugging Face does not import with transformers 5; nothing else of it needs that.
-        adapters: Any = ModuleType("ring_flash_attn.adapters")
-        adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
-        sys.modules.setdefault(adapters.__name__, adapters)
+        without_hugging_face_adapters()
         from ring_flash_attn import zigzag_ring_flash_attn_func
 
         self._function = zigzag_ring_flash_attn_func

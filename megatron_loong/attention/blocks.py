@@ -1,0 +1,106 @@
+"""What travels round a ring: rows of several tensors in one buffer, so that a hop is one message."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megatron_loong.planner.rows import Rows, slice_within
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What out, dq, dk and dv are summed in: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one row of a block holds, tensor by tensor: (shape, dtype), wider dtypes first so that all are aligned."""
+
+    parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    @classmethod
+    def of(cls, *parts: tuple[Iterable[int], torch.dtype]) -> Form:
+        """From shapes and dtypes."""
+        form = cls(tuple((tuple(shape), dtype) for shape, dtype in parts))
+        widths = [dtype.itemsize for _, dtype in form.parts]
+        assert widths == sorted(widths, reverse=True), f"{form} is not aligned"
+        return form
+
+    @classmethod
+    def like(cls, *tensors: torch.Tensor) -> Form:
+        """The form of rows of these tensors [s, ...]."""
+        return cls.of(*((x.shape[1:], x.dtype) for x in tensors))
+
+    def with_dtype(self, dtype: torch.dtype) -> Form:
+        """The same shapes, all in another dtype."""
+        return Form.of(*((shape, dtype) for shape, _ in self.parts))
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Bytes of a row, by tensor."""
+        return [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts]
+
+    def buffer(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Uninitialised bytes [rows * width] for so many rows."""
+        return torch.empty(rows * sum(self.widths), dtype=torch.uint8, device=device)
+
+    def empty(self, rows: int, device: torch.device) -> Block:
+        """An uninitialised block."""
+        return Block(self, self.buffer(rows, device))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a form in one buffer, tensor after tensor."""
+
+    form: Form
+    flat: torch.Tensor
+    """uint8."""
+
+    @classmethod
+    def packed(cls, *tensors: torch.Tensor) -> Block:
+        """A copy of tensors [s, ...] of as many rows."""
+        block = Form.like(*tensors).empty(tensors[0].shape[0], tensors[0].device)
+        for part, x in zip(block.parts, tensors, strict=True):
+            part.copy_(x)
+        return block
+
+    @property
+    def rows(self) -> int:
+        """Number of rows s."""
+        return self.flat.numel() // sum(self.form.widths)
+
+    @cached_property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Views [s, ...] of the tensors."""
+        return tuple(
+            piece.view(dtype).view(self.rows, *shape)
+            for piece, (shape, dtype) in zip(self._pieces, self.form.parts, strict=True)
+        )
+
+    def chosen(self, held: Rows, wanted: Rows) -> torch.Tensor:
+        """The buffer of the rows `wanted` out of this block, which holds `held`; a copy unless it wants all."""
+        if wanted == held:
+            return self.flat
+        places = [slice_within(held, run) for run in wanted]
+        rows = [piece.view(self.rows, width) for piece, width in zip(self._pieces, self.form.widths, strict=True)]
+        return torch.cat([x[place].reshape(-1) for x in rows for place in places])
+
+    def cast(self, form: Form) -> Block:
+        """The same rows in a form of other dtypes."""
+        if form == self.form:
+            return self
+        other = form.empty(self.rows, self.flat.device)
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            theirs.copy_(mine)
+        return other
+
+    @property
+    def _pieces(self) -> list[torch.Tensor]:
+        ends = itertools.accumulate((self.rows * width for width in self.form.widths), initial=0)
+        return [self.flat[a:b] for a, b in itertools.pairwise(ends)]

@@ -1,0 +1,147 @@
+"""One rank's schedule without its peers: the work is that of the real one, and the efficiency is what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_loong import LoongConfig
+from megatron_loong.bench import rank_alone
+from megatron_loong.bench.flops import attention_flops
+from megatron_loong.bench.local_copies import Copies, LocalCopies, init_world_of_one
+from megatron_loong.bench.rank_alone import CountingKernel, count, efficiencies, kernel_alone, our_rank, rank_inputs
+from megatron_loong.bench.rivals.interface import Shape
+from megatron_loong.bench.simulate import simulate
+from megatron_loong.kernels.registry import KERNELS
+from megatron_loong.topology.groups import LoongGroups
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = Shape(128, 8, 4, 16, torch.bfloat16)
+CPU = torch.device("cpu")
+LAYOUTS = [LoongConfig(4), LoongConfig(8, 2, 2), LoongConfig(4, 1, 2)]
+
+
+def layer_flops(shape: Shape) -> int:
+    return sum(
+        attention_flops(
+            shape.batch, shape.heads, shape.head_dim, shape.seq_len, shape.seq_len, causal=True, backward=backward
+        )
+        for backward in (False, True)
+    )
+
+
+@pytest.mark.parametrize("config", LAYOUTS, ids=LoongConfig.describe)
+def test_the_work_is_that_of_the_ring_with_its_peers(config: LoongConfig) -> None:
+    """Calls and FLOPs of every rank are those of the same rank among its peers, and add up to the layer's."""
+
+    def among_peers(groups: LoongGroups) -> CountingKernel:
+        counting = CountingKernel(KERNELS["cpu_flash"])
+        q, k, v, dout = rank_inputs(SHAPE, config.context_parallel_size, CPU)
+        apply = our_rank(config, groups.require_cp_rank(), SHAPE, counting, groups)  # type: ignore[arg-type]
+        torch.autograd.grad(apply(q, k, v), (q, k, v), dout)
+        return counting
+
+    def figures(counted: CountingKernel) -> tuple[int, int, int]:
+        return counted.forward_calls, counted.backward_calls, counted.flops
+
+    alone = [figures(count(config, rank, SHAPE, CPU, "auto")) for rank in range(config.context_parallel_size)]
+    assert alone == [figures(x) for x in simulate(config, among_peers)]
+    assert sum(flops for _, _, flops in alone) == layer_flops(SHAPE)
+    assert min(calls for calls, _, _ in alone) >= config.ring_size
+
+
+def test_numbers_that_are_not_finite_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Copies, "receive", lambda self, block: _poison(block))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        count(LoongConfig(4), 1, SHAPE, CPU, "auto")
+
+
+def _poison(block: torch.Tensor) -> Any:
+    block.fill_(torch.nan)
+    return lambda: None
+
+
+def test_the_share_of_the_kernel_has_the_mean_of_the_ranks_flops() -> None:
+    _, flops = kernel_alone(SHAPE, 4, CPU, KERNELS["cpu_flash"])
+    assert 4 * flops == layer_flops(SHAPE)
+    with pytest.raises(ValueError, match="--ranks 3: .* 8 heads"):
+        kernel_alone(SHAPE, 3, CPU, KERNELS["cpu_flash"])
+
+
+def test_efficiency_is_a_ratio_of_seconds_per_flop() -> None:
+    def lasting(forward_s: float, backward_s: float) -> Any:
+        def run() -> tuple[float, float]:
+            start = time.perf_counter()
+            return start + forward_s, start + forward_s + backward_s
+
+        return run
+
+    alone, rows = efficiencies({"half the work": (lasting(100, 100), 50)}, (lasting(50, 150), 100), 3, 0)
+    assert alone.forward_backward_s == pytest.approx(200, rel=1e-3)
+    assert rows[0].efficiency == pytest.approx(0.5, rel=1e-3)
+    assert rows[0].forward_efficiency == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_receive_gets_what_was_sent_and_zeros_for_another_size() -> None:
+    copies = Copies()
+    copies.send(torch.arange(4.0))
+    same, other, wide = torch.empty(2, 2), torch.full((3,), 7.0), torch.full((4,), 7.0, dtype=torch.float64)
+    for block in (same, other, wide):
+        copies.receive(block)()
+    assert same.flatten().tolist() == [0, 1, 2, 3] and not other.any() and not wide.any()
+    received, sent = torch.empty(4, dtype=torch.uint8), torch.arange(4, dtype=torch.uint8)
+    LocalCopies("head", 0, (0, 1)).all_to_all(received, sent, [2, 2], [2, 2])
+    assert torch.equal(received, sent)
+
+
+def test_torch_distributed_believes_in_the_world() -> None:
+    assert not dist.is_initialized()
+    for rank in (2, 5):
+        init_world_of_one(rank, 8)
+        try:
+            group: Any = dist.group.WORLD
+            assert (dist.get_rank(group), dist.get_world_size(group)) == (rank, 8)
+            sent, received = torch.ones(3), torch.zeros(3)
+            operations = [dist.P2POp(dist.isend, sent, (rank + 1) % 8), dist.P2POp(dist.irecv, received, rank - 1)]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            assert torch.equal(sent, received)
+        finally:
+            dist.destroy_process_group()
+
+
+def bench_rank(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "bench_rank.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_script_measures_on_a_cpu(tmp_path: Path) -> None:
+    done = bench_rank("--cpu", "--rank", "0", "7", "--json", str(tmp_path / "record.json"))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    (shape,) = record["shapes"]
+    ours = [row for row in shape["results"] if row["name"].startswith("loong")]
+    assert record["device"] == "CPU" and [row["name"] for row in ours] == ["loong rank 0", "loong rank 7"]
+    assert shape["worst_efficiency"] == min(row["efficiency"] for row in ours) > 0
+    for row in ours:
+        expected = row["kernel_s"] / row["forward_backward_s"] * row["flops"] / (sum(x["flops"] for x in ours) / 2)
+        assert row["efficiency"] == pytest.approx(expected, rel=0.05)
+    assert "TransformerEngine p2p" in shape["left_out"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_the_script_says_that_there_is_no_gpu() -> None:
+    done = bench_rank()
+    assert done.returncode == 2 and "no CUDA device here; --cpu" in done.stderr
+
+
+def test_kernels_are_chosen_for_the_heads_of_a_tile() -> None:
+    assert rank_alone.chosen_kernel(SHAPE, 2, CPU, "auto").name == "cpu_flash"
