@@ -38,6 +38,7 @@ def attention_2d_compiled(
     kv_seq_len: int | None = None,
     softmax_offset: torch.Tensor | None = None,
     softcap: float = 0.0,
+    gradient_wire: str = "auto",
 ) -> torch.Tensor:
     """What `attention_2d` gives with these arguments, as one node of a compiled graph; it works uncompiled too.
 
@@ -65,6 +66,7 @@ def attention_2d_compiled(
         -1 if kv_seq_len is None else kv_seq_len,
         kernel,
         deterministic,
+        gradient_wire,
     )
     return out.transpose(0, 1) if qkv_format == "bshd" else out
 
@@ -106,7 +108,7 @@ class _Context:
 
 
 def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, asked: tuple) -> Call:
-    number, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic = asked
+    number, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire = asked
     *_, call = prepare(
         q,
         k,
@@ -122,6 +124,7 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor 
         softmax_offset=sink,
         kernel=kernel,
         deterministic=deterministic,
+        gradient_wire=gradient_wire,
     )
     return call
 
@@ -157,13 +160,14 @@ def _attention(
     kv_seq_len: int,
     kernel: str,
     deterministic: bool,
+    gradient_wire: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out [s, b, h, dv] and what backward needs: q, KV block (bytes), out, lse after the all-to-all.
 
     Without a head group the third and the last but one are q and out again, and an operator must not return the same
     memory twice: then they are empty.
     """
-    asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic)
+    asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
     call, context = _call(q, k, v, sink, asked), _Context()
     with torch.no_grad():
         out = Attention2D.forward(context, q, k, v, sink, None, call)
@@ -220,9 +224,10 @@ def _attention_backward(
     kv_seq_len: int,
     kernel: str,
     deterministic: bool,
+    gradient_wire: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, and dsink (empty without a sink)."""
-    asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic)
+    asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
     question = (tuple(q_shape), tuple(k_shape), tuple(v_shape), q_share.dtype, asked)
     remembered = dict(_remembered[groups_by_number(groups)][question])
     kv_flat = kv_bytes.view(remembered.pop("kv_dtype"))

@@ -80,7 +80,7 @@ def test_forward_and_backward_are_traced_with_fake_tensors(groups):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_operators_keep_torchs_rules(dtype, groups):
     q, k, v = (x.detach().transpose(0, 1).requires_grad_() for x in qkv(dtype=dtype))
-    arguments = (q, k, v, None, groups.number, -1, 0, 0.3, 0.0, 16, -1, "auto", False)
+    arguments = (q, k, v, None, groups.number, -1, 0, 0.3, 0.0, 16, -1, "auto", False, "auto")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.megatron_loong.attention_2d.default, arguments, test_utils=tests)
 
