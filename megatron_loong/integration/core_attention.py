@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_loong.attention.attention_2d import attention_2d, kernel_request
+from megatron_loong.attention.compiled import traced
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse, refuse_beside_hybrid
@@ -194,8 +195,10 @@ class LoongCoreAttention(MegatronModule):
                     "other"
                 )
             key, value, lengths["kv_up_weight"] = self.latent_source.take(key)
-        with keeping(self.kept_in_checkpoint):
-            out = attention_2d(
+        compiling = torch.compiler.is_compiling()
+        attend = traced if compiling else attention_2d
+        with contextlib.nullcontext() if compiling else keeping(self.kept_in_checkpoint):
+            out = attend(
                 query,
                 key,
                 value,
@@ -261,7 +264,7 @@ class LoongCoreAttention(MegatronModule):
 
     def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Log once which kernel serves, and why not the others; known only now that there are tensors."""
-        if self._kernel_said:
+        if self._kernel_said or torch.compiler.is_compiling():
             return
         self._kernel_said = True
         request = self._request(query, key, value)
