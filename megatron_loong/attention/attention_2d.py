@@ -90,7 +90,7 @@ def attention_2d(
         cu_seqlens=cu_seqlens, dropout_p=dropout_p, kernel=kernel, deterministic=deterministic,
         cu_seqlens_kv=cu_seqlens_kv, seq_len=seq_len, kv_seq_len=kv_seq_len, softmax_offset=softmax_offset,
         softcap=softcap, alibi_slopes=alibi_slopes, dropout_seed=dropout_seed, max_logits=max_logits,
-        kv_up_weight=kv_up_weight, gradient_wire=gradient_wire,
+        kv_up_weight=kv_up_weight, gradient_wire=gradient_wire, head_parts=head_parts,
     )  # fmt: skip
     out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
     return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
@@ -120,6 +120,7 @@ def prepare(
     max_logits: torch.Tensor | None = None,
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
+    head_parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
     """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
     if qkv_format == "thd":
