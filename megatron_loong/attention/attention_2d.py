@@ -85,6 +85,44 @@ def attention_2d(
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
     features that do not fit the layout or that no kernel here has. `CommunicationError` when a peer is lost.
     """
+    q, k, v, call = prepare(
+        q, k, v, groups, qkv_format=qkv_format, causal=causal, softmax_scale=softmax_scale, window_size=window_size,
+        cu_seqlens=cu_seqlens, dropout_p=dropout_p, kernel=kernel, deterministic=deterministic,
+        cu_seqlens_kv=cu_seqlens_kv, seq_len=seq_len, kv_seq_len=kv_seq_len, softmax_offset=softmax_offset,
+        softcap=softcap, alibi_slopes=alibi_slopes, dropout_seed=dropout_seed, max_logits=max_logits,
+        kv_up_weight=kv_up_weight, gradient_wire=gradient_wire, head_parts=head_parts,
+    )  # fmt: skip
+    out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
+    return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: LoongGroups,
+    *,
+    qkv_format: str,
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: tuple[int, int] | None,
+    cu_seqlens: Boundaries | None = None,
+    dropout_p: float = 0.0,
+    kernel: str | AttentionKernel,
+    deterministic: bool,
+    cu_seqlens_kv: Boundaries | None = None,
+    seq_len: int | None,
+    kv_seq_len: int | None,
+    softmax_offset: torch.Tensor | None,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_seed: int | None = None,
+    max_logits: torch.Tensor | None = None,
+    kv_up_weight: torch.Tensor | None = None,
+    gradient_wire: str = "auto",
+    head_parts: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
+    """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
     if qkv_format == "thd":
         q, k, v = (x.unsqueeze(1) if x.dim() == 3 else x for x in (q, k, v))
     elif qkv_format == "bshd":
@@ -125,13 +163,12 @@ def attention_2d(
         wire_dtype=wire_dtype(q.dtype, gradient_wire),
         deterministic=deterministic,
     )
-    out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
-    return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
+    return q, k, v, call
 
 
 #: Beyond these parts there is little left to hide; below these sizes of a part's share of q, messages and kernel calls
 #: cost more than they hide. On a GPU a part must also fill it: query rows x heads of one kernel call, 128 to a block.
-MOST_HEAD_PARTS, LEAST_PART_BYTES, LEAST_PART_ROWS_ON_GPU = 4, 128 * 1024, 2**16
+MOST_HEAD_PARTS, LEAST_PART_BYTES, LEAST_PART_ROWS_ON_GPU = 4, 2**21, 2**16
 
 
 def _head_parts(

@@ -7,8 +7,6 @@ they came in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
@@ -18,6 +16,7 @@ from megatron_loong.attention.plan import RingPlan
 from megatron_loong.kernels.folds import add_rows_
 from megatron_loong.kernels.interface import TileRules
 from megatron_loong.kernels.max_logit import raise_to_max_logits_
+from megatron_loong.planner.packs import Pack
 from megatron_loong.planner.schedule import RingSchedule
 from megatron_loong.planner.tiles import Tile
 from megatron_loong.planner.visits import OWN, Visit
@@ -83,16 +82,18 @@ class _Leg:
         self._keys_move = schedule.moving == "kv"
         what = "KV block" if self._keys_move else "query block"
         self.circulation = Circulation(plan.rings, self._work, own, what)
+        self._pack = plan.packs(batch=own.parts[0].shape[1])
 
     def _visit(self, step: int) -> Visit:
         return OWN if step < 0 else self._work.visits[step]
 
-    def _calls(self, step: int) -> Iterator[Tile]:
-        tiles = self._work.opening if step < 0 else self._work.tiles.get(self._work.visits[step], ())
-        for tile in tiles:
-            yield from self._plan.calls(tile)
+    def _calls(self, step: int) -> list[Tile | Pack]:
+        visit = self._visit(step)
+        tiles = self._work.opening if step < 0 else self._work.tiles.get(visit, ())
+        # Rows that follow one another here must do so in their owner's block, where their gradient goes in one piece.
+        return self._plan.calls(tiles, self._pack and len(self._work.rows.get(visit, ())) == 1)
 
-    def _rules(self, call: Tile, visit: Visit, device: torch.device) -> TileRules:
+    def _rules(self, call: Tile | Pack, visit: Visit, device: torch.device) -> TileRules:
         return self._plan.rules_of(call, visit, self._schedule, self._backward, device)
 
 
@@ -196,7 +197,7 @@ class _BackwardLeg(_Leg):
             _add(tuple(x[rows] for x in self._here), stayed)
         self.circulation.end(step)
 
-    def _gradients(self, call: Tile, visit: Visit) -> tuple[torch.Tensor, ...]:
+    def _gradients(self, call: Tile | Pack, visit: Visit) -> tuple[torch.Tensor, ...]:
         """dq, dk, dv [s, b, heads, d] of one call."""
         rules = self._rules(call, visit, self._kv.flat.device)
         queries = tuple(x[call.q] for x in self._queries) if self._keys_move or visit == OWN else None

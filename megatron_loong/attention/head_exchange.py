@@ -58,19 +58,20 @@ class HeadExchange:
         lengths = [n * sum(widths[me]) for n in tokens]
         arrival = all_to_all(send, [tokens[me] * sum(w) for w in widths], lengths, self.handle, what)
         order, columns = _order(self.layout, self.ring_rank, send.device), starts_of(widths[me])
-        results = [
-            x.new_empty(sum(tokens), x.shape[1], len(heads[me]), x.shape[3]) if out is None else out
-            for x, heads, out in zip(tensors, shares, into, strict=True)
-        ]
+        forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
         def finish() -> list[torch.Tensor]:
             rows = arrival().view(sum(tokens), sum(widths[me]))
-            for index, out in enumerate(results):
+            results = []
+            for index, ((shape, dtype), heads, out) in enumerate(zip(forms, shares, into, strict=True)):
                 part = rows[:, columns[index] : columns[index + 1]]
+                if out is None:
+                    out = part.new_empty(sum(tokens), shape[1], len(heads[me]), shape[3], dtype=dtype)
                 if order is None:
                     out.view(part.shape).copy_(part)
                 else:
                     torch.index_select(part, 0, order, out=out.view(part.shape))
+                results.append(out)
             return results
 
         return finish

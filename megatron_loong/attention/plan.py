@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
+from megatron_loong.planner.packs import Pack, packed
 from megatron_loong.planner.rotation import Moving
 from megatron_loong.planner.rows import original_rows
 from megatron_loong.planner.schedule import RingSchedule
@@ -55,17 +57,23 @@ class RingPlan:
             return False
         tiles = self.schedule.passage(self.ring_rank, backward=False).tiles.get(OWN, ())
         whole = slice(0, self.schedule.q.seq_len), slice(0, self.schedule.kv.seq_len)
-        return len(tiles) == 1 and (tiles[0].q, tiles[0].kv) == whole and len(self.calls(tiles[0])) == 1
+        return len(tiles) == 1 and (tiles[0].q, tiles[0].kv) == whole and len(self.calls(tiles)) == 1
 
-    def calls(self, tile: Tile) -> list[Tile]:
-        """A tile as calls that the kernel can serve."""
-        return [tile] if self.kernel.bottom_right else squared(tile)
+    def calls(self, tiles: Sequence[Tile], pack: bool = False) -> list[Tile | Pack]:
+        """Tiles as calls that the kernel can serve; with `pack`, many short ones as one where it takes that."""
+        served = [x for tile in tiles for x in ([tile] if self.kernel.bottom_right else squared(tile))]
+        return packed(served) if pack else list(served)
+
+    def packs(self, batch: int) -> bool:
+        """Whether the kernel takes many documents at once, and nothing is asked that depends on a tile's places."""
+        apart = self.rules.alibi_slopes is None and self.rules.dropout is None and self.max_logits is None
+        return apart and batch == 1 and getattr(self.kernel, "packs", False)
 
     def rules_of(
-        self, tile: Tile, visit: Visit, schedule: RingSchedule, backward: bool, device: torch.device
+        self, tile: Tile | Pack, visit: Visit, schedule: RingSchedule, backward: bool, device: torch.device
     ) -> TileRules:
         """The kernel's rules for one call."""
-        rules = replace(self.rules, window=tile.window)
+        rules = replace(self.rules, window=tile.window, boundaries=getattr(tile, "boundaries", None))
         if rules.alibi_slopes is None and rules.dropout is None:
             return rules
         owner = visit.owner(self.ring_rank, schedule.ring_size, schedule.inner_ring_size)

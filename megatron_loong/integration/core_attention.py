@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_loong.attention.attention_2d import attention_2d, kernel_request
+from megatron_loong.attention.compiled import traced
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import check_options, refuse, refuse_beside_hybrid
@@ -23,6 +24,7 @@ from megatron_loong.integration.latent import LatentSource
 from megatron_loong.integration.lengths import refuse_seen_padding
 from megatron_loong.integration.packed import packed_arguments
 from megatron_loong.integration.recompute import level_of_layer
+from megatron_loong.integration.reset_mask import refuse_lost_documents
 from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.topology.groups import LoongGroups
@@ -180,6 +182,7 @@ class LoongCoreAttention(MegatronModule):
                 lengths["kv_seq_len"] = key.shape[0] * cp
             if self.plugin is not None:
                 refuse_seen_padding(self.plugin, causal)
+                refuse_lost_documents(self.plugin)
             self._say_kernel(query, key, value)
         else:
             lengths = packed_arguments(
@@ -194,8 +197,10 @@ class LoongCoreAttention(MegatronModule):
                     "other"
                 )
             key, value, lengths["kv_up_weight"] = self.latent_source.take(key)
-        with keeping(self.kept_in_checkpoint):
-            out = attention_2d(
+        compiling = torch.compiler.is_compiling()
+        attend = traced if compiling else attention_2d
+        with contextlib.nullcontext() if compiling else keeping(self.kept_in_checkpoint):
+            out = attend(
                 query,
                 key,
                 value,
@@ -261,7 +266,7 @@ class LoongCoreAttention(MegatronModule):
 
     def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Log once which kernel serves, and why not the others; known only now that there are tensors."""
-        if self._kernel_said:
+        if self._kernel_said or torch.compiler.is_compiling():
             return
         self._kernel_said = True
         request = self._request(query, key, value)

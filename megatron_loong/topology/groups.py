@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -61,6 +63,16 @@ class GroupHandle:
         return [ascending.index(rank) for rank in self.global_ranks]
 
 
+_by_number: WeakValueDictionary[int, LoongGroups] = WeakValueDictionary()
+
+
+def groups_by_number(number: int) -> LoongGroups:
+    """The `LoongGroups` of this number; `RuntimeError` when nobody holds them any more."""
+    if number not in _by_number:
+        raise RuntimeError(f"LoongGroups number {number} are gone; keep them as long as a compiled graph uses them")
+    return _by_number[number]
+
+
 @dataclass(eq=False)
 class LoongGroups:
     """What one process knows of its context-parallel group: the layout, its place in it and its communicators.
@@ -73,6 +85,11 @@ class LoongGroups:
     """Global ranks of the group; the index into it is the cp_rank."""
     cp_rank: int | None
     handles: dict[str, GroupHandle] = field(default_factory=dict, repr=False)
+    number: int = field(default_factory=itertools.count().__next__, repr=False)
+    """By which `groups_by_number` finds these in this process, for those who can pass on nothing but numbers."""
+
+    def __post_init__(self) -> None:
+        _by_number[self.number] = self
 
     @property
     def coordinates(self) -> Coordinates:

@@ -232,3 +232,16 @@ def test_arguments_that_change_no_result_are_taken(ignored: dict[str, Any]) -> N
 def test_refused_when_called(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         layer()(*qkv(), **{"attention_mask": None, **inputs})
+
+
+def test_a_layer_compiles_to_one_graph() -> None:
+    """Dynamo sees no break in the layer, on one rank; see tests/multi_rank/test_compiled.py for several."""
+    q, k, v = qkv()
+    one = layer()
+    want = one(q, k, v, None)
+    torch._dynamo.reset()
+    found = torch.compile(one, fullgraph=True, backend="eager")(q, k, v, None)
+    torch._dynamo.reset()
+    assert torch.equal(found, want)
+    for x, y in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, want)), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)

@@ -1,0 +1,42 @@
+"""`torch.compile` with `fullgraph=True` around 2D-Attention on several ranks over gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_loong import LoongConfig, build_groups, shard_sequence
+from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.attention.compiled import attention_2d_compiled
+from tests.dense import dense_with_gradients
+from tests.multi_rank.cases import assert_close, random_inputs
+
+
+def compiled_layer(rank: int, cp: int, hp: int, heads: tuple[int, int]) -> None:
+    groups = build_groups(LoongConfig(cp, hp), range(cp))
+    if rank >= cp:
+        return
+    full = random_inputs(1, 8 * cp, *heads, 8, torch.float64)
+    expected = {name: shard_sequence(x, groups) for name, x in dense_with_gradients(*full, True).items()}
+    q, k, v, dout = (shard_sequence(x, groups).detach() for x in full)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def layer(q, k, v):
+        return 2 * attention_2d_compiled(q, k, v, groups, seq_len=8 * cp)
+
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(*leaves) / 2
+    results = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+    assert_close(dict(zip(("out", "dq", "dk", "dv"), results, strict=True)), expected, 1e-12, f"on rank {rank}")
+    eager = attention_2d(*leaves, groups, seq_len=8 * cp)
+    assert torch.equal(out, eager)
+    groups.destroy()
+    with pytest.raises(ValueError, match="seq_len=None cannot be compiled"):
+        attention_2d_compiled(q, k, v, groups)
+
+
+@pytest.mark.multi_rank
+@pytest.mark.parametrize(
+    ("cp", "hp", "heads"), [(2, 1, (4, 2)), (2, 2, (4, 1)), (4, 2, (6, 3))], ids=["ring", "heads", "both-uneven"]
+)
+def test_compiled_attention_matches_dense_attention(cp, hp, heads, pool) -> None:
+    pool.run(compiled_layer, cp, hp, heads)

@@ -1,0 +1,117 @@
+"""`torch.compile` around the attention: one graph, the numbers of the call that is not compiled. One rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_loong import LoongConfig, attention_2d, build_groups
+from megatron_loong.attention.compiled import attention_2d_compiled, traced
+from megatron_loong.topology.groups import groups_by_number
+
+
+def qkv(length=16, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, length, n, d, generator=generator, dtype=dtype).requires_grad_()
+        for n, d in ((4, 8), (2, 8), (2, 6))
+    ]
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return build_groups(LoongConfig(1), [0])
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_and(function):
+    """`function` compiled in one graph, and the graphs that were made."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, torch.compile(function, fullgraph=True, backend=keep)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window_size": (3, 0)}, {"softmax_scale": 0.3}], ids=str)
+@pytest.mark.parametrize("qkv_format", ["bshd", "sbhd"])
+def test_a_layer_is_one_graph_with_one_attention_in_it(qkv_format, options, groups):
+    q, k, v = qkv()
+    sink = torch.arange(4.0, dtype=torch.float64).requires_grad_()
+
+    def layer(attend, q, k, v, sink):
+        return torch.sin(3 * attend(2 * q, k, v, groups, qkv_format=qkv_format, softmax_offset=sink, **options))
+
+    want = layer(attention_2d, q, k, v, sink)
+    right = torch.autograd.grad(want, (q, k, v, sink), torch.ones_like(want))
+    graphs, compiled = graphs_and(lambda *x: layer(attention_2d_compiled, *x))
+    out = compiled(q, k, v, sink)
+    got = torch.autograd.grad(out, (q, k, v, sink), torch.ones_like(out))
+    for name, x, y in zip(("out", "dq", "dk", "dv", "dsink"), (out, *got), (want, *right), strict=True):
+        assert (x - y).abs().max() <= 1e-12, name
+    (graph,) = graphs
+    operators = [str(node.target) for node in graph.graph.nodes if "loong" in str(node.target)]
+    assert operators == ["megatron_loong.attention_2d"]
+
+
+def test_forward_and_backward_are_traced_with_fake_tensors(groups):
+    """Through AOT autograd, as inductor does it: shapes, strides and the backward operator."""
+    q, k, v = qkv()
+
+    def layer(q, k, v):
+        return attention_2d_compiled(q, k, v, groups).square()
+
+    want = attention_2d(q, k, v, groups).square()
+    right = torch.autograd.grad(want, (q, k, v), torch.ones_like(want))
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v)
+    got = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), (out, *got), (want, *right), strict=True):
+        assert (x - y).abs().max() <= 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_operators_keep_torchs_rules(dtype, groups):
+    q, k, v = (x.detach().transpose(0, 1).requires_grad_() for x in qkv(dtype=dtype))
+    arguments = (q, k, v, None, groups.number, -1, 0, 0.3, 0.0, 16, -1, "auto", False, "auto")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.megatron_loong.attention_2d.default, arguments, test_utils=tests)
+
+
+def test_another_length_is_another_graph(groups):
+    graphs, compiled = graphs_and(lambda *x: attention_2d_compiled(*x, groups))
+    for length in (16, 24, 40):
+        q, k, v = qkv(length)
+        assert torch.equal(compiled(q, k, v), attention_2d(q, k, v, groups))
+    assert len(graphs) == 3
+
+
+def test_what_a_graph_cannot_hold_breaks_it_and_is_done_right(groups):
+    q, k, v = qkv()
+    options = {"cu_seqlens": [0, 5, 16], "dropout_p": 0.0}
+    want = attention_2d(q, k, v, groups, **options)
+    assert torch.equal(torch.compile(lambda *x: traced(*x, groups, **options), backend="eager")(q, k, v), want)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda *x: traced(*x, groups, **options), backend="eager", fullgraph=True)(q, k, v)
+
+
+def test_without_gradients_nothing_else_changes(groups):
+    q, k, v = qkv()
+    with torch.no_grad():
+        assert torch.equal(attention_2d_compiled(q, k, v, groups), attention_2d(q, k, v, groups))
+
+
+def test_groups_are_found_while_somebody_holds_them():
+    groups = build_groups(LoongConfig(1), [0])
+    number = groups.number
+    assert groups_by_number(number) is groups
+    del groups
+    with pytest.raises(RuntimeError, match=f"LoongGroups number {number} are gone"):
+        groups_by_number(number)
