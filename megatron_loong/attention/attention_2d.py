@@ -10,7 +10,7 @@ import torch
 from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Attention2D, Call
 from megatron_loong.attention.checks import check_heads, check_inputs, check_latent
-from megatron_loong.attention.heads import head_shares, latent_shares
+from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
@@ -44,6 +44,7 @@ def attention_2d(
     max_logits: torch.Tensor | None = None,
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
+    head_parts: int | None = None,
 ) -> torch.Tensor:
     """Exact attention over a sequence of which this rank holds the tokens `token_positions` names.
 
@@ -77,6 +78,8 @@ def attention_2d(
         `float32`; `input`, the dtype of q, each rank's part being rounded once for each ring that it crosses; `auto`,
         the default: bfloat16 for bfloat16 (the errors of dq, dk and dv stay within the bound of a single device's
         kernel, see docs/benchmarks.md), float32 or wider else.
+    head_parts: parts in which the heads go through, one after another, so that the all-to-all of one runs under the
+        ring of another; a divisor of each rank's KV heads. By default as many (up to 4) as leave each part large.
     kernel: a name of `kernels.registry`, "auto", or a kernel object. deterministic: honoured, or a `ValueError`.
 
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
@@ -87,7 +90,7 @@ def attention_2d(
         cu_seqlens=cu_seqlens, dropout_p=dropout_p, kernel=kernel, deterministic=deterministic,
         cu_seqlens_kv=cu_seqlens_kv, seq_len=seq_len, kv_seq_len=kv_seq_len, softmax_offset=softmax_offset,
         softcap=softcap, alibi_slopes=alibi_slopes, dropout_seed=dropout_seed, max_logits=max_logits,
-        kv_up_weight=kv_up_weight, gradient_wire=gradient_wire,
+        kv_up_weight=kv_up_weight, gradient_wire=gradient_wire, head_parts=head_parts,
     )  # fmt: skip
     out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
     return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
@@ -117,6 +120,7 @@ def prepare(
     max_logits: torch.Tensor | None = None,
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
+    head_parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
     """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
     if qkv_format == "thd":
@@ -155,10 +159,33 @@ def prepare(
         alibi_slopes=alibi_slopes,
         dropout=(dropout_p, dropout_seed) if dropout_p and dropout_seed is not None else None,
         max_logits=max_logits,
+        head_parts=_head_parts(head_parts, shares, q, v.shape[3], layouts[0], hp),
         wire_dtype=wire_dtype(q.dtype, gradient_wire),
         deterministic=deterministic,
     )
     return q, k, v, call
+
+
+#: Beyond these parts there is little left to hide; below these sizes of a part's share of q, messages and kernel calls
+#: cost more than they hide. On a GPU a part must also fill it: query rows x heads of one kernel call, 128 to a block.
+MOST_HEAD_PARTS, LEAST_PART_BYTES, LEAST_PART_ROWS_ON_GPU = 4, 2**21, 2**16
+
+
+def _head_parts(
+    asked: int | None, shares: HeadShares, q: torch.Tensor, value_dim: int, layout: TokenLayout, head_parallel_size: int
+) -> int:
+    """Parts in which heads go through: what was asked for, or by size. The same on every rank."""
+    most = shares.most_parts
+    if asked is not None:
+        if asked < 1 or most % asked:
+            raise ValueError(f"head_parts={asked} does not divide the {most} KV heads of a rank that can be parted")
+        return asked
+    rows = q.shape[1] * layout.seq_len // layout.ring_size * len(shares.query[0])
+    size = rows * max(q.shape[3], value_dim) * q.dtype.itemsize
+    if head_parallel_size == 1 or not size:
+        return 1
+    parts = min(MOST_HEAD_PARTS, size // LEAST_PART_BYTES, *([rows // LEAST_PART_ROWS_ON_GPU] if q.is_cuda else []))
+    return max(n for n in range(1, max(parts, 1) + 1) if most % n == 0)
 
 
 def wire_dtype(dtype: torch.dtype, gradient_wire: str) -> torch.dtype:

@@ -1,8 +1,13 @@
-"""One attention call: all-to-all, ring, all-to-all back; and the same for its gradients."""
+"""One attention call: all-to-all, ring, all-to-all back; and the same for its gradients.
+
+Heads may go through in parts, one after another: the all-to-all of the next part runs under the ring of this one, and
+the all-to-all back of this one under the ring of the next.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +17,7 @@ from megatron_loong.attention import stash
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
 from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.expansion import LatentHeads, PlainHeads
-from megatron_loong.attention.head_exchange import HeadExchange
+from megatron_loong.attention.head_exchange import Arrival, HeadExchange
 from megatron_loong.attention.heads import HeadShares
 from megatron_loong.attention.merge import sink_gradient
 from megatron_loong.attention.plan import RingPlan
@@ -43,6 +48,8 @@ class Call:
     dropout: tuple[float, int] | None
     """(p, seed)."""
     max_logits: torch.Tensor | None
+    head_parts: int
+    """Parts in which the heads go through (`HeadShares.part`)."""
     wire_dtype: torch.dtype
     """What gradients travel in on the rings."""
     deterministic: bool
@@ -53,9 +60,22 @@ class Call:
         heads = self.shares.query[self.groups.handle("head").rank]
         return slice(heads.start, heads.stop)
 
+    @property
+    def parts(self) -> list[Call]:
+        """A call for each part of the heads."""
+        if self.head_parts == 1:
+            return [self]
+        shares = [self.shares.part(i, self.head_parts) for i in range(self.head_parts)]
+        return [replace(self, shares=part, head_parts=1) for part in shares]
+
     def exchange(self, layout: TokenLayout) -> HeadExchange:
         """The all-to-all over the head group for tokens in `layout`."""
         return HeadExchange(self.groups.handle("head"), layout, self.groups.ring_rank)
+
+    def kv_form(self, k: torch.Tensor, v: torch.Tensor) -> Form:
+        """A row of the KV block of this rank's heads."""
+        heads = len(self.shares.kv[self.groups.handle("head").rank])
+        return Form.of(*(((x.shape[1], heads, x.shape[3]), x.dtype) for x in (k, v)))
 
     def kv_rows(self) -> int:
         """KV rows of this ring rank."""
@@ -117,71 +137,131 @@ class Attention2D(torch.autograd.Function):
         up_weight: torch.Tensor | None,
         call: Call,
     ) -> Any:
-        out, q_share, kv, out_share, lse = _forward(q, k, v, call.plan(sink, up_weight), call)
-        ctx.save_for_backward(q_share, kv.flat, out_share, lse, sink, up_weight)
-        ctx.kv_form = kv.form
-        ctx.call = call
+        out, shares = _forward(q, k, v, sink, up_weight, call)
+        ctx.save_for_backward(sink, up_weight, *(x for share in shares for x in (share[0], share[1].flat, *share[2:])))
+        ctx.kv_form, ctx.call = shares[0][1].form, call
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
-        q_share, kv_flat, out_share, lse, sink, up_weight = ctx.saved_tensors
-        call, kv = ctx.call, Block(ctx.kv_form, kv_flat)
-        plan = call.plan(sink, up_weight, call.moving_backward(Form.like(q_share), kv.form))
-        dq, dk, dv, dout_share = _backward(dout, q_share, kv, out_share, lse, plan, call)
-        dsink = dweight = None
-        if sink is not None:
-            dsink = torch.zeros_like(sink)
-            dsink[call.query_heads] = sink_gradient(dout_share, out_share, lse, sink[call.query_heads])
-        if isinstance(plan.expansion, LatentHeads):
-            dweight = torch.zeros_like(up_weight)
-            dweight[call.query_heads] = plan.expansion.weight_gradient.to(dweight.dtype)
-        return dq, dk, dv, dsink, dweight, None
+        sink, up_weight, *saved = ctx.saved_tensors
+        shares = [(q, Block(ctx.kv_form, flat), out, lse) for q, flat, out, lse in zip(*[iter(saved)] * 4, strict=True)]
+        return *_backward(dout, shares, sink, up_weight, ctx.call), None
+
+
+Share = tuple[torch.Tensor, Block, torch.Tensor, torch.Tensor]
+"""What a rank has of one part of the heads: q, its KV block, out and lse, after the all-to-all."""
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RingPlan, call: Call
-) -> tuple[torch.Tensor, torch.Tensor, Block, torch.Tensor, torch.Tensor]:
-    shares, me = call.shares, call.groups.handle("head").rank
-    form = Form.of(*(((x.shape[1], len(shares.kv[me]), x.shape[3]), x.dtype) for x in (k, v)))
-    signature = (*(tuple(x.shape) for x in (q, k, v)), call.mask, call.dropout)
-    kept = stash.take(*signature)  # None unless a checkpoint replays this call
-    if kept is not None and kept.exchanged is not None:
-        q_share, kv_flat, out = kept.exchanged
-        return out, q_share, Block(form, kv_flat), *kept.ring
-    kv = form.empty(call.kv_rows(), k.device)
-    kv_shares = [shares.kv, shares.kv]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    up_weight: torch.Tensor | None,
+    call: Call,
+) -> tuple[torch.Tensor, list[Share]]:
+    signature = (*(tuple(x.shape) for x in (q, k, v)), call.mask, call.dropout, call.head_parts)
+    parts = call.parts
+    kept = [stash.take(*signature, i) for i in range(len(parts))]  # None unless a checkpoint replays this call
+    out = q.new_empty(*q.shape[:3], call.value_dim) if len(parts) > 1 else None
+    into = None if out is None else [out]
+    shares: list[Share] = []
+    under_way: list[Arrival] = []
+
+    def begin(i: int) -> Callable[[], tuple[torch.Tensor, Block]]:
+        known = kept[i]
+        if known is None or known.exchanged is None:
+            return _inward(q, k, v, parts[i])
+        q_share, kv_flat, _ = known.exchanged
+        return lambda: (q_share, Block(parts[i].kv_form(k, v), kv_flat))
+
+    arriving = begin(0)
+    for i, part in enumerate(parts):
+        q_share, kv = arriving()
+        if i + 1 < len(parts):
+            arriving = begin(i + 1)
+        known = kept[i]
+        out_share, lse = ring_forward(q_share, kv, part.plan(sink, up_weight)) if known is None else known.ring
+        shares.append((q_share, kv, out_share, lse))
+        if known is None or known.exchanged is None:
+            exchange = part.exchange(part.layouts[0])
+            under_way.append(exchange.join([out_share], [part.shares.query], "the output", into))
+        else:
+            under_way.append(lambda joined=known.exchanged[2]: [joined])
+    joined = [finish()[0] for finish in under_way][-1]
+    for i, (q_share, kv, out_share, lse) in enumerate(shares):
+        whole = joined if i + 1 == len(shares) else joined.new_empty(0)  # kept once
+        stash.keep(*signature, i, ring=(out_share, lse), exchanged=(q_share, kv.flat, whole))
+    return joined, shares
+
+
+def _inward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Callable[[], tuple[torch.Tensor, Block]]:
+    """Begin the all-to-all of q, k and v; the wait gives q and the KV block of this rank's heads."""
+    shares = call.shares
+    kv = call.kv_form(k, v).empty(call.kv_rows(), k.device)
     q_exchange, kv_exchange = (call.exchange(layout) for layout in call.layouts)
     if call.layouts[0] is call.layouts[1]:
-        q, _, _ = q_exchange.split([q, k, v], [shares.query, *kv_shares], "q, k and v", into=[None, *kv.parts])
-    else:
-        (q,) = q_exchange.split([q], [shares.query], "q")
-        kv_exchange.split([k, v], kv_shares, "k and v", into=kv.parts)
-    out_share, lse = ring_forward(q, kv, plan) if kept is None else kept.ring
-    (out,) = q_exchange.join([out_share], [shares.query], "the output")
-    stash.keep(*signature, ring=(out_share, lse), exchanged=(q, kv.flat, out))
-    return out, q, kv, out_share, lse
+        arrival = q_exchange.split([q, k, v], [shares.query, shares.kv, shares.kv], "q, k and v", [None, *kv.parts])
+        return lambda: (arrival()[0], kv)
+    q_arrival = q_exchange.split([q], [shares.query], "q")
+    kv_arrival = kv_exchange.split([k, v], [shares.kv, shares.kv], "k and v", kv.parts)
+    return lambda: (q_arrival()[0], (kv_arrival(), kv)[1])
 
 
 def _backward(
     dout: torch.Tensor,
-    q: torch.Tensor,
-    kv: Block,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    plan: RingPlan,
+    shares: list[Share],
+    sink: torch.Tensor | None,
+    up_weight: torch.Tensor | None,
     call: Call,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) of this rank's tokens, and dout of its heads."""
+) -> tuple[torch.Tensor | None, ...]:
+    """dq, dk, dv of this rank's tokens; dsink and the gradient of up_weight of its heads and tokens."""
+    parts, exchange = call.parts, call.exchange(call.layouts[0])
+    dsink, dweight = (None if x is None else torch.zeros_like(x) for x in (sink, up_weight))
+    into = _whole_gradients(dout, shares[0], call) if len(parts) > 1 else None
+    under_way: list[Arrival] = []
+
+    def begin(i: int) -> Arrival:
+        return exchange.split([dout], [parts[i].shares.query], "the output's gradient")
+
+    arriving = begin(0)
+    for i, part in enumerate(parts):
+        (dout_share,) = arriving()
+        if i + 1 < len(parts):
+            arriving = begin(i + 1)
+        q_share, kv, out_share, lse = shares[i]
+        plan = part.plan(sink, up_weight, part.moving_backward(Form.like(q_share), kv.form))
+        # Summed in float32 to the end; rounded once, here, so that the all-to-all carries the input's width.
+        grads = [x.to(dout.dtype) for x in ring_backward(dout_share, q_share, kv, out_share, lse, plan)]
+        under_way.append(_homeward(grads, part, into))
+        heads = part.query_heads
+        if sink is not None and dsink is not None:
+            dsink[heads] = sink_gradient(dout_share, out_share, lse, sink[heads])
+        if dweight is not None and isinstance(plan.expansion, LatentHeads):
+            dweight[heads] = plan.expansion.weight_gradient.to(dweight.dtype)
+    return *[finish() for finish in under_way][-1], dsink, dweight
+
+
+def _homeward(grads: list[torch.Tensor], call: Call, into: list[torch.Tensor] | None) -> Arrival:
+    """Begin the all-to-all of dq, dk and dv."""
     shares = call.shares
     q_exchange, kv_exchange = (call.exchange(layout) for layout in call.layouts)
-    (dout,) = q_exchange.split([dout], [shares.query], "the output's gradient")
-    # Summed in float32 to the end; rounded once, here, so that the all-to-all carries the input's width.
-    grads = [x.to(q.dtype) for x in ring_backward(dout, q, kv, out, lse, plan)]
     if call.layouts[0] is call.layouts[1]:
-        dq, dk, dv = q_exchange.join(grads, [shares.query, shares.kv, shares.kv], "dq, dk and dv")
-    else:
-        (dq,) = q_exchange.join(grads[:1], [shares.query], "dq")
-        dk, dv = kv_exchange.join(grads[1:], [shares.kv, shares.kv], "dk and dv")
-    return dq, dk, dv, dout
+        return q_exchange.join(grads, [shares.query, shares.kv, shares.kv], "dq, dk and dv", into)
+    q_arrival = q_exchange.join(grads[:1], [shares.query], "dq", into and into[:1])
+    kv_arrival = kv_exchange.join(grads[1:], [shares.kv, shares.kv], "dk and dv", into and into[1:])
+    return lambda: [*q_arrival(), *kv_arrival()]
+
+
+def _whole_gradients(dout: torch.Tensor, share: Share, call: Call) -> list[torch.Tensor]:
+    """Uninitialised dq, dk and dv of this rank's tokens, with all heads."""
+    logical_rank = call.groups.logical_rank
+    (batch, _, k_dim), (_, _, v_dim) = (shape for shape, _ in share[1].form.parts)
+    kv_tokens, kv_heads = call.layouts[1].tokens_of(logical_rank), call.shares.kv[-1].stop
+    return [
+        dout.new_empty(*dout.shape[:3], share[0].shape[3]),
+        dout.new_empty(kv_tokens, batch, kv_heads, k_dim),
+        dout.new_empty(kv_tokens, batch, kv_heads, v_dim),
+    ]

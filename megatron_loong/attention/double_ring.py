@@ -13,6 +13,7 @@ from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
 from megatron_loong.attention.circulation import Circulation, Returns
 from megatron_loong.attention.merge import add_sink_, merge_
 from megatron_loong.attention.plan import RingPlan
+from megatron_loong.kernels.folds import add_rows_
 from megatron_loong.kernels.interface import TileRules
 from megatron_loong.kernels.max_logit import raise_to_max_logits_
 from megatron_loong.planner.packs import Pack
@@ -158,8 +159,7 @@ def _merge(total: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) -> N
 
 
 def _add(total: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) -> None:
-    for x, y in zip(total, part, strict=True):
-        x.add_(y)
+    add_rows_(tuple(zip(total, part, strict=True)))
 
 
 Queries = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

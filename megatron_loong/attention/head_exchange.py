@@ -9,7 +9,7 @@ by one copy per tensor and put in the order of the sequence by one copy per tens
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ import torch
 from megatron_loong.comm.all_to_all import all_to_all
 from megatron_loong.topology.groups import GroupHandle
 from megatron_loong.topology.tokens import TokenLayout, starts_of
+
+Arrival = Callable[[], list[torch.Tensor]]
+"""Waits for the results of an exchange that has begun; to be called once."""
 
 Shares = tuple[range, ...]
 """By head coordinate: the heads that it takes of one tensor."""
@@ -36,43 +39,57 @@ class HeadExchange:
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor | None] | None = None,
-    ) -> list[torch.Tensor]:
-        """Shares of the sequence to shares of the heads: each [s, b, heads, d] -> [s_ring, b, heads of this rank, d].
+    ) -> Arrival:
+        """Begin: shares of the sequence to shares of the heads; returns what waits for the results, in order.
 
-        One dtype for all; the result is in the order of `TokenLayout.ring_runs`. `into` gives contiguous tensors to
-        write results to; without one, and without a head group, a tensor is returned as it is.
+        Each [s, b, heads, d] becomes [s_ring, b, heads of this rank, d]. One dtype for all; the result is in the order
+        of `TokenLayout.ring_runs`. `into` gives contiguous tensors to write results to; without one, and without a
+        head group, a tensor is returned as it is.
         """
         into = into or [None] * len(tensors)
         if self.handle.size == 1:
-            return [x if out is None else out.copy_(x) for x, out in zip(tensors, into, strict=True)]
+            results = [x if out is None else out.copy_(x) for x, out in zip(tensors, into, strict=True)]
+            return lambda: results
         tokens, me = self._tokens(), self.handle.rank
         widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
         send = self._buffer(tensors[0], [tokens[me] * sum(w) for w in widths])
         for index, (x, heads) in enumerate(zip(tensors, shares, strict=True)):
             _give_out(x, heads, send, widths, index)
         lengths = [n * sum(widths[me]) for n in tokens]
-        received = all_to_all(send, [tokens[me] * sum(w) for w in widths], lengths, self.handle, what)
-        rows = received.view(sum(tokens), sum(widths[me]))
-        order = _order(self.layout, self.ring_rank, rows.device)
-        results = []
-        columns = starts_of(widths[me])
-        for index, (x, heads, out) in enumerate(zip(tensors, shares, into, strict=True)):
-            out = x.new_empty(sum(tokens), x.shape[1], len(heads[me]), x.shape[3]) if out is None else out
-            part = rows[:, columns[index] : columns[index + 1]]
-            if order is None:
-                out.view(part.shape).copy_(part)
-            else:
-                torch.index_select(part, 0, order, out=out.view(part.shape))
-            results.append(out)
-        return results
+        arrival = all_to_all(send, [tokens[me] * sum(w) for w in widths], lengths, self.handle, what)
+        order, columns = _order(self.layout, self.ring_rank, send.device), starts_of(widths[me])
+        results = [
+            x.new_empty(sum(tokens), x.shape[1], len(heads[me]), x.shape[3]) if out is None else out
+            for x, heads, out in zip(tensors, shares, into, strict=True)
+        ]
 
-    def join(self, tensors: Sequence[torch.Tensor], shares: Sequence[Shares], what: str) -> list[torch.Tensor]:
-        """The inverse of `split`: each [s_ring, b, heads of this rank, d] -> [s, b, heads, d].
+        def finish() -> list[torch.Tensor]:
+            rows = arrival().view(sum(tokens), sum(widths[me]))
+            for index, out in enumerate(results):
+                part = rows[:, columns[index] : columns[index + 1]]
+                if order is None:
+                    out.view(part.shape).copy_(part)
+                else:
+                    torch.index_select(part, 0, order, out=out.view(part.shape))
+            return results
 
-        What several ranks have of one head is added up, in float32 or wider, and rounded once.
+        return finish
+
+    def join(
+        self,
+        tensors: Sequence[torch.Tensor],
+        shares: Sequence[Shares],
+        what: str,
+        into: Sequence[torch.Tensor] | None = None,
+    ) -> Arrival:
+        """Begin the inverse of `split`: each [s_ring, b, heads of this rank, d] becomes [s, b, heads, d].
+
+        What several ranks have of one head is added up, in float32 or wider, and rounded once. `into` gives tensors of
+        all heads, of which `shares` (here without a head in two of them) are written.
         """
         if self.handle.size == 1:
-            return list(tensors)
+            results = list(tensors)
+            return lambda: results
         tokens, me = self._tokens(), self.handle.rank
         widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
         send = self._buffer(tensors[0], [n * sum(widths[me]) for n in tokens])
@@ -82,11 +99,22 @@ class HeadExchange:
             part = rows[:, columns[index] : columns[index + 1]]
             part.copy_(x.reshape(part.shape)) if order is None else part.index_copy_(0, order, x.reshape(part.shape))
         lengths = [tokens[me] * sum(w) for w in widths]
-        received = all_to_all(send, [n * sum(widths[me]) for n in tokens], lengths, self.handle, what)
-        return [
-            _put_together(x, heads, received, widths, index, tokens[me])
-            for index, (x, heads) in enumerate(zip(tensors, shares, strict=True))
-        ]
+        arrival = all_to_all(send, [n * sum(widths[me]) for n in tokens], lengths, self.handle, what)
+        forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
+
+        def finish() -> list[torch.Tensor]:
+            received = arrival()
+            results = []
+            for index, ((shape, dtype), heads) in enumerate(zip(forms, shares, strict=True)):
+                if into is None:
+                    results.append(_put_together(shape, dtype, heads, received, widths, index, tokens[me]))
+                    continue
+                for share, view in zip(heads, _views(shape, heads, received, widths, index, tokens[me]), strict=True):
+                    into[index][:, :, share.start : share.stop].copy_(view)
+                results.append(into[index])
+            return results
+
+        return finish
 
     @property
     def _peers(self) -> range:
@@ -113,7 +141,7 @@ def _in_order_and_equal(shares: Shares) -> bool:
 
 
 def _views(
-    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
+    shape: torch.Size, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
 ) -> list[torch.Tensor]:
     """By peer: the view [tokens, b, heads, d] of what tensor `index` has in a buffer of rows."""
     totals = [sum(w) for w in widths]
@@ -121,38 +149,44 @@ def _views(
     for heads, width, piece in zip(shares, widths, buffer.split([tokens * n for n in totals]), strict=True):
         column = sum(width[:index])
         part = piece.view(tokens, sum(width))[:, column : column + width[index]]
-        views.append(part.unflatten(1, (x.shape[1], len(heads), x.shape[3])))
+        views.append(part.unflatten(1, (shape[1], len(heads), shape[3])))
     return views
 
 
 def _one_view(
-    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
+    shape: torch.Size, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
 ) -> torch.Tensor:
     """As `_views` for equal shares, in one: [tokens, b, peer, heads of a peer, d]."""
     column, width = sum(widths[0][:index]), widths[0][index]
     rows = buffer.view(len(shares), tokens, sum(widths[0]))[:, :, column : column + width]
-    return rows.unflatten(2, (x.shape[1], len(shares[0]), x.shape[3])).permute(1, 2, 0, 3, 4)
+    return rows.unflatten(2, (shape[1], len(shares[0]), shape[3])).permute(1, 2, 0, 3, 4)
 
 
 def _give_out(x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int) -> None:
     if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
-        view = _one_view(x, shares, buffer, widths, index, x.shape[0])
+        view = _one_view(x.shape, shares, buffer, widths, index, x.shape[0])
         view.copy_(x.unflatten(2, (len(shares), len(shares[0]))))
         return
-    for heads, view in zip(shares, _views(x, shares, buffer, widths, index, x.shape[0]), strict=True):
+    for heads, view in zip(shares, _views(x.shape, shares, buffer, widths, index, x.shape[0]), strict=True):
         view.copy_(x[:, :, heads.start : heads.stop])
 
 
 def _put_together(
-    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
+    shape: torch.Size,
+    dtype: torch.dtype,
+    shares: Shares,
+    buffer: torch.Tensor,
+    widths: list[list[int]],
+    index: int,
+    tokens: int,
 ) -> torch.Tensor:
     if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
-        return _one_view(x, shares, buffer, widths, index, tokens).flatten(2, 3)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = torch.zeros(tokens, x.shape[1], shares[-1].stop, x.shape[3], dtype=wide, device=x.device)
-    for heads, view in zip(shares, _views(x, shares, buffer, widths, index, tokens), strict=True):
+        return _one_view(shape, shares, buffer, widths, index, tokens).flatten(2, 3)
+    wide = torch.promote_types(dtype, torch.float32)
+    total = torch.zeros(tokens, shape[1], shares[-1].stop, shape[3], dtype=wide, device=buffer.device)
+    for heads, view in zip(shares, _views(shape, shares, buffer, widths, index, tokens), strict=True):
         total[:, :, heads.start : heads.stop] += view
-    return total.to(x.dtype)
+    return total.to(dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -32,6 +32,20 @@ class HeadShares:
             return None
         return places
 
+    @functools.cached_property
+    def most_parts(self) -> int:
+        """Into how many parts with KV heads of their own the shares can be cut; 1 unless all ranks' are alike."""
+        each = len(self.kv[0])
+        alike = self.kv == tuple(range(i * each, (i + 1) * each) for i in range(len(self.kv)))
+        return each if alike else 1
+
+    def part(self, index: int, parts: int) -> HeadShares:
+        """One of `parts` parts, a divisor of `most_parts`: of each rank, the next of its KV heads and readers."""
+        each = len(self.kv[0]) // parts
+        kv = tuple(range(x.start + index * each, x.start + (index + 1) * each) for x in self.kv)
+        query = tuple(range(x.start * self.group_size, x.stop * self.group_size) for x in kv)
+        return HeadShares(query, kv, self.group_size)
+
 
 @functools.lru_cache(maxsize=64)
 def head_shares(heads: int, kv_heads: int, head_parallel_size: int) -> HeadShares:

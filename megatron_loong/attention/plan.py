@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,12 +12,12 @@ from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.planner.packs import Pack, packed
+from megatron_loong.planner.rotation import Moving
 from megatron_loong.planner.rows import original_rows
 from megatron_loong.planner.schedule import RingSchedule
 from megatron_loong.planner.tiles import Tile, squared
 from megatron_loong.planner.visits import OWN, Visit
 from megatron_loong.sequence.sharding import places_of
-from megatron_loong.topology.tokens import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,6 @@ class RingPlan:
     """[h] of this rank's heads."""
     max_logits: torch.Tensor | None = None
     """[h] float32 of this rank's heads, to be raised to the greatest score of each."""
-    _places: dict[tuple[bool, int, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def schedule(self) -> RingSchedule:
@@ -84,12 +84,25 @@ class RingPlan:
         else:
             q_rank, q_rows = owner, slice(*original_rows(rows, tile.q))
             kv_rank, kv_rows = self.ring_rank, tile.kv
-        q_places = self._all_places(schedule.q, q_rank, device)[q_rows]
-        kv_places = self._all_places(schedule.kv, kv_rank, device)[kv_rows]
+        q_places = _all_places(schedule, "q", q_rank, device)[q_rows]
+        kv_places = _all_places(schedule, "kv", kv_rank, device)[kv_rows]
         return replace(rules, q_places=q_places, kv_places=kv_places)
 
-    def _all_places(self, layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.Tensor:
-        key = (layout is self.schedule.q, ring_rank, device)
-        if key not in self._places:
-            self._places[key] = places_of(layout.ring_runs(ring_rank)).to(device)
-        return self._places[key]
+
+_known_places: weakref.WeakKeyDictionary[RingSchedule, dict[tuple[bool, int, torch.device], torch.Tensor]]
+_known_places = weakref.WeakKeyDictionary()
+
+
+def _all_places(schedule: RingSchedule, side: Moving, ring_rank: int, device: torch.device) -> torch.Tensor:
+    """Places in their documents of all that a ring rank holds; copied to the device once for each schedule."""
+    known = _known_places.setdefault(schedule, {})
+    key = (side == "q", ring_rank, device)
+    if key not in known:
+        layout = schedule.q if side == "q" else schedule.kv
+        known[key] = places_of(layout.ring_runs(ring_rank)).to(device)
+    return known[key]
+
+
+def forget_places() -> None:
+    """Empty what `_all_places` remembers."""
+    _known_places.clear()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_loong.bench import link_speed
-from megatron_loong.bench.cluster import PREFIX, Cluster, build_commands, forwarding_commands
+from megatron_loong.bench.cluster import PREFIX, Cluster, build_commands, forwarding_commands, transport_commands
 
 _NAMESPACES = Path("/run/netns")
 _OURS = re.compile(rf"{PREFIX}(\d+)-(sw|n\d+(r\d+)?)")
@@ -259,7 +259,7 @@ def _raise_exit(signal_number: int, _frame: Any) -> None:
 
 
 def _lay_out_and_run(cluster: Cluster, command: list[str], report: Path | None) -> int:
-    for line in [*build_commands(cluster), *forwarding_commands(cluster)]:
+    for line in [*build_commands(cluster), *forwarding_commands(cluster), *transport_commands(cluster)]:
         _run(line)
     measured = measure(cluster)
     say(describe(cluster, measured))

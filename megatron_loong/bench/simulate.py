@@ -98,7 +98,7 @@ class _Mailbox(Transport):
                 self._box(True, end.peer).put(snapshot)
                 yield functools.partial(_check_unchanged, end.block, snapshot)
             else:
-                end.block.fill_(torch.nan)
+                end.block.view(torch.uint8).fill_(255)  # NaN, whatever the bytes are taken for
                 # Messages pair up in the order of posting, whatever is waited for first.
                 yield functools.partial(self._fill, end, self._box(False, end.peer))
 
@@ -108,12 +108,19 @@ class _Mailbox(Transport):
         sent: torch.Tensor,
         received_lengths: Sequence[int],
         sent_lengths: Sequence[int],
-    ) -> None:
+    ) -> Pending:
         """A message from everyone to everyone."""
         for peer, piece in zip(self._members, sent.split(list(sent_lengths)), strict=True):
             self._box(True, peer).put(piece.clone())
-        for peer, piece in zip(self._members, received.split(list(received_lengths)), strict=True):
-            self._fill(End(False, peer, piece), self._box(False, peer), timedelta(minutes=1))
+
+        pieces = received.split(list(received_lengths))
+        arrivals = [(End(False, x, piece), self._box(False, x)) for x, piece in zip(self._members, pieces, strict=True)]
+
+        def arrive(timeout: timedelta) -> None:
+            for end, box in arrivals:
+                self._fill(end, box, timeout)
+
+        return arrive
 
     def _box(self, send: bool, peer: int) -> queue.SimpleQueue[torch.Tensor]:
         """Where the next message to or from a peer is handed over."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,11 +14,12 @@ from megatron_loong.topology.groups import GroupHandle
 
 def all_to_all(
     send: torch.Tensor, send_lengths: Sequence[int], receive_lengths: Sequence[int], handle: GroupHandle, what: str
-) -> torch.Tensor:
-    """Exchange pieces of flat buffers: piece p of `send` goes to head coordinate p, piece p of the result came from p.
+) -> Callable[[], torch.Tensor]:
+    """Begin to exchange pieces of flat buffers; returns what waits for the result (once).
 
-    `send_lengths[p]` and `receive_lengths[p]` are in elements. `what` says in errors what was under way. Raises
-    `CommunicationError` when a peer is gone or time runs out.
+    Piece p of `send` goes to head coordinate p, piece p of the result came from p. `send_lengths[p]` and
+    `receive_lengths[p]` are in elements. `what` says in errors what was under way. `CommunicationError`, from here or
+    from the wait, when a peer is gone or time runs out.
     """
     group = handle.process_group
     assert group is not None and send.is_contiguous() and send.numel() == sum(send_lengths)
@@ -30,22 +31,32 @@ def all_to_all(
     in_order = order == list(range(handle.size))
     received = torch.empty(sum(receive_lengths), dtype=send.dtype, device=send.device)
     outgoing = send if in_order else _reordered(send, send_lengths, order)
+
+    def failure(error: Exception) -> CommunicationError:
+        return CommunicationError(
+            f"all-to-all of {what} in the head group {list(handle.global_ranks)} did not complete; one of these "
+            f"processes is gone, or did not get here within the group's timeout. Cause: {error}"
+        )
+
     try:
         # Bytes, so that the backend need not know the dtype.
-        transport_for(group, send.device).all_to_all(
+        pending = transport_for(group, send.device).all_to_all(
             received.view(torch.uint8),
             outgoing.view(torch.uint8),
             [receive_lengths[peer] * width for peer in order],
             [send_lengths[peer] * width for peer in order],
         )
     except RuntimeError as error:
-        raise CommunicationError(
-            f"all-to-all of {what} in the head group {list(handle.global_ranks)} did not complete; one of these "
-            f"processes is gone, or did not get here within the group's timeout. Cause: {error}"
-        ) from error
-    if in_order:
-        return received
-    return _reordered(received, [receive_lengths[peer] for peer in order], slots)
+        raise failure(error) from error
+
+    def wait() -> torch.Tensor:
+        try:
+            pending(handle.timeout)
+        except RuntimeError as error:
+            raise failure(error) from error
+        return received if in_order else _reordered(received, [receive_lengths[peer] for peer in order], slots)
+
+    return wait
 
 
 def _reordered(buffer: torch.Tensor, lengths: Sequence[int], order: Sequence[int]) -> torch.Tensor:

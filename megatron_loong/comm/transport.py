@@ -46,8 +46,8 @@ class Transport(ABC):
         sent: torch.Tensor,
         received_lengths: Sequence[int],
         sent_lengths: Sequence[int],
-    ) -> None:
-        """Exchange pieces of flat buffers, in the group's own order of ranks; lengths in elements."""
+    ) -> Pending:
+        """Begin to exchange pieces of flat buffers, in the group's own order of ranks; lengths in elements."""
 
 
 class Direct(Transport):
@@ -84,9 +84,13 @@ class Direct(Transport):
         sent: torch.Tensor,
         received_lengths: Sequence[int],
         sent_lengths: Sequence[int],
-    ) -> None:
+    ) -> Pending:
         """One call of the backend."""
-        dist.all_to_all_single(received, sent, list(received_lengths), list(sent_lengths), group=self._group)
+        work = dist.all_to_all_single(
+            received, sent, list(received_lengths), list(sent_lengths), group=self._group, async_op=True
+        )
+        assert work is not None
+        return (lambda timeout: work.wait()) if self.batched else work.wait
 
 
 class HostMemory(Protocol):
@@ -163,13 +167,13 @@ class Staged(Transport):
         sent: torch.Tensor,
         received_lengths: Sequence[int],
         sent_lengths: Sequence[int],
-    ) -> None:
-        """Copy out, exchange, copy in."""
+    ) -> Pending:
+        """Copy out, exchange; copy in at the wait."""
         outgoing, wait_for_copy = self._memory.copy_out(sent)
         incoming = self._memory.buffer(received)
         wait_for_copy()
-        self._wire.all_to_all(incoming, outgoing, received_lengths, sent_lengths)
-        self._memory.copy_in(incoming, received)
+        arrival = self._wire.all_to_all(incoming, outgoing, received_lengths, sent_lengths)
+        return functools.partial(self._arrive, arrival, incoming, received)
 
 
 def transport_for(group: dist.ProcessGroup | Transport, device: torch.device) -> Transport:

@@ -22,8 +22,8 @@ _HELP = {
     "loong_hardware": "What the planner goes by for auto: a profile such as h100, or a file that `megatron-loong "
     "calibrate` wrote. auto: the profile of this GPU, if there is one.",
     "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others.",
-    "loong_gradient_wire": "What gradients travel round the ring in; they are summed in float32. auto: bfloat16 where q "
-    "is, float32 else.",
+    "loong_gradient_wire": "What gradients travel round the ring in; they are summed in float32. auto: bfloat16 where "
+    "q is, float32 else.",
     "loong_mla_latent": "Multi-latent attention: send the latent round the ring instead of keys and values, where that "
     "is fewer bytes.",
     "loong_selective_checkpoint": "With --recompute-granularity full: keep attention's output and log-sum-exp, so that "

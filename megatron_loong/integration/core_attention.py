@@ -85,6 +85,7 @@ class LoongCoreAttention(MegatronModule):
         self.kept_in_checkpoint: Level = "ring" if chosen is None else level_of_layer(chosen, config, layer_number)
         self.plugin = None if chosen is None else runtime.active()
         self.kernel = "auto" if chosen is None else chosen.loong_kernel
+        self.gradient_wire = "auto" if chosen is None else chosen.loong_gradient_wire
         self._kernel_said = chosen is None  # without the plugin, nobody logs
         # `apply_query_key_layer_scaling` divides by the layer number before a half-precision softmax and multiplies
         # again inside it. Scores are float32 here, so there is nothing to divide.
@@ -210,6 +211,7 @@ class LoongCoreAttention(MegatronModule):
                 softmax_offset=self.softmax_offset,
                 max_logits=self._max_logits(query),
                 kernel=self.kernel,
+                gradient_wire=self.gradient_wire,
                 deterministic=self.deterministic,
                 **lengths,
             )

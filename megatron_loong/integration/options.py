@@ -49,7 +49,7 @@ class LoongOptions:
     """A name of `kernels.registry`, or `auto`."""
 
     loong_gradient_wire: str = "auto"
-    """What gradients travel round the ring in: `float32`, `input` (the dtype of q) or `auto` (bfloat16 for bfloat16)."""
+    """What gradients travel round the ring in: `float32`, `input` (q's dtype) or `auto` (bfloat16 for bfloat16)."""
 
     loong_mla_latent: bool = False
     """Multi-latent attention sends the latent round the ring where that is fewer bytes than keys and values."""

@@ -114,7 +114,7 @@ def _move(
 
 
 def _by_triton(x: torch.Tensor) -> bool:
-    if not _triton_wanted or not x.is_cuda or _import_fault() is not None:
+    if not _triton_wanted or not x.is_cuda or triton_fault() is not None:
         return False
     # Triton launches on the current device, whatever device the tensors are on.
     return x.device.index == torch.cuda.current_device()

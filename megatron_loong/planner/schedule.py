@@ -2,9 +2,10 @@
 
 A double ring is only another visit order (LoongTrain section 4.3): what a rank computes with a block depends on
 (ring_rank, owner) alone. Either the KV blocks move and every rank computes for its own queries, or the queries move
-(with what their gradient needs) and every rank computes with its own keys: `moving` says which. A visit is a pair of shifts (outer, inner): the block of the ring rank that stands
-that many places back on each ring. A block goes round its owner's inner ring, and from the owner to its places on
-the other inner rings by outer hops, each of which begins an inner round there:
+(with what their gradient needs) and every rank computes with its own keys: `moving` says which. A visit is a pair of
+shifts (outer, inner): the block of the ring rank that stands that many places back on each ring. A block goes round
+its owner's inner ring, and from the owner to its places on the other inner rings by outer hops, each of which begins
+an inner round there:
 
     (0,0) -inner-> (0,1) -inner-> (0,2)          forward: every hop is posted in the step in which its sender
       | outer                                    attends to the block, so the hop hides behind that step's tiles,

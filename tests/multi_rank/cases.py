@@ -112,6 +112,30 @@ def replicated_kv_heads(rank: int) -> None:
     groups.destroy()
 
 
+def heads_in_parts(rank: int, config: LoongConfig) -> Any:
+    """Parts of the heads against all at once: exact, and as many bytes; cross-attention's two exchanges too."""
+    groups = build_groups(config, range(8))
+    inputs = random_inputs(2, 64, 16, 8, 8, torch.float64, v_dim=4)
+    expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+    sent = []
+    for parts in (1, 2, 4):
+        with count_bytes() as ledger:
+            results = run_attention(inputs, groups, head_parts=parts)
+        assert_close(results, expected, 1e-12, f"on rank {rank} in {parts} parts")
+        sent.append(dict(ledger.sent_bytes))
+    offset = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    slopes = torch.linspace(0.1, 1, 16, dtype=torch.float64)
+    one, four = (
+        run_attention(
+            inputs, groups, head_parts=parts, softmax_offset=offset, alibi_slopes=slopes, dropout_p=0.2, dropout_seed=1
+        )
+        for parts in (1, 4)
+    )
+    assert_close(four, one, 1e-12, f"on rank {rank}, with what belongs to a head")
+    groups.destroy()
+    return sent
+
+
 def dtypes_and_value_width(rank: int, kernel: str) -> None:
     """Loose absolute bounds per dtype; a given softmax_scale; v narrower than k."""
     groups = build_groups(LoongConfig(8, 2, 2), range(8))
@@ -151,12 +175,19 @@ def two_cp_groups(rank: int) -> None:
     groups.destroy()
 
 
-def rms_error_ratios(rank: int, config: LoongConfig, dtype: torch.dtype, plant_bf16_merge: bool) -> dict[str, float]:
+def rms_error_ratios(
+    rank: int,
+    config: LoongConfig,
+    dtype: torch.dtype,
+    plant_bf16_merge: bool,
+    gradient_wire: str = "auto",
+    kv_heads: int = 4,
+) -> dict[str, float]:
     """RMS error against float64, over that of the same kernel on one device with the same inputs."""
     from megatron_loong.attention import double_ring
 
     groups = build_groups(config, range(config.context_parallel_size))
-    inputs = random_inputs(1, 512, 8, 4, 32, dtype)
+    inputs = random_inputs(1, 512, 8, kv_heads, 32, dtype)
     truth = dense_with_gradients(*inputs, True)
     one_device = run_attention(inputs, groups_of_one())
     honest = double_ring.merge_
@@ -169,7 +200,7 @@ def rms_error_ratios(rank: int, config: LoongConfig, dtype: torch.dtype, plant_b
     try:
         if plant_bf16_merge:
             double_ring.merge_ = bf16_merge
-        results = run_attention(inputs, groups)
+        results = run_attention(inputs, groups, gradient_wire=gradient_wire)
     finally:
         double_ring.merge_ = honest
     whole = {name: unshard_sequence(x, groups) for name, x in results.items()}

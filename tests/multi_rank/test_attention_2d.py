@@ -34,6 +34,21 @@ def test_more_head_ranks_than_divide_the_kv_heads(pool: WorkerPool) -> None:
     pool.run(cases.replicated_kv_heads)
 
 
+@pytest.mark.parametrize("config", [LoongConfig(8, 2, 2), LoongConfig(8, 2, 4, "context_first")], ids=str)
+def test_heads_in_parts(pool: WorkerPool, config: LoongConfig) -> None:
+    """The all-to-all under the ring: the same numbers and the same bytes."""
+    for whole, *parted in pool.run(cases.heads_in_parts, config):
+        assert all(sent == whole for sent in parted)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 8], ids=["keys move", "queries move"])
+@pytest.mark.parametrize("wire", ["float32", "input"])
+def test_either_wire_of_gradients_keeps_the_error_bound(pool: WorkerPool, wire: str, kv_heads: int) -> None:
+    """What travels in bfloat16 is summed in float32: 2.5x the one-device kernel's error, as below."""
+    for ratios in pool.run(cases.rms_error_ratios, LoongConfig(8, 1, 2), torch.bfloat16, False, wire, kv_heads):
+        assert max(ratios.values()) <= 2.5, ratios
+
+
 @pytest.mark.parametrize("reference", [False, True], ids=["auto", "reference"])
 def test_every_dtype_and_unequal_value_width(pool: WorkerPool, reference: bool) -> None:
     pool.run(cases.dtypes_and_value_width, "reference" if reference else "auto")

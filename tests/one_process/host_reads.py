@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_loong import LoongConfig, attention_2d
 from megatron_loong.attention import attention_2d as attention_2d_module
+from megatron_loong.attention import plan
 from megatron_loong.attention.call import Attention2D
 from megatron_loong.bench.simulate import groups_without_processes
 from megatron_loong.comm.transport import End, Pending, Transport
@@ -42,6 +43,7 @@ def forget_indices() -> None:
             for x in vars(module).values():
                 if hasattr(x, "cache_clear"):
                     x.cache_clear()
+    plan.forget_places()
 
 
 class HostReads(TorchDispatchMode):
@@ -75,7 +77,8 @@ class Silent(Transport):
     def post(self, ends: Sequence[End]) -> Iterator[Pending]:
         yield lambda timeout: None
 
-    def all_to_all(self, *_: Any) -> None: ...
+    def all_to_all(self, *_: Any) -> Pending:
+        return lambda timeout: None
 
 
 class _WithoutEngine:

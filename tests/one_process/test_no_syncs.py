@@ -28,26 +28,16 @@ FEATURES: dict[str, Callable[[torch.device], dict[str, Any]]] = {
 }
 
 
-#: RingPlan copies the places of tokens to the device in every call.
-NOT_YET = {"dropout", "alibi"}
-
-
 @pytest.fixture(autouse=True)
 def _leave_no_fake_tensors() -> Iterator[None]:
     yield
     forget_indices()
 
 
-@pytest.mark.parametrize("feature", sorted(set(FEATURES) - NOT_YET))
+@pytest.mark.parametrize("feature", sorted(FEATURES))
 @pytest.mark.parametrize("config", LAYOUTS, ids=LoongConfig.describe)
 def test_attention_waits_for_nothing(config: LoongConfig, feature: str) -> None:
     assert host_reads(config, 8, 2, FEATURES[feature]) == []
-
-
-@pytest.mark.parametrize("feature", sorted(NOT_YET))
-def test_places_of_tokens_are_still_copied_in_every_call(feature: str) -> None:
-    """When this fails, the places are made once: move the feature to the test above."""
-    assert "aten::_to_copy" in host_reads(LoongConfig(4), 8, 2, FEATURES[feature])
 
 
 @pytest.mark.parametrize("config", [LoongConfig(4, 4), LoongConfig(8, 4)], ids=LoongConfig.describe)
