@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from megatron_loong.attention.attention_2d import attention_2d, prepare
-from megatron_loong.attention.call import Attention2D, Call
+from megatron_loong.attention.blocks import Block, accumulator_dtype
+from megatron_loong.attention.call import Call, _backward, _forward
 from megatron_loong.planner.tiles import Mask
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
-
-_remembered: WeakKeyDictionary[LoongGroups, dict[Any, dict[str, Any]]] = WeakKeyDictionary()
-"""By groups and by what was asked: what a forward leaves for its backward beside tensors; equal for equal questions."""
 
 
 def attention_2d_compiled(
@@ -71,7 +68,7 @@ def attention_2d_compiled(
     return out.transpose(0, 1) if qkv_format == "bshd" else out
 
 
-_LEFT_OUT = "cu_seqlens cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight".split()
+_LEFT_OUT = "cu_seqlens cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts".split()
 
 
 def traced(
@@ -89,22 +86,6 @@ def traced(
         return outside(q, k, v, groups, kernel=kernel, **options)
     asked.pop("dropout_p", None)
     return attention_2d_compiled(q, k, v, groups, kernel=kernel, **asked)
-
-
-class _Context:
-    """What `Attention2D.forward` and `backward` take for an autograd context."""
-
-    def __init__(self, saved: tuple[torch.Tensor | None, ...] = (), **remembered: Any) -> None:
-        self.saved_tensors = saved
-        self.__dict__.update(remembered)
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-    @property
-    def remembered(self) -> dict[str, Any]:
-        """All that is not a tensor to be saved."""
-        return {name: x for name, x in self.__dict__.items() if name != "saved_tensors"}
 
 
 def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, asked: tuple) -> Call:
@@ -142,10 +123,6 @@ def _apart(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return results
 
 
-def _question(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: tuple) -> tuple:
-    return (*(tuple(x.shape) for x in (q, k, v)), q.dtype, asked)
-
-
 @torch.library.custom_op("megatron_loong::attention_2d", mutates_args=())
 def _attention(
     q: torch.Tensor,
@@ -162,24 +139,24 @@ def _attention(
     kernel: str,
     deterministic: bool,
     gradient_wire: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out [s, b, h, dv] and what backward needs: q, KV block (bytes), out, lse after the all-to-all.
+) -> list[torch.Tensor]:
+    """out [s, b, h, dv]; then of each part of the heads q, KV block (bytes), out and lse after the all-to-all.
 
-    Without a head group the third and the last but one are q and out again, and an operator must not return the same
-    memory twice: then they are empty.
+    Without a head group the part's q and out are the whole, and an operator must not return the same memory twice:
+    then they are empty.
     """
     asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
-    call, context = _call(q, k, v, sink, asked), _Context()
+    call = _call(q, k, v, sink, asked)
     with torch.no_grad():
-        out = Attention2D.forward(context, q, k, v, sink, None, call)
-    q_share, kv_flat, out_share, lse, _, _ = context.saved_tensors
-    assert q_share is not None and kv_flat is not None and out_share is not None and lse is not None
-    kept = _remembered.setdefault(call.groups, {})
-    kept[_question(q, k, v, asked)] = context.remembered | {"kv_dtype": kv_flat.dtype}
-    if call.groups.handle("head").size == 1:
-        q_share, out_share = q.new_empty(0), q.new_empty(0)
-    out, q_share, kv_bytes, out_share, lse = _apart(out, q_share, kv_flat.view(torch.uint8), out_share, lse)
-    return out, q_share, kv_bytes, out_share, lse
+        out, shares = _forward(q, k, v, sink, None, call)
+    saved = [x for q_share, kv, *result in shares for x in (q_share, kv.flat, *result)]
+    if _alone(call):
+        saved[0], saved[2] = q.new_empty(0), q.new_empty(0)
+    return _apart(out, *saved)
+
+
+def _alone(call: Call) -> bool:
+    return call.groups.handle("head").size == 1
 
 
 def _fixed(n: Any) -> Any:
@@ -191,27 +168,24 @@ def _fixed(n: Any) -> Any:
 def _(q, k, v, sink, *asked):
     q, k, v = (x.new_empty([_fixed(n) for n in x.shape]) for x in (q, k, v))
     call = _call(q, k, v, sink, tuple(map(_fixed, asked)))
-    me, b = call.groups.handle("head").rank, q.shape[1]
-    heads, ring_rank = len(call.shares.query[me]), call.groups.ring_rank
+    me, b, ring_rank = call.groups.handle("head").rank, q.shape[1], call.groups.ring_rank
     rows = sum(stop - start for start, stop in call.layouts[0].ring_runs(ring_rank))
-    kv_row = b * len(call.shares.kv[me]) * (k.shape[3] + v.shape[3]) * k.element_size()
-    alone = call.groups.handle("head").size == 1
-    return (
-        q.new_empty(*q.shape[:3], call.value_dim),
-        q.new_empty(0) if alone else q.new_empty(rows, b, heads, q.shape[3]),
-        q.new_empty(call.kv_rows() * kv_row, dtype=torch.uint8),
-        q.new_empty(0) if alone else q.new_empty(rows, b, heads, call.value_dim),
-        q.new_empty(rows, b, heads, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
-    )
+    results = [q.new_empty(*q.shape[:3], call.value_dim)]
+    for part in call.parts:
+        heads = len(part.shares.query[me])
+        results += [
+            q.new_empty(0) if _alone(call) else q.new_empty(rows, b, heads, q.shape[3]),
+            part.kv_form(k, v).buffer(part.kv_rows(), k.device),
+            q.new_empty(0) if _alone(call) else q.new_empty(rows, b, heads, call.value_dim),
+            q.new_empty(rows, b, heads, dtype=accumulator_dtype(q.dtype)),
+        ]
+    return results
 
 
 @torch.library.custom_op("megatron_loong::attention_2d_backward", mutates_args=())
 def _attention_backward(
     dout: torch.Tensor,
-    q_share: torch.Tensor,
-    kv_bytes: torch.Tensor,
-    out_share: torch.Tensor,
-    lse: torch.Tensor,
+    saved: list[torch.Tensor],
     sink: torch.Tensor | None,
     q_shape: list[int],
     k_shape: list[int],
@@ -226,42 +200,40 @@ def _attention_backward(
     kernel: str,
     deterministic: bool,
     gradient_wire: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, and dsink (empty without a sink)."""
+) -> list[torch.Tensor]:
+    """dq, dk, dv, and dsink where there is a sink."""
     asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
-    question = (tuple(q_shape), tuple(k_shape), tuple(v_shape), q_share.dtype, asked)
-    remembered = dict(_remembered[groups_by_number(groups)][question])
-    kv_flat = kv_bytes.view(remembered.pop("kv_dtype"))
-    context = _Context((q_share, kv_flat, out_share, lse, sink, None), **remembered)
+    q, k, v = (dout.new_empty(()).expand(shape) for shape in (q_shape, k_shape, v_shape))  # for their shapes alone
+    call = _call(q, k, v, sink, asked)
+    shares = [
+        (q_share, Block(part.kv_form(k, v), flat), out_share, lse)
+        for part, (q_share, flat, out_share, lse) in zip(call.parts, zip(*[iter(saved)] * 4, strict=True), strict=True)
+    ]
     with torch.no_grad():
-        dq, dk, dv, dsink, *_ = Attention2D.backward(context, dout)
+        grads = _backward(dout, shares, sink, None, call)
     # A ring sums dk and dv in one buffer, and wide inputs keep it.
-    dq, dk, dv = _apart(dq, dk, dv)
-    return dq, dk, dv, dout.new_empty(0) if dsink is None else dsink
+    return _apart(*(x for x in grads if x is not None))
 
 
 @_attention_backward.register_fake
-def _(dout, q_share, kv_bytes, out_share, lse, sink, q_shape, k_shape, v_shape, *asked):
-    grads = (dout.new_empty(shape) for shape in (q_shape, k_shape, v_shape))
-    return *grads, dout.new_empty(0) if sink is None else torch.empty_like(sink)
+def _(dout, saved, sink, q_shape, k_shape, v_shape, *asked):
+    grads = [dout.new_empty(shape) for shape in (q_shape, k_shape, v_shape)]
+    return grads if sink is None else [*grads, torch.empty_like(sink)]
 
 
-def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _set_up(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
     q, k, v, sink, *asked = inputs
-    out, q_share, kv_bytes, out_share, lse = output
-    if not q_share.numel():
-        q_share, out_share = q, out
-    ctx.save_for_backward(q_share, kv_bytes, out_share, lse, sink)
+    out, *saved = output
+    if not saved[0].numel():
+        saved[0], saved[2] = q, out
+    ctx.save_for_backward(sink, *saved)
     ctx.shapes, ctx.asked = [list(x.shape) for x in (q, k, v)], asked
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: torch.Tensor, *_: None) -> tuple:
-    sink = ctx.saved_tensors[-1]
-    dq, dk, dv, dsink = torch.ops.megatron_loong.attention_2d_backward(
-        dout, *ctx.saved_tensors, *ctx.shapes, *ctx.asked
-    )
-    return dq, dk, dv, None if sink is None else dsink, *(None,) * len(ctx.asked)
+def _differentiate(ctx: Any, gradients: list[torch.Tensor]) -> tuple:
+    sink, *saved = ctx.saved_tensors
+    grads = torch.ops.megatron_loong.attention_2d_backward(gradients[0], saved, sink, *ctx.shapes, *ctx.asked)
+    return *grads, *[None] * (4 - len(grads)), *[None] * len(ctx.asked)
 
 
-_attention.register_autograd(_backward, setup_context=_set_up)
+_attention.register_autograd(_differentiate, setup_context=_set_up)

@@ -3,18 +3,20 @@
     shares of the sequence [s of the rank, b, h, d]  <->  shares of the heads [s of the ring rank, b, heads of it, d]
 
 All tensors of one exchange travel in one message per peer, a row of the message being all that one token has: packed
-by one copy per tensor and put in the order of the sequence by one copy per tensor on arrival.
+by one pass over memory, and put in the order of the sequence by another on arrival (`kernels.folds`).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_loong.comm.all_to_all import all_to_all
+from megatron_loong.kernels.folds import copy_rows_
 from megatron_loong.topology.groups import GroupHandle
 from megatron_loong.topology.tokens import TokenLayout, starts_of
 
@@ -53,8 +55,13 @@ class HeadExchange:
         tokens, me = self._tokens(), self.handle.rank
         widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
         send = self._buffer(tensors[0], [tokens[me] * sum(w) for w in widths])
-        for index, (x, heads) in enumerate(zip(tensors, shares, strict=True)):
-            _give_out(x, heads, send, widths, index)
+        copy_rows_(
+            [
+                pair
+                for index, (x, heads) in enumerate(zip(tensors, shares, strict=True))
+                for pair in _given_out(x, heads, send, widths, index)
+            ]
+        )
         lengths = [n * sum(widths[me]) for n in tokens]
         arrival = all_to_all(send, [tokens[me] * sum(w) for w in widths], lengths, self.handle, what)
         order, columns = _order(self.layout, self.ring_rank, send.device), starts_of(widths[me])
@@ -62,6 +69,7 @@ class HeadExchange:
 
         def finish() -> list[torch.Tensor]:
             rows = arrival().view(sum(tokens), sum(widths[me]))
+<<<<<<< HEAD
             results = []
             for index, ((shape, dtype), heads, out) in enumerate(zip(forms, shares, into, strict=True)):
                 part = rows[:, columns[index] : columns[index + 1]]
@@ -72,6 +80,10 @@ class HeadExchange:
                 else:
                     torch.index_select(part, 0, order, out=out.view(part.shape))
                 results.append(out)
+=======
+            parts = [rows[:, a:b] for a, b in itertools.pairwise(columns)]
+            copy_rows_([(x.view(part.shape), part) for x, part in zip(results, parts, strict=True)], source_rows=order)
+>>>>>>> 32485dd2ecb18f01208c4a41bd830aa3794226c7
             return results
 
         return finish
@@ -96,9 +108,8 @@ class HeadExchange:
         send = self._buffer(tensors[0], [n * sum(widths[me]) for n in tokens])
         rows, columns = send.view(sum(tokens), sum(widths[me])), starts_of(widths[me])
         order = _order(self.layout, self.ring_rank, send.device)
-        for index, x in enumerate(tensors):
-            part = rows[:, columns[index] : columns[index + 1]]
-            part.copy_(x.reshape(part.shape)) if order is None else part.index_copy_(0, order, x.reshape(part.shape))
+        parts = [rows[:, a:b] for a, b in itertools.pairwise(columns)]
+        copy_rows_([(part, x.reshape(part.shape)) for x, part in zip(tensors, parts, strict=True)], target_rows=order)
         lengths = [tokens[me] * sum(w) for w in widths]
         arrival = all_to_all(send, [n * sum(widths[me]) for n in tokens], lengths, self.handle, what)
         forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
@@ -163,13 +174,15 @@ def _one_view(
     return rows.unflatten(2, (shape[1], len(shares[0]), shape[3])).permute(1, 2, 0, 3, 4)
 
 
-def _give_out(x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int) -> None:
+def _given_out(
+    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where each peer's heads of x go in a buffer of rows, and the heads."""
     if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
         view = _one_view(x.shape, shares, buffer, widths, index, x.shape[0])
-        view.copy_(x.unflatten(2, (len(shares), len(shares[0]))))
-        return
-    for heads, view in zip(shares, _views(x.shape, shares, buffer, widths, index, x.shape[0]), strict=True):
-        view.copy_(x[:, :, heads.start : heads.stop])
+        return [(view, x.unflatten(2, (len(shares), len(shares[0]))))]
+    views = _views(x.shape, shares, buffer, widths, index, x.shape[0])
+    return [(view, x[:, :, heads.start : heads.stop]) for heads, view in zip(shares, views, strict=True)]
 
 
 def _put_together(

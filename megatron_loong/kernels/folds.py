@@ -61,7 +61,9 @@ def copy_rows_(
     """
     assert source_rows is None or target_rows is None
     for target, source in _move(pairs, add=False, source_rows=source_rows, target_rows=target_rows):
-        if source_rows is not None:
+        if source_rows is not None and target.is_contiguous() and target.dtype == source.dtype:
+            torch.index_select(source, 0, source_rows, out=target)
+        elif source_rows is not None:
             target.copy_(source.index_select(0, source_rows))
         elif target_rows is not None:
             target.index_copy_(0, target_rows, source.to(target.dtype))

@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from megatron_loong import LoongConfig, build_groups, shard_sequence
+from megatron_loong.attention import attention_2d as module
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.attention.compiled import attention_2d_compiled
 from tests.dense import dense_with_gradients
 from tests.multi_rank.cases import assert_close, random_inputs
+
+
+def compiled_in_parts(rank: int, *case) -> None:
+    """Every head a part of its own."""
+    least, module.LEAST_PART_BYTES = module.LEAST_PART_BYTES, 1
+    try:
+        compiled_layer(rank, *case)
+    finally:
+        module.LEAST_PART_BYTES = least
 
 
 def compiled_layer(rank: int, cp: int, hp: int, heads: tuple[int, int]) -> None:
@@ -40,3 +50,8 @@ def compiled_layer(rank: int, cp: int, hp: int, heads: tuple[int, int]) -> None:
 )
 def test_compiled_attention_matches_dense_attention(cp, hp, heads, pool) -> None:
     pool.run(compiled_layer, cp, hp, heads)
+
+
+@pytest.mark.multi_rank
+def test_heads_that_go_in_parts_compile_too(pool) -> None:
+    pool.run(compiled_in_parts, 4, 2, (8, 4))
