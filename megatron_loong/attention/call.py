@@ -137,15 +137,15 @@ class Attention2D(torch.autograd.Function):
         up_weight: torch.Tensor | None,
         call: Call,
     ) -> Any:
-        out, shares = _forward(q, k, v, sink, up_weight, call)
-        ctx.save_for_backward(sink, up_weight, *(x for share in shares for x in (share[0], share[1].flat, *share[2:])))
+        out_of_all, shares = _forward(q, k, v, sink, up_weight, call)
+        ctx.save_for_backward(*(x for q, kv, out, lse in shares for x in (q, kv.flat, out, lse)), sink, up_weight)
         ctx.kv_form, ctx.call = shares[0][1].form, call
-        return out
+        return out_of_all
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
-        sink, up_weight, *saved = ctx.saved_tensors
+        *saved, sink, up_weight = ctx.saved_tensors
         shares = [(q, Block(ctx.kv_form, flat), out, lse) for q, flat, out, lse in zip(*[iter(saved)] * 4, strict=True)]
         return *_backward(dout, shares, sink, up_weight, ctx.call), None
 
@@ -236,6 +236,7 @@ def _backward(
         # Summed in float32 to the end; rounded once, here, so that the all-to-all carries the input's width.
         grads = [x.to(dout.dtype) for x in ring_backward(dout_share, q_share, kv, out_share, lse, plan)]
         under_way.append(_homeward(grads, part, into))
+        del grads
         heads = part.query_heads
         if sink is not None and dsink is not None:
             dsink[heads] = sink_gradient(dout_share, out_share, lse, sink[heads])

@@ -65,14 +65,15 @@ class HeadExchange:
         lengths = [n * sum(widths[me]) for n in tokens]
         arrival = all_to_all(send, [tokens[me] * sum(w) for w in widths], lengths, self.handle, what)
         order, columns = _order(self.layout, self.ring_rank, send.device), starts_of(widths[me])
-        results = [
-            x.new_empty(sum(tokens), x.shape[1], len(heads[me]), x.shape[3]) if out is None else out
-            for x, heads, out in zip(tensors, shares, into, strict=True)
-        ]
+        forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
         def finish() -> list[torch.Tensor]:
             rows = arrival().view(sum(tokens), sum(widths[me]))
             parts = [rows[:, a:b] for a, b in itertools.pairwise(columns)]
+            results = [
+                part.new_empty(sum(tokens), shape[1], len(heads[me]), shape[3], dtype=dtype) if out is None else out
+                for part, (shape, dtype), heads, out in zip(parts, forms, shares, into, strict=True)
+            ]
             copy_rows_([(x.view(part.shape), part) for x, part in zip(results, parts, strict=True)], source_rows=order)
             return results
 

@@ -49,7 +49,11 @@ def all_to_all(
     except RuntimeError as error:
         raise failure(error) from error
 
+    under_way = [(pending, received)]  # emptied by the wait, so that what was sent and came goes with its last user
+    del pending, received, outgoing, send
+
     def wait() -> torch.Tensor:
+        pending, received = under_way.pop()
         try:
             pending(handle.timeout)
         except RuntimeError as error:

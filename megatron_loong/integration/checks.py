@@ -121,12 +121,6 @@ REFUSALS = (
     ),
     Refusal("cache_mla_latents", _is_set, "--cache-mla-latents (absorbed MLA)", "multi-latent attention without it"),
     Refusal("attention_cp_layout", lambda v: v not in (None, "zigzag"), "attention_cp_layout={value}", "zigzag"),
-    Refusal(
-        "reset_attention_mask",
-        _is_set,
-        "--reset-attention-mask (its mask is a tensor of the sequence length squared)",
-        "--dataloader-inter-document-masking (megatron-core 0.19 on), which tells attention the documents instead",
-    ),
 )
 
 
@@ -139,6 +133,24 @@ def refuse(holder: object) -> None:
                 f"{refusal.flag.format(value=value)} does not work with --context-parallel-impl loong yet; "
                 f"supported: {refusal.instead} (or --context-parallel-impl native)"
             )
+
+
+def refuse_beside_reset(args: Any) -> None:
+    """Raise for what `--reset-attention-mask` does not work with: the documents have to be in every stage's batch."""
+    if not getattr(args, "reset_attention_mask", False):
+        return
+    if getattr(args, "pipeline_model_parallel_size", 1) > 1 or getattr(args, "hybrid_context_parallel", False):
+        raise NotImplementedError(
+            "--reset-attention-mask does not work with --pipeline-model-parallel-size above 1 or "
+            "--hybrid-context-parallel, and --context-parallel-impl loong; supported: "
+            "--dataloader-inter-document-masking (megatron-core 0.19 on)"
+        )
+    has_mask = getattr(args, "create_attention_mask_in_dataloader", True)
+    if not has_mask and not getattr(args, "reset_position_ids", False):
+        raise ValueError(
+            "--reset-attention-mask with --no-create-attention-mask-in-dataloader leaves no trace of the documents; "
+            "add --reset-position-ids, from which they are read, or leave --no-create-attention-mask-in-dataloader out"
+        )
 
 
 def refuse_beside_packs(holder: Any) -> None:
@@ -214,10 +226,12 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
         hybrid=bool(getattr(args, "hybrid_context_parallel", False)),
     )
     refuse_beside_hybrid(options, args)
+    refuse_beside_reset(args)
     check_kernel_name(options.loong_kernel)
     refuse(args)
     # Before Megatron has validated its arguments, it is open whether the rotary embedding will be fused.
-    if final and (getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)):
+    packs = ("sft", "dataloader_inter_document_masking", "reset_attention_mask")
+    if final and any(getattr(args, name, False) for name in packs):
         refuse_beside_packs(args)
 
 

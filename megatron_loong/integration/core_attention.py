@@ -24,6 +24,7 @@ from megatron_loong.integration.latent import LatentSource
 from megatron_loong.integration.lengths import refuse_seen_padding
 from megatron_loong.integration.packed import packed_arguments
 from megatron_loong.integration.recompute import level_of_layer
+from megatron_loong.integration.reset_mask import refuse_lost_documents
 from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.topology.groups import LoongGroups
@@ -181,6 +182,7 @@ class LoongCoreAttention(MegatronModule):
                 lengths["kv_seq_len"] = key.shape[0] * cp
             if self.plugin is not None:
                 refuse_seen_padding(self.plugin, causal)
+                refuse_lost_documents(self.plugin)
             self._say_kernel(query, key, value)
         else:
             lengths = packed_arguments(

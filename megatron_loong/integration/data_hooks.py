@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_loong.integration import dynamic, lengths, loss, packed
+from megatron_loong.integration import dynamic, lengths, loss, packed, reset_mask
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.runtime import Runtime, active
 
@@ -67,6 +67,11 @@ def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callab
         if packed.layout_config(state, cp_group.size()) is None:
             return original(batch, *args, **kwargs)
         cu_seqlens = _boundaries(batch)
+        if cu_seqlens is None and reset_mask.asked(state):
+            batch, cu_seqlens = reset_mask.as_one_pack(batch)
+            batch = slice_batch(state, batch, cp_group, cu_seqlens)
+            state.documents_of[batch["tokens"]] = cu_seqlens
+            return batch
         # Masking between documents keeps cu_seqlens per document but cuts the whole sequence in zigzag (upstream
         # issue 6156); here a batch with documents is always cut by them.
         if cu_seqlens is not None:

@@ -11,7 +11,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import arguments, compat, data_hooks, dynamic, hybrid_loop, placement, runtime, zero
+from megatron_loong.integration import (
+    arguments,
+    compat,
+    data_hooks,
+    dynamic,
+    hybrid_loop,
+    placement,
+    reset_mask,
+    runtime,
+    zero,
+)
 from megatron_loong.integration.checks import check_args, check_options, check_parts
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.integration.memory_options import check_tiled_mlp
@@ -210,7 +220,7 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "attention_forward": _hook_attention_forward,
     "mla_init": _hook_attention_init,
     "checkpoint_function": _hook_checkpoint_function,
-    "model_forward": _with_options(model_forward),
+    "model_forward": lambda state, original: reset_mask.model_forward(state, model_forward(state.options, original)),
     "language_model_loss": _with_options(language_model_loss),
     "acceptance_counts": _with_options(acceptance_counts),
     "mlp_forward": _with_options(mlp_forward),

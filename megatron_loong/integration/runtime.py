@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.integration import compat, lengths, placement, zero
@@ -56,6 +57,8 @@ class Runtime:
         """Whether Megatron gives each micro-batch ranks of its own (`--hybrid-context-parallel`)."""
         self.members: Members | None = None
         """The ranks of the micro-batch whose attention runs now, where it brings its own."""
+        self.documents_of: Any = WeakTensorKeyDictionary()
+        """A batch's tokens on this rank -> the documents in it (cu_seqlens), with `--reset-attention-mask`."""
         self._part_layouts: dict[Any, LoongConfig | None] = {}
         self._said: set[str] = set()
 

@@ -46,6 +46,7 @@ TOY_MODEL = tuple(
 #: A flag that a run may be given, and what of the toy model it takes the place of.
 CONTRADICTIONS = {
     "--data-path": "--mock-data",
+    "--reset-attention-mask": "--no-create-attention-mask-in-dataloader",
     "--multi-latent-attention": "--group-query-attention --num-query-groups 2",
 }
 

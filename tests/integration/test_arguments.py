@@ -227,7 +227,9 @@ def test_every_parser_of_megatron_has_the_flags_once(
         ("--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2", ValueError),
         ("--context-parallel-size 4 --loong-kernel warp", ValueError),
         ("--context-parallel-size 4 --fp8-format hybrid", NotImplementedError),
-        ("--context-parallel-size 4 --reset-attention-mask", NotImplementedError),
+        ("--context-parallel-size 4 --reset-attention-mask --pipeline-model-parallel-size 2", NotImplementedError),
+        ("--context-parallel-size 4 --hybrid-context-parallel", NotImplementedError),  # with Megatron's --eval-iters
+        ("--context-parallel-size 4 --hybrid-context-parallel --eval-iters 0 --num-experts 4", NotImplementedError),
     ],
 )
 def test_a_bad_configuration_says_the_same_on_every_rank_before_anything_starts(

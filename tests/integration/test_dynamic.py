@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
 
-from megatron_loong.integration import dynamic
+from megatron_loong.integration import dynamic, hybrid_loop
 from megatron_loong.integration.checks import check_parts, refuse_beside_hybrid
 from megatron_loong.integration.options import LoongOptions, resolve_part
 from tests.dense import band, dense_attention
@@ -217,3 +217,34 @@ def test_sizes_have_to_fit_all_of_data_and_context_parallel() -> None:
     check_parts(LoongOptions("loong", 4, 2), 8)
     with pytest.raises(ValueError, match=r"head_parallel_size=3 does not divide .*=8; .*context parallel = 8 ranks"):
         check_parts(LoongOptions("loong", 3), 8)
+
+
+# ---- what keeps Megatron's own loop from running ----
+
+
+def test_backward_step_is_called_without_the_argument_that_is_gone() -> None:
+    hook = hybrid_loop.HOOKS["hybrid_backward_step"]
+    now = hook(types.SimpleNamespace(hybrid=True), lambda given, out, out_grad, config: (given, out, out_grad, config))
+    assert now(1, 2, 3, "model type", 4) == now(1, 2, 3, 4) == (1, 2, 3, 4)
+    before = hook(types.SimpleNamespace(hybrid=True), lambda given, out, out_grad, model_type, config: config)
+    assert before(1, 2, 3, "model type", 4) == 4
+
+
+def test_one_sequence_becomes_a_pack_of_one_document() -> None:
+    hook = hybrid_loop.HOOKS["hybrid_batch"]
+    batch = {"tokens": torch.arange(5), "loss_mask": torch.ones(5), "attention_mask": None}
+    found = hook(types.SimpleNamespace(hybrid=True), lambda batch: batch)(batch)
+    assert found["tokens"].shape == found["loss_mask"].shape == (1, 5) and found["attention_mask"] is None
+    assert found["cu_seqlens"].tolist() == [[0, 5]] and found["max_seqlen"].tolist() == [5]
+    assert hook(types.SimpleNamespace(hybrid=False), lambda batch: batch)(batch) is batch
+    mended = {"tokens": torch.zeros(1, 5)}
+    assert hook(types.SimpleNamespace(hybrid=True), lambda batch: batch)(mended) is mended
+
+
+def test_before_0_18_one_rank_is_named_and_other_lengths_than_multiples_are_refused() -> None:
+    hook = hybrid_loop.HOOKS["hybrid_one_rank"]
+    cut = hook(types.SimpleNamespace(hybrid=True), lambda batch, size: (batch, params(local_cp_size=size)))
+    _, given = cut({"tokens": torch.arange(7)}, 1)
+    assert dynamic.members_of(given) == dynamic.Members((0,), 0) and given.cp_group.size() == 1
+    with pytest.raises(ValueError, match="a sequence of 7 tokens on 2 ranks is no multiple of 4"):
+        cut({"tokens": torch.arange(7)}, 2)

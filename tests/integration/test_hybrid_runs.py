@@ -42,3 +42,15 @@ def test_each_document_gets_the_ranks_it_needs(documents: str, script_name: str,
     shared = [*documents.split(), *SHARED.split()]
     native = megatron_runs.train(reference, 1, *shared)
     assert_same_steps(megatron_runs.train(script, 4, *shared, *HYBRID.split(), *CASES[name].split()), native)
+
+
+@pytest.mark.parametrize("name", ["cp2-dp2-head2", "cp1-dp4-ring"])
+def test_packs_of_documents_in_every_version(name: str) -> None:
+    """The pretrain_gpt.py of MEGATRON_LM_PATH, from 0.16 on; its folder has to be on PYTHONPATH too."""
+    script_or_skip("checkout")
+    if not RUN_ALL:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    script = Path(__file__).with_name("hybrid_checkout.py")
+    native = megatron_runs.train(script, 1, SHARED.split()[0], "--global-batch-size", "16")
+    steps = megatron_runs.train(script, 4, SHARED.split()[0], "--sft", *HYBRID.split(), *CASES[name].split())
+    assert_same_steps(steps, native)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration import megatron_runs
+from tests.integration.test_packed_runs import packed_script
 
 RUN_ALL = os.environ.get("LOONG_TEST_ALL") == "1"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -69,6 +70,16 @@ def test_selective_checkpoint_repeats_full_recomputation(name: str) -> None:
     assert all(0 < k.ring_forwards < f.ring_forwards for k, f in zip(kept, full, strict=True))
     if name not in ("block", "two layers at once"):
         assert [2 * s.ring_forwards for s in kept] == [s.ring_forwards for s in full]
+
+
+def test_selective_checkpoint_of_packed_documents() -> None:
+    if not RUN_ALL:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    flags = f"--sft {LOONG} --context-parallel-size 4 --loong-head-parallel-size 2 {RECOMPUTE}".split()
+    full = megatron_runs.train(packed_script(), 4, *flags)
+    kept = megatron_runs.train(packed_script(), 4, *flags, SELECTIVE)
+    assert [(s.lm_loss, s.grad_norm) for s in kept] == [(s.lm_loss, s.grad_norm) for s in full]
+    assert [2 * s.ring_forwards for s in kept] == [s.ring_forwards for s in full]
 
 
 @pytest.mark.parametrize("flags", ["", f"{CP2} {RECOMPUTE}"], ids=["native", "cp2-recomputed"])

@@ -16,9 +16,13 @@ from tests.multi_rank.pool import WorkerPool
 
 SEQ_LEN, HEADS, KV_HEADS, WIDTH, LAYERS = 64, 8, 2, 16, 3
 AXES_OF_RINGS = {"inner", "outer"}
+#: Documents of 30, 1, 9, 20 and 4 tokens: the long ones are cut over the ring, the short ones dealt whole.
+PACK = (0, 30, 31, 40, 60, 64)
 
 
-def three_ways(rank: int, config: LoongConfig, dtype: torch.dtype) -> dict[str, Any] | None:
+def three_ways(
+    rank: int, config: LoongConfig, dtype: torch.dtype, cu_seqlens: tuple[int, ...] | None = None
+) -> dict[str, Any] | None:
     """Gradients, ring forwards, bytes sent and bytes kept, for each of `WAYS` to recompute."""
     groups = build_groups(config, range(config.context_parallel_size))
     try:
@@ -30,9 +34,10 @@ def three_ways(rank: int, config: LoongConfig, dtype: torch.dtype) -> dict[str, 
 
         def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             q, k, v = (x @ weight).unflatten(-1, (-1, WIDTH)).split([HEADS, KV_HEADS, KV_HEADS], dim=2)
-            return x + attention_2d(q, k, v, groups).flatten(2)
+            return x + attention_2d(q, k, v, groups, cu_seqlens=cu_seqlens, seq_len=SEQ_LEN).flatten(2)
 
-        return {way: _one_way(shard_sequence(x, groups), weights, layer, way) for way in WAYS}
+        mine = shard_sequence(x, groups, cu_seqlens=cu_seqlens)
+        return {way: _one_way(mine, weights, layer, way) for way in WAYS}
     finally:
         groups.destroy()
 
@@ -109,3 +114,24 @@ def test_selective_checkpoint(pool: WorkerPool, config: LoongConfig, dtype: torc
         assert sent["exchange"] == sent["none"], f"rank {rank}: nothing is sent twice"
         for axis in AXES_OF_RINGS & set(sent["none"]):
             assert sent["ring"][axis] == sent["none"][axis] < sent["full"][axis], f"rank {rank}, {axis}"
+
+
+@pytest.mark.parametrize(
+    "config", [LoongConfig(4, 1, 2), LoongConfig(4, 2), LoongConfig(4, 4)], ids=LoongConfig.describe
+)
+def test_selective_checkpoint_of_packed_documents(pool: WorkerPool, config: LoongConfig) -> None:
+    """As above; a rank whose documents are all its own may send nothing, so what is saved is counted over the ranks."""
+    found = pool.run(three_ways, config, torch.float64, PACK)[: config.context_parallel_size]
+    shape: dict[str, Any] = {"seq_len": SEQ_LEN, "batch": 1, "heads": HEADS, "value_head_dim": WIDTH}
+    ring_bytes = selective.kept_bytes(**shape, cp_size=config.context_parallel_size, dtype=torch.float64)
+    for rank, ways in enumerate(found):
+        for way in ("ring", "exchange"):
+            equal = [torch.equal(a, b) for a, b in zip(ways[way]["grads"], ways["full"]["grads"], strict=True)]
+            assert all(equal), f"rank {rank}, {way}: gradients differ from full recomputation's: {equal}"
+            assert ways[way]["rings"] == ways["none"]["rings"] == LAYERS < ways["full"]["rings"], f"rank {rank}, {way}"
+        assert ways["ring"]["kept"] == [ring_bytes] * LAYERS, f"rank {rank}"
+        assert ways["exchange"]["sent"] == ways["none"]["sent"], f"rank {rank}: nothing is sent twice"
+    ring_sent = {way: sum(ways[way]["sent"].get(axis, 0) for ways in found for axis in AXES_OF_RINGS) for way in WAYS}
+    assert ring_sent["ring"] == ring_sent["none"], "no ring is run twice"
+    if config.ring_size > 1:
+        assert 0 < ring_sent["none"] < ring_sent["full"]

@@ -1,0 +1,93 @@
+"""docs/gpu.md, made from the records: what has been proven on which GPU, and what has not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_loong.bench.gpu.steps import STEPS, Step
+
+_HEAD = """# GPUs: what has been proven
+
+<!-- Made by `scripts/gpu_check.sh --docs` from benchmarks/records/; do not edit. -->
+
+`scripts/gpu_check.sh` runs on any machine with PyTorch and one NVIDIA GPU, in ten minutes at most, and downloads
+nothing: this checkout is enough. Each step is a process of its own with a time limit. It ends with a table, and
+writes a record to `benchmarks/records/`; `scripts/gpu_check.sh --docs` then makes this page from the records. Send
+yours. `--cpu` runs what a CPU can run of it; that leaves no record, for it proves nothing about a GPU.
+`scripts/gpu_check.sh --list` shows the commands, each of which runs by itself too.
+
+Megatron's training needs megatron-core 0.17 or newer on `PYTHONPATH`, or a Megatron-LM checkout in `MEGATRON_LM_PATH`;
+other people's rings need yunchang and ring-flash-attn there. A step that lacks what it needs says so, and the others
+run.
+"""
+
+
+def render(records: Sequence[dict[str, Any]]) -> str:
+    """The page; `records` with the latest first."""
+    parts = [_HEAD, _proven(records), *(_one(record) for record in records)]
+    return "\n".join(parts)
+
+
+def _proven(records: Sequence[dict[str, Any]]) -> str:
+    if not records:
+        lines = ["**Nothing has been proven on a GPU yet**: there is no record. Unproven is each of these:", ""]
+        return "\n".join([*lines, *(f"- {step.name}: {step.proves}" for step in STEPS), ""])
+    lines = ["| step | shows that | passed on | failed on |", "|---|---|---|---|"]
+    for step in STEPS:
+        cells = [_devices(records, step, "passed"), _devices(records, step, "failed", "timed out")]
+        lines.append(f"| {step.name} | {step.proves} | {cells[0] or '**nothing yet**'} | {cells[1]} |")
+    return "\n".join([*lines, ""])
+
+
+def _devices(records: Sequence[dict[str, Any]], step: Step, *statuses: str) -> str:
+    """Devices whose latest record of a step has one of these statuses."""
+    latest: dict[str, str] = {}
+    for record in records:
+        for result in record["steps"]:
+            if result["name"] == step.name and result["status"] not in ("cannot run here", "not reached"):
+                latest.setdefault(record["device"], result["status"])
+    return ", ".join(sorted(device for device, status in latest.items() if status in statuses))
+
+
+def _one(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    driver, capability = (record.get(name, "unknown") for name in ("driver", "compute_capability"))
+    lines = [
+        f"## {record['device']}, {record['date']}",
+        "",
+        f"*Measured* by `scripts/gpu_check.sh` at commit {record['commit'][:8]}: driver {driver}, compute capability "
+        f"{capability}, {versions}.",
+        "",
+        *table(record["steps"]),
+        "",
+    ]
+    for shape in _shapes(record):
+        lines += [*_efficiencies(shape), ""]
+    return "\n".join(lines)
+
+
+def table(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """What came of each step, as the check prints it too."""
+    lines = ["| step | result | s | |", "|---|---|---|---|"]
+    for result in steps:
+        said = result["reason"].replace("\n", " ").replace("|", "/")
+        said = said if len(said) <= 160 else said[:157] + "..."
+        lines.append(f"| {result['name']} | {result['status']} | {result['seconds']:.0f} | {said} |")
+    return lines
+
+
+def _shapes(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shape for result in record["steps"] for shape in result["figures"].get("shapes", [])]
+
+
+def _efficiencies(shape: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Efficiency of one rank, {shape['shape']}, {shape['layout']}, kernel {shape['kernel']}:",
+        "",
+        "| implementation | forward | forward + backward |",
+        "|---|---|---|",
+    ]
+    for row in shape["results"]:
+        lines.append(f"| {row['name']} | {row['forward_efficiency']:.3f} | {row['efficiency']:.3f} |")
+    return lines

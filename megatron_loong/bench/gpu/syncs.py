@@ -1,0 +1,88 @@
+"""Attention never makes the host wait for the GPU, and a layer of it can be captured in a CUDA graph."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from megatron_loong.bench.gpu import exact
+from megatron_loong.bench.gpu.outcome import CannotRunError, main
+from megatron_loong.bench.local_copies import LocalCopies
+from megatron_loong.bench.rank_alone import chosen_kernel, our_rank, rank_inputs
+from megatron_loong.bench.rivals.interface import Shape
+from megatron_loong.bench.simulate import groups_without_processes
+from megatron_loong.config import LoongConfig
+
+LAYOUTS = [LoongConfig(1), LoongConfig(8), LoongConfig(8, 1, 4), LoongConfig(8, 2, 2)]
+#: Of bfloat16 gradients that are added up in another order each time.
+TOLERANCE = 1e-2
+SHAPE = Shape(4096, 16, 8, 128, torch.bfloat16)
+
+
+def check(device: torch.device) -> dict[str, Any]:
+    """Attention never makes the host wait for the GPU, and a layer of it can be captured in a CUDA graph."""
+    if device.type != "cuda":
+        raise CannotRunError("a CPU has no synchronisation to find; tests/one_process/test_no_syncs.py is its part")
+    captured = {}
+    for config in LAYOUTS:
+        step = one_step(config, device)
+        for _ in range(2):  # what is made once per layout is made here
+            expected = step()
+        with no_synchronisation():
+            step()
+        captured[config.describe()] = graph_difference(step, expected)
+        error = captured[config.describe()]
+        assert error <= TOLERANCE, f"{config.describe()}: results of the graph are {error:.1e} from those before"
+    return {"layouts without a synchronisation": [x.describe() for x in LAYOUTS], "graph_relative_rms": captured}
+
+
+def one_step(config: LoongConfig, device: torch.device) -> Callable[[], list[torch.Tensor]]:
+    """out, dq, dk, dv of one rank, its peers replaced by copies on other streams."""
+    kernel = chosen_kernel(SHAPE, config.head_parallel_size, device, "auto")
+    inputs = rank_inputs(SHAPE, config.context_parallel_size, device)
+    apply = our_rank(config, 0, SHAPE, kernel, groups_without_processes(config, 0, LocalCopies))
+
+    def step() -> list[torch.Tensor]:
+        q, k, v, dout = inputs
+        out = apply(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    return step
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """An operator that synchronises raises. Waits for events and streams by the host are not seen by it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def graph_difference(step: Callable[[], list[torch.Tensor]], expected: list[torch.Tensor]) -> float:
+    """Relative RMS between `expected` and what a captured graph of `step` computes when it is replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as PyTorch asks for: a warm-up on the stream of the capture
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        results = step()
+    for x in results:
+        x.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return max(exact.relative_rms(x, y.double()) for x, y in zip(results, expected, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(check))
