@@ -106,7 +106,6 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor 
         kernel=kernel,
         deterministic=deterministic,
         gradient_wire=gradient_wire,
-        head_parts=1,  # an operator has a fixed number of results
     )
     return call
 

@@ -69,21 +69,12 @@ class HeadExchange:
 
         def finish() -> list[torch.Tensor]:
             rows = arrival().view(sum(tokens), sum(widths[me]))
-<<<<<<< HEAD
-            results = []
-            for index, ((shape, dtype), heads, out) in enumerate(zip(forms, shares, into, strict=True)):
-                part = rows[:, columns[index] : columns[index + 1]]
-                if out is None:
-                    out = part.new_empty(sum(tokens), shape[1], len(heads[me]), shape[3], dtype=dtype)
-                if order is None:
-                    out.view(part.shape).copy_(part)
-                else:
-                    torch.index_select(part, 0, order, out=out.view(part.shape))
-                results.append(out)
-=======
             parts = [rows[:, a:b] for a, b in itertools.pairwise(columns)]
+            results = [
+                part.new_empty(sum(tokens), shape[1], len(heads[me]), shape[3], dtype=dtype) if out is None else out
+                for part, (shape, dtype), heads, out in zip(parts, forms, shares, into, strict=True)
+            ]
             copy_rows_([(x.view(part.shape), part) for x, part in zip(results, parts, strict=True)], source_rows=order)
->>>>>>> 32485dd2ecb18f01208c4a41bd830aa3794226c7
             return results
 
         return finish

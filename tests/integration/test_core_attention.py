@@ -127,6 +127,7 @@ def test_kernel_and_determinism_are_handed_on(monkeypatch: pytest.MonkeyPatch) -
             "softmax_offset": None,
             "max_logits": None,
             "kernel": "reference",
+            "gradient_wire": "auto",
             "deterministic": True,
             "seq_len": 6,
         }
