@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How far the planner's layout is from the best of an exhaustive sweep, on emulated clusters. Needs root and iproute2.
 
-sudo scripts/measure_regret.py                       # every case; on a quiet machine 20 minutes on 2 cores
+sudo scripts/measure_regret.py --record              # every case, then docs/planner.md; it needs a quiet machine
 sudo scripts/measure_regret.py --only 2x4-1x400mbit  # one network
-scripts/measure_regret.py --record                   # measure nothing; write what there is into the documentation
+scripts/measure_regret.py --record --minutes 0       # measure nothing; write what there is into the documentation
 
 For each network: `megatron_loong.bench.regret_run` on it, which calibrates and measures all layouts in one run. What
 was measured stays in runs/regret, and a case that is there already is not measured again.
@@ -62,16 +62,22 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=12.0, help="for the last rounds of a case (default 12)")
     parser.add_argument("--minutes", type=float, default=25.0, help="no network is begun after these (default 25)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "regret")
-    parser.add_argument("--record", action="store_true", help="write what was measured so far into docs/, and stop")
+    parser.add_argument("--record", action="store_true", help="write what was measured into docs/")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     finish = time.monotonic() + 60 * args.minutes
     for network, cases in itertools.groupby(CASES, key=lambda case: case.network):
         missing = [case for case in cases if not (args.folder / f"{case.name}.json").exists()]
-        if not args.record and network.name in args.only and missing and time.monotonic() < finish:
-            measure(network, missing, args.folder, args.seconds)
+        if network.name in args.only and missing and time.monotonic() < finish:
+            try:
+                measure(network, missing, args.folder, args.seconds)
+            except subprocess.CalledProcessError as error:
+                print(f"{network.name}: not measured, exit code {error.returncode}", file=sys.stderr)
     paths = [args.folder / f"{case.name}.json" for case in CASES]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    if not records:
+        print("no case was measured", file=sys.stderr)
+        return 1
     if args.record:
         write_records(records)
     print(section(records))
