@@ -111,8 +111,12 @@ def _cases() -> list[Case]:
 
 
 def layouts_of(case: Case) -> list[LoongConfig]:
-    """Every layout that the planner's search knows for this case."""
-    return list(layouts(case.network.nodes * case.network.ranks_per_node, case.shape.heads))
+    """Every layout that the planner's search knows for this case; inside one node all placements are the same."""
+    found = list(layouts(case.network.nodes * case.network.ranks_per_node, case.shape.heads))
+    if case.network.nodes > 1:
+        return found
+    first = {(x.head_parallel_size, x.inner_ring_size): x for x in reversed(found)}
+    return list(reversed(first.values()))
 
 
 def fastest(rounds: Mapping[Layout, list[float]]) -> Layout:

@@ -46,6 +46,8 @@ def test_the_cases_differ() -> None:
 def test_every_layout_is_in_the_sweep() -> None:
     """For 8 ranks: single and double rings of each head-parallel size, in every order of the axes that differs."""
     assert len({Layout.of(config) for config in layouts_of(CASE)}) == 16
+    inside = layouts_of(CASE._replace(network=Network(1, 8, 1, "1gbit")))
+    assert len(inside) == len({Layout.of(x)[:2] for x in inside}) == 7
 
 
 def test_a_right_choice_has_no_regret() -> None:
