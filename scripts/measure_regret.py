@@ -1,85 +1,87 @@
 #!/usr/bin/env python3
 """How far the planner's layout is from the best of an exhaustive sweep, on emulated clusters. Needs root and iproute2.
 
-sudo scripts/measure_regret.py                       # every network and shape, twelve cases
+sudo scripts/measure_regret.py --record              # every case, then docs/planner.md; it needs a quiet machine
 sudo scripts/measure_regret.py --only 2x4-1x400mbit  # one network
+scripts/measure_regret.py --record --minutes 0       # measure nothing; write what there is into the documentation
 
-For each network: `calibrate` on it, then scripts/bench_attention.py with all of our layouts for each shape. What was
-measured stays in runs/regret, and a case that is there already is not measured again.
+For each network: `megatron_loong.bench.regret_run` on it, which calibrates and measures all layouts in one run. What
+was measured stays in runs/regret, and a case that is there already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench.regret import HEAD_DIM, NETWORKS, SHAPES, Heads, Network, Regret, regret
-from megatron_loong.bench.rivals.ours import Loong
-from megatron_loong.bench.rivals.registry import all_contestants
-from megatron_loong.planner.hardware import load_hardware
+from megatron_loong.bench.regret import AIM, CASES, Case, Network, regret, table
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDS, PAGE = ROOT / "docs" / "benchmarks" / "regret.json", ROOT / "docs" / "planner.md"
+BEGIN, END = "<!-- regret: written by scripts/measure_regret.py -->\n", "<!-- end of regret -->\n"
 
 
-def on_cluster(network: Network, *command: str) -> None:
-    """Run a command once per rank of the emulated cluster; `CalledProcessError` when it fails."""
+def measure(network: Network, cases: list[Case], folder: Path, seconds: float) -> None:
+    """Every rank of the emulated cluster measures these cases; `CalledProcessError` when that fails."""
+    shapes = ["-".join(map(str, case.shape)) for case in cases]
+    run = [sys.executable, "-m", "megatron_loong.bench.regret_run", network.name, *shapes]
     emulate = [str(ROOT / "scripts" / "emulate_cluster.sh"), str(network.nodes), str(network.ranks_per_node)]
     nics = ["--nic", network.nic, "--nics-per-node", str(network.nics_per_node)]
-    subprocess.run([*emulate, *nics, "--", sys.executable, *command], check=True, cwd=ROOT)
+    command = [*emulate, *nics, "--", *run, "--folder", str(folder), "--seconds", str(seconds)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
 
 
-def calibrated(network: Network, folder: Path) -> Path:
-    """The profile of a network, measured once."""
-    path = folder / f"{network.name}.json"
-    if not path.exists():
-        options = ["--nics-per-node", str(network.nics_per_node), "--nic-order", "cyclic"]
-        options += ["--heads", "4", "--head-dim", str(HEAD_DIM), "--seconds", "0.3"]
-        on_cluster(network, "-m", "megatron_loong", "calibrate", "--output", str(path), *options)
-    return path
+def write_records(records: list[dict[str, object]]) -> None:
+    """The recorded results, one case a line, and the section of docs/planner.md that shows them."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    RECORDS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(before + BEGIN + section(records) + END + rest.split(END)[1], encoding="utf-8")
 
 
-def measured(network: Network, shape: Heads, folder: Path, rounds: int) -> Regret:
-    """One case."""
-    path = folder / f"{network.name}-{'-'.join(map(str, shape))}.json"
-    if not path.exists():
-        sizes = ["--seq-len", shape.seq_len, "--heads", shape.heads, "--kv-heads", shape.kv_heads]
-        options = [*sizes, "--head-dim", HEAD_DIM, "--only", "loong*", "--rounds", rounds, "--json", path]
-        on_cluster(network, "scripts/bench_attention.py", *map(str, options))
-    hardware = load_hardware(str(calibrated(network, folder)))
-    contestants = all_contestants(network.nodes * network.ranks_per_node)
-    layouts = [one.config for one in contestants if isinstance(one, Loong)]
-    return regret(json.loads(path.read_text())["results"], layouts, network, shape, hardware)
+def section(records: list[dict[str, object]]) -> str:
+    """What stands between the two marks of the page."""
+    loads = [float(str(record["load_average"])) for record in records]
+    conditions = f"{records[0]['conditions']}; load average before a case {min(loads)} to {max(loads)}"
+    return table(records, conditions)
 
 
 def main() -> int:
+    names = list(dict.fromkeys(case.network.name for case in CASES))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[n.name for n in NETWORKS], default=[n.name for n in NETWORKS])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NETWORK", help=", ".join(names))
+    parser.add_argument("--seconds", type=float, default=12.0, help="for the last rounds of a case (default 12)")
+    parser.add_argument("--minutes", type=float, default=25.0, help="no network is begun after these (default 25)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "regret")
+    parser.add_argument("--record", action="store_true", help="write what was measured into docs/")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for network in NETWORKS:
-        if network.name not in args.only:
-            continue
-        calibrated(network, args.folder)
-        for shape in SHAPES:
-            case = measured(network, shape, args.folder, args.rounds)
-            rows.append(case.share)
-            heads = f"S {shape.seq_len}, heads {shape.heads}:{shape.kv_heads}"
-            print(
-                f"{network.name}, {heads}: planner {case.chosen} {1e3 * case.chosen_s:.0f} ms, best {case.best} "
-                f"{1e3 * case.best_s:.0f} ms, regret {100 * case.share:.1f}%",
-                flush=True,
-            )
-    within = sum(share <= 0.05 for share in rows)
-    print(f"{within} of {len(rows)} cases within 5%; the largest regret is {100 * max(rows):.1f}%")
-    return 0 if within == len(rows) else 1
+    finish = time.monotonic() + 60 * args.minutes
+    for network, cases in itertools.groupby(CASES, key=lambda case: case.network):
+        missing = [case for case in cases if not (args.folder / f"{case.name}.json").exists()]
+        if network.name in args.only and missing and time.monotonic() < finish:
+            try:
+                measure(network, missing, args.folder, args.seconds)
+            except subprocess.CalledProcessError as error:
+                print(f"{network.name}: not measured, exit code {error.returncode}", file=sys.stderr)
+    paths = [args.folder / f"{case.name}.json" for case in CASES]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    if not records:
+        print("no case was measured", file=sys.stderr)
+        return 1
+    if args.record:
+        write_records(records)
+    print(section(records))
+    return 0 if all(regret(record).share <= AIM for record in records) else 1
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def measure(args: argparse.Namespace) -> Hardware:
     }
     matmul = rates.matmul(device, dtype, args.seconds)
     groups = build_groups(LoongConfig(world, 1, local), range(world))
-    inside = rates.hop(groups, "inner", device, args.seconds) if local > 1 else None
-    between = rates.hop(groups, "outer", device, args.seconds) if world > local else None
+    inside = rates.hop(groups, "inner", tile, args.seconds) if local > 1 else None
+    between = rates.hop(groups, "outer", tile, args.seconds) if world > local else None
     groups.destroy()
     nics = args.nics_per_node or (named.nics_per_node if named and local % named.nics_per_node == 0 else 1)
     fallback = inside or between or rates.Link(1e9, 1e-4)
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> Hardware:
         gpus_per_node=local,
         peak_flops_per_s=named.peak_flops_per_s if named else matmul,
         memory_bytes=_memory_bytes(device, local),
-        memory_bytes_per_s=rates.memory(device, args.seconds),
+        memory_bytes_per_s=rates.memory(tile, args.seconds),
         matmul_flops_per_s=matmul,
         attention_forward=curves[False, False],
         attention_forward_causal=curves[False, True],
@@ -130,6 +130,9 @@ def measure(args: argparse.Namespace) -> Hardware:
         nic_order=args.nic_order,
         # On loopback all ranks of a node move their bytes through the same memory and the same cores.
         node_fabric_bytes_per_s=None if gpu else link.bytes_per_s * local,
+        message_busy_s=link.busy_s,
+        node_link_busy_s_per_byte=link.busy_s_per_byte,
+        nic_busy_s_per_byte=nic.busy_s_per_byte,
         kernel_overhead_s=rates.overhead(tile, args.seconds),
         dtype_bytes=tile.dtype.itemsize,
         sources={

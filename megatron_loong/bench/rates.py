@@ -9,11 +9,21 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.attention.merge import merge_
 from megatron_loong.comm.ring import Message, Ring
-from megatron_loong.config import CAUSAL, FULL
+from megatron_loong.config import CAUSAL, FULL, LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.registry import choose_kernel
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.planner.methods import OURS
+from megatron_loong.topology.groups import LoongGroups, build_groups
+
+#: Windows of one measurement, of which the fastest counts.
+_WINDOWS = 5
+#: A hop that takes less is measured again with eight times the bytes, on a CPU; any other with twice as many.
+_LONG_HOP_S = 0.02
+#: A call that takes less is made three times at least.
+_LONG_CALL_S = 0.3
 
 
 class Link(NamedTuple):
@@ -21,6 +31,10 @@ class Link(NamedTuple):
 
     bytes_per_s: float
     latency_s: float
+    busy_s: float = 0.0
+    """Computing lost to a message."""
+    busy_s_per_byte: float = 0.0
+    """Computing lost to a byte."""
 
 
 class Tile(NamedTuple):
@@ -49,8 +63,31 @@ def attention(tile: Tile, length: int, causal: bool, backward: bool, seconds: fl
 
 
 def overhead(tile: Tile, seconds: float) -> float:
-    """Seconds of a tile so small that it does no work to speak of."""
-    return seconds_of(_attention_call(tile, 8, False, False), tile.device, seconds)
+    """Seconds that a further tile of a ring costs besides its work: launches and, on a CPU, what Python does for it.
+
+    On a CPU: the computing thread's time in an attention so short that it does no work to speak of, over a ring of all
+    ranks, less the same over one head group of all ranks, by tile.
+    """
+    kernel_s = seconds_of(_attention_call(tile, 8, False, False), tile.device, seconds)
+    world = dist.get_world_size()
+    if tile.device.type == "cuda" or world == 1:
+        return kernel_s
+    spent = []
+    for config in (LoongConfig(world, 1), LoongConfig(world, world)):
+        groups = build_groups(config, range(world))
+        spent.append(_busy(_short_attention(groups, tile._replace(heads=world)), tile, seconds).main_s)
+        groups.destroy()
+    return max(kernel_s, (spent[0] - spent[1]) / (2 * (world - 1)))
+
+
+def _short_attention(groups: LoongGroups, tile: Tile) -> Callable[[], None]:
+    q, k, v = (tile.random(16).requires_grad_() for _ in range(3))
+    dout = tile.random(16)
+
+    def run() -> None:
+        attention_2d(q, k, v, groups, qkv_format="bshd", causal=True).backward(dout)
+
+    return run
 
 
 def _attention_call(tile: Tile, length: int, causal: bool, backward: bool) -> Callable[[], object]:
@@ -69,54 +106,114 @@ def matmul(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     return 2 * n**3 / seconds_of(lambda: a @ b, device, seconds)
 
 
-def memory(device: torch.device, seconds: float) -> float:
-    """Bytes per second, read plus written, of adding one large float32 tensor to another."""
-    n = (1 << 28) if device.type == "cuda" else (1 << 22)
-    a, b = (torch.zeros(n, device=device) for _ in range(2))
-    return 12 * n / seconds_of(lambda: a.add_(b), device, seconds)
+def memory(tile: Tile, seconds: float) -> float:
+    """Bytes per second, read plus written, of folding one block's output into the running one (`merge_`)."""
+    rows = (1 << 16) if tile.device.type == "cuda" else (1 << 10)
+    out, block_out = tile.random(rows).float(), tile.random(rows)
+    lse, block_lse = (torch.zeros(out.shape[:-1], device=tile.device) for _ in range(2))
+    return (
+        OURS.merge_bytes_per_element
+        * out.numel()
+        / seconds_of(lambda: merge_(out, lse, block_out, block_lse), tile.device, seconds)
+    )
 
 
-def hop(groups: LoongGroups, ring: str, device: torch.device, seconds: float) -> Link:
-    """A hop of the `inner` or `outer` ring, all ranks at once: latency of a small one, rate of the rest of a large."""
-    small, large = 1 << 10, (1 << 28) if device.type == "cuda" else (1 << 22)
+def hop(groups: LoongGroups, ring: str, tile: Tile, seconds: float) -> Link:
+    """A hop of the `inner` or `outer` ring, all ranks at once: latency of a small one, rate of the rest of a large.
+
+    On a CPU also the computing that it costs: processor time of the hop, sender's and receiver's part, over the share
+    of a processor that a rank gets while all of them compute.
+    """
+    gpu = tile.device.type == "cuda"
+    small, large = 1 << 10, (1 << 28) if gpu else (1 << 20)
+
+    def timed(size: int) -> _Busy:
+        return _busy(_hop(groups, ring, size, tile.device), tile, seconds)
+
+    little, much = timed(small), timed(large)
+    if not gpu:
+        large *= 8 if much.wall_s < _LONG_HOP_S else 2
+        much = timed(large)
+    rate = (large - small) / max(much.wall_s - little.wall_s, 1e-9)
+    if gpu:
+        return Link(rate, little.wall_s)
+    return Link(rate, little.wall_s, little.others_s, max(0.0, much.others_s - little.others_s) / (large - small))
+
+
+class _Busy(NamedTuple):
+    """One call: until the last rank was through, and computing time lost to it, by the calling thread and by others."""
+
+    wall_s: float
+    main_s: float
+    others_s: float
+
+
+def _busy(call: Callable[[], object], tile: Tile, seconds: float) -> _Busy:
+    """Processor times count as what they take while all ranks compute and share the processors."""
+    attend = _attention_call(tile, 512, False, False)
+    compute_s, compute_cpu_s, _ = _times(attend, tile.device, seconds / 2, last=False)
+    wall_s, main_s, all_s = _times(call, tile.device, seconds, last=True)
+    crowding = max(1.0, compute_s / compute_cpu_s)
+    return _Busy(wall_s, main_s * crowding, (all_s - main_s) * crowding)
+
+
+def _times(call: Callable[[], object], device: torch.device, seconds: float, last: bool) -> tuple[float, float, float]:
+    """`seconds_of`; then processor time as the mean over ranks and calls: of the calling thread, of all threads."""
+    calls = 0
+
+    def counted() -> None:
+        nonlocal calls
+        calls += 1
+        call()
+
+    before = time.thread_time(), time.process_time()
+    taken = seconds_of(counted, device, seconds, last=last)
+    after = time.thread_time(), time.process_time()
+    used = torch.tensor([(b - a) / calls for a, b in zip(before, after, strict=True)], device=device)
+    dist.all_reduce(used)
+    main_s, all_s = (used / dist.get_world_size()).tolist()
+    return taken, main_s, all_s
+
+
+def _hop(groups: LoongGroups, ring: str, size: int, device: torch.device) -> Callable[[], None]:
     handle = groups.handle(ring)
     neighbours = (handle.rank + 1) % handle.size, (handle.rank - 1) % handle.size
+    outgoing = torch.zeros(size, dtype=torch.uint8, device=device)
 
-    def once(size: int) -> Callable[[], None]:
-        outgoing, incoming = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    def send() -> None:
+        nonlocal outgoing
+        incoming = torch.empty_like(outgoing)  # as in a ring: new memory for each block, which is then passed on
+        ends = ((True, neighbours[0], outgoing), (False, neighbours[1], incoming))
+        for wait in Ring(handle).post([Message(*end, "calibration") for end in ends]):
+            wait()
+        outgoing = incoming
 
-        def send() -> None:
-            ends = ((True, neighbours[0], outgoing), (False, neighbours[1], incoming))
-            for wait in Ring(handle).post([Message(*end, "calibration") for end in ends]):
-                wait()
-
-        return send
-
-    latency_s = seconds_of(once(small), device, seconds)
-    large_s = seconds_of(once(large), device, seconds)
-    return Link((large - small) / max(large_s - latency_s, 1e-9), latency_s)
+    return send
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Mean time of `call` over all ranks, each of which calls it equally often for about `seconds`."""
+def seconds_of(call: Callable[[], object], device: torch.device, seconds: float, *, last: bool = False) -> float:
+    """Time of `call`, which all ranks call equally often for about `seconds` in all: their mean, or that of the last.
+
+    The fastest of several windows counts: whatever else runs on the machine only slows down.
+    """
     call()
-    _synchronize(device)
-    dist.barrier()
-    start = time.perf_counter()
-    call()
-    _synchronize(device)
     # The slowest rank decides how often, so that hops pair up.
-    one = torch.tensor([time.perf_counter() - start], device=device)
-    dist.all_reduce(one, dist.ReduceOp.MAX)
-    times = max(3, min(10_000, int(seconds / max(one.item(), 1e-6))))
+    one = _window(call, device, 1, last=True)
+    times = max(3 if one < _LONG_CALL_S else 1, min(10_000, int(seconds / _WINDOWS / max(one, 1e-6))))
+    return min(_window(call, device, times, last) for _ in range(_WINDOWS))
+
+
+def _window(call: Callable[[], object], device: torch.device, times: int, last: bool) -> float:
+    """Seconds of one of `times` calls, begun by all ranks together: mean over ranks, or the largest."""
+    _synchronize(device)
     dist.barrier()
     start = time.perf_counter()
     for _ in range(times):
         call()
     _synchronize(device)
-    mean = torch.tensor([(time.perf_counter() - start) / times], device=device, dtype=torch.float64)
-    dist.all_reduce(mean)
-    return mean.item() / dist.get_world_size()
+    taken = torch.tensor([(time.perf_counter() - start) / times], device=device, dtype=torch.float64)
+    dist.all_reduce(taken, dist.ReduceOp.MAX if last else dist.ReduceOp.SUM)
+    return taken.item() / (1 if last else dist.get_world_size())
 
 
 def _synchronize(device: torch.device) -> None:

@@ -81,6 +81,13 @@ class Hardware:
     node_fabric_bytes_per_s: float | None = None
     """What all ranks of a node move together at most, where they share one bus (processes over loopback); None: no
     such limit."""
+    message_busy_s: float = 0.0
+    """Computing that a rank loses to a message that it sends and one that it receives, whatever their size: processors
+    that move messages do not compute. 0 where links work alone."""
+    node_link_busy_s_per_byte: float = 0.0
+    """Computing that it loses besides to each byte of them, inside the node."""
+    nic_busy_s_per_byte: float = 0.0
+    """The same between nodes."""
     kernel_overhead_s: float = 5e-6
     """Time between two dependent kernels."""
     dtype_bytes: int = 2
@@ -91,7 +98,8 @@ class Hardware:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, bool) or (isinstance(value, (int, float)) and not value > 0):
+            free = "_busy_s" in item.name and value == 0
+            if isinstance(value, bool) or (isinstance(value, (int, float)) and not value > 0 and not free):
                 raise ValueError(f"hardware {self.name!r}: {item.name}={value} must be above 0")
         if self.nic_order not in ("block", "cyclic"):
             raise ValueError(f"hardware {self.name!r}: nic_order={self.nic_order!r} is unknown; use block or cyclic")

@@ -67,6 +67,13 @@ class Links:
         link = ("nic", node * hardware.nics_per_node + hardware.nic_of(self.site.gpu_of(place)))
         return link, hardware.nic_bytes_per_s / self.site.nic_sharers, hardware.nic_latency_s
 
+    def busy_s(self, sender: int, receiver: int, message_bytes: int) -> float:
+        """Computing that a rank loses to a message that it receives and one as large that it sends."""
+        per_node, hardware = self.site.cp_ranks_in_node, self.site.hardware
+        inside = sender // per_node == receiver // per_node
+        per_byte = hardware.node_link_busy_s_per_byte if inside else hardware.nic_busy_s_per_byte
+        return hardware.message_busy_s + message_bytes * per_byte
+
     def send(self, ready_s: float, sender: int, receiver: int, message_bytes: int) -> tuple[float, float]:
         """(start, arrival) of a message that both ends are ready for at `ready_s`."""
         link, bytes_per_s, latency_s = self.route(sender, receiver)

@@ -2,7 +2,8 @@
 
 Each rank runs the program of `programs.py` on a compute stream; hops run on streams of their own (`inner`, `outer`,
 `inner_dkv`, `outer_dkv`), and so does the all-to-all (`head`). A hop starts when both ends have posted it and its
-link is free; a `wait` holds the compute stream up until it has arrived.
+link is free; a `wait` holds the compute stream up until it has arrived. Where processors move the bytes, a message
+costs both ends computing, too.
 
 With a balanced layout all nodes of a group behave alike, so only the ranks of one node are simulated, and what comes
 from another node comes when the rank at the same place of this node would have sent it.
@@ -138,6 +139,9 @@ class _Run:
         width = self.method.gradient_width(self.shape) if op.ring.endswith("dkv") else self.shape.dtype_bytes
         message = hop_bytes(self.config, self.shape, self.costs.block_tokens, width)
         self.sent_bytes[op.ring] = self.sent_bytes.get(op.ring, 0) + message
+        previous = self.previous[op.ring.removesuffix("_dkv")]
+        for rank in self.ranks:
+            self._compute(rank, self.links.busy_s(previous[rank], self.first + rank, message), "move bytes", op)
 
     def _wait(self, op: Op) -> None:
         """Messages are put on their links in the order in which both ends were ready; each rank waits for its own."""
@@ -176,11 +180,12 @@ class _Run:
         for rank in sorted(self.ranks, key=start.__getitem__):
             for peer in peers[rank]:
                 self.links.send(start[rank], self.first + rank, peer, share)
+                self._compute(rank, self.links.busy_s(peer, self.first + rank, share), "move bytes")
         # Messages of one exchange share a link evenly, so that all of them are through when the last one is.
         end = [max(self.links.idle_at(self.first + i, peer) for peer in peers[i]) for i in self.ranks]
         if self.trace:
             self.spans += [Span(self.first + i, "head", "all-to-all", start[i], end[i]) for i in self.ranks]
         # What arrives was sent by peers, which finish when the rank at their place does.
-        self.now = [max(end[j] for j in members[i]) for i in self.ranks]
+        self.now = [max(self.now[i], *(end[j] for j in members[i])) for i in self.ranks]
         for rank in self.ranks:
             self._compute(rank, copy_s, "unpack")

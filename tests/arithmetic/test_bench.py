@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_loong.bench.cluster import Cluster, build_commands
+from megatron_loong.bench.cluster import WINDOW_SEGMENTS, Cluster, build_commands, transport_commands
 from megatron_loong.bench.compare import Counts, Entry
 from megatron_loong.bench.report import busiest_nic_bytes, make_record, markdown
 from megatron_loong.bench.rivals.interface import Shape, zigzag_positions
@@ -116,3 +116,13 @@ def test_a_cluster_gives_every_rank_its_nic_in_both_directions() -> None:
         assert f"ip -n {switch} route add {address} via 10.78.0.1 dev p1.{nic} onlink" in commands
     # Two NICs on each of two nodes, shaped at both ends.
     assert sum("tbf rate 400mbit" in command for command in commands) == 8
+
+
+def test_only_connections_between_nodes_have_a_small_window() -> None:
+    """So that acknowledgements and rendezvous do not stand behind data on a slow NIC, and nodes stay fast inside."""
+    cluster = Cluster(nodes=2, ranks_per_node=2, nics_per_node=1, nic_rate="100mbit", run_id=7)
+    routes = [line for line in build_commands(cluster) if line.startswith("ip -n loong7-n1r0 route add")]
+    inside, between = sorted(routes)
+    assert "10.77.1.0/24" in inside and "cwnd" not in inside
+    assert "default" in between and between.endswith(f"cwnd lock {WINDOW_SEGMENTS}")
+    assert len(transport_commands(cluster)) == cluster.world_size

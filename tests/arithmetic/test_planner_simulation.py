@@ -114,6 +114,18 @@ def test_a_slow_ring_takes_its_hops() -> None:
     assert result.seconds == pytest.approx(3 * hop_s + tile_s)
 
 
+def test_processors_that_move_bytes_do_not_compute() -> None:
+    """Links that cost nothing, and messages that cost each end 1 s and each byte 1 us: nothing hides either."""
+    free = ideal()
+    busy = ideal(message_busy_s=1.0, node_link_busy_s_per_byte=1e-6)
+    shape = AttentionShape(1 << 10, heads=4, kv_heads=4, head_dim=64)
+    for config, messages in ((LoongConfig(4, 1), 3), (LoongConfig(4, 4), 2 * 3)):
+        without, with_it = (simulate_pass(config, shape, Site(x, 4), backward=False) for x in (free, busy))
+        lost = messages + 1e-6 * sum(with_it.sent_bytes.values())
+        assert with_it.seconds == pytest.approx(without.seconds + lost)
+        assert with_it.exposed_s == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize(("w", "nics_used"), [(8, 1), (4, 4)], ids=["one ring", "inner rings in the node"])
 def test_a_double_ring_sends_on_every_nic(w: int, nics_used: int) -> None:
     """LoongTrain section 4.3: a ring of neighbours leaves a node on one NIC, an outer ring on all of them."""
