@@ -221,11 +221,11 @@ def out_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 
     Kernels ask for out only to form delta. That spares a third of the bytes of (q, out, dout).
     """
-    wide = dout.to(delta.dtype)
-    largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
-    unit = wide / largest  # its square sum is at least 1, however small dout is; or all of it is 0, and so is delta
-    factor = delta.unsqueeze(-1) / largest / unit.square().sum(-1, keepdim=True).clamp_min(1)
-    return (unit * factor).to(dout.dtype)
+    largest = torch.linalg.vector_norm(dout, torch.inf, -1, keepdim=True, dtype=delta.dtype)
+    unit = dout / largest.clamp_min_(torch.finfo(delta.dtype).tiny)
+    # The square sum of `unit` is at least 1, however small dout is; or all of it is 0, and so is delta.
+    squares = torch.linalg.vector_norm(unit, 2, -1, keepdim=True).square_().clamp_min_(1)
+    return unit.mul_(delta.unsqueeze(-1) / largest / squares).to(dout.dtype)
 
 
 def _tile_forward(

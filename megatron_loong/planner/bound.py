@@ -10,7 +10,7 @@ from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method
 from megatron_loong.planner.simulate import PassTime
 from megatron_loong.planner.tile_costs import TileCosts
-from megatron_loong.planner.traffic import AttentionShape, exchange_bytes, hop_bytes
+from megatron_loong.planner.traffic import AttentionShape, exchange_bytes
 
 
 def pass_bound(
@@ -45,9 +45,9 @@ def _busiest_link_s(
 ) -> float:
     """Time for which the busiest link of a node carries ring hops."""
     links, load = Links(site), defaultdict[Link, float](float)
+    there, home = method.token_bytes(config, shape, backward)
     for ring, hops in _least_hops(config, backward).items():
-        width = method.gradient_width(shape) if ring.endswith("dkv") else shape.dtype_bytes
-        message = hop_bytes(config, shape, block_tokens, width)
+        message = block_tokens * (home if ring.endswith("dkv") else there)
         for rank in range(site.cp_ranks_in_node):
             link, rate, _ = links.route(rank, next_on(config, rank, ring.removesuffix("_dkv")))
             load[link] += hops * message / rate

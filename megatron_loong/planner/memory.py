@@ -221,9 +221,13 @@ def _attention_backward(plan: MemoryPlan, q: int, kv: int) -> int:
     else:
         is_double = config.outer_ring_size > 1 and (config.inner_ring_size or 1) > 1
         blocks = min(4 if is_double else 2, config.ring_size - 1)
-        # Two tiles' results of half the queries, the one that is added up and the one that is computed.
-        ring = q * wide + blocks * kv + min(2, config.ring_size) * kv * wide + 2 * (q // 2 + kv)
-    exchange = (q + kv) * (summed + 4) if plan.head_parallel_size > 1 else 0
+        # Whichever is fewer bytes moves, there with what it needs and home as a gradient.
+        there, home = min((kv, kv), (2 * q, q), key=sum)
+        # The sum of a visited block's gradient, and in the dtype of the wire what leaves and what arrives.
+        returning = home * (wide + (2 if wide > 1 else 1))
+        ring = (q + kv) * wide + blocks * there + returning + max(q // 2 + kv, q + kv // 2)
+    # The gradients, what is sent and what comes; or the gradients in both dtypes.
+    exchange = (q + kv) * max(3, summed + 1) if plan.head_parallel_size > 1 else 0
     return dout + max(ring, exchange)
 
 

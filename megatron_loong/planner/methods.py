@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_loong.config import LoongConfig
 from megatron_loong.planner import programs
 from megatron_loong.planner.programs import Op
-from megatron_loong.planner.traffic import AttentionShape
+from megatron_loong.planner.rotation import RowBytes
+from megatron_loong.planner.traffic import AttentionShape, token_bytes
 from megatron_loong.planner.visits import Visit, forward_visits
 
 Program = Callable[[int, int], tuple[Op, ...]]
@@ -27,12 +29,15 @@ class Method:
     dq_bytes_per_element: int = 10
     """dq read and written in float32, the tile's read in bf16."""
     dkv_bytes_per_element: int = 10
-    gradient_bytes: int | None = None
-    """Width in which dKV travels; None: that of the sums, float32."""
+    narrow_gradients: bool = False
+    """Whether gradients travel in the input's dtype; else in that of the sums, float32."""
+    either_side_moves: bool = False
+    """Whether queries move in the backward pass where that is fewer bytes; else keys and values do."""
 
-    def gradient_width(self, shape: AttentionShape) -> int:
-        """Bytes of one element of a travelling gradient."""
-        return shape.sum_bytes if self.gradient_bytes is None else self.gradient_bytes
+    def token_bytes(self, config: LoongConfig, shape: AttentionShape, backward: bool) -> RowBytes:
+        """Bytes of one token that goes round the ring, and of its gradient on the way home."""
+        width = shape.dtype_bytes if self.narrow_gradients else shape.sum_bytes
+        return token_bytes(config, shape, backward, width, self.either_side_moves)
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,12 +71,12 @@ def _travelling_gradient(visit: Visit, outer_ring_size: int, inner_ring_size: in
     return ops
 
 
-OURS = Method("loong")
+OURS = Method("loong", narrow_gradients=True, either_side_moves=True)
 
 LOONGTRAIN = Method("LoongTrain", backward_program=forward_order_backward)
 """InternEvo's double ring: sums in float32, gradients travel in float32."""
 
-MEGATRON_CP = Method("Megatron-CP", backward_program=forward_order_backward, gradient_bytes=2)
+MEGATRON_CP = Method("Megatron-CP", backward_program=forward_order_backward, narrow_gradients=True)
 """TransformerEngine's p2p ring: gradients travel in bf16."""
 
 ULYSSES = Method("DeepSpeed-Ulysses")

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.schedule import RingSchedule
 from megatron_loong.planner.tiles import Mask, Tile, held_segments, tiles
-from megatron_loong.planner.visits import Visit
+from megatron_loong.planner.visits import OWN, Visit
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 
@@ -21,11 +21,11 @@ class Op(NamedTuple):
     """One step of a program.
 
     `post`: send to the next on `ring`, receive from the previous, both from here on. `wait`: until the hop posted
-    as (ring, visit) by the previous one is here. `tile`: attention with the block of `visit`. `fold`: add the
-    gradients of a tile.
+    as (ring, visit) by the previous one is here. `tile`: attention with the block of `visit`; `half`: with half of it.
+    `fold`: add the gradients of a tile.
     """
 
-    kind: Literal["post", "wait", "tile", "fold"]
+    kind: Literal["post", "wait", "tile", "half", "fold"]
     visit: Visit
     ring: str = ""
 
@@ -70,10 +70,12 @@ def _program(outer_ring_size: int, inner_ring_size: int, backward: bool) -> tupl
                 under_way[hop.visit] = hop.ring
 
     begin(-1)
+    if passage.opening:
+        ops.append(Op("half", OWN))
     for step, visit in enumerate(passage.visits):
         fetch(visit)
         begin(step)
-        ops.append(Op("tile", visit))
+        ops.append(Op("half" if passage.opening and visit == OWN else "tile", visit))
         if backward:
             ops += gradients.pop(visit, [])
             ops.append(Op("fold", visit))

@@ -19,7 +19,7 @@ from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method
 from megatron_loong.planner.programs import Op
 from megatron_loong.planner.tile_costs import TileCosts
-from megatron_loong.planner.traffic import AttentionShape, exchange_bytes, hop_bytes
+from megatron_loong.planner.traffic import AttentionShape, exchange_bytes
 from megatron_loong.topology.layout import coordinates_of, ring_rank_of
 
 
@@ -104,7 +104,7 @@ class _Run:
         qkv, out = exchange_bytes(self.config, self.shape)
         self._exchange(out if self.backward else qkv)
         program = self.method.backward_program if self.backward else self.method.forward_program
-        steps = {"tile": self._tile, "fold": self._fold, "post": self._post, "wait": self._wait}
+        steps = {"tile": self._tile, "half": self._tile, "fold": self._fold, "post": self._post, "wait": self._wait}
         for op in program(outer, inner):
             steps[op.kind](op)
         self._exchange(qkv if self.backward else out)
@@ -114,13 +114,13 @@ class _Run:
     # ---- operations ----
 
     def _tile(self, op: Op) -> None:
-        w = self.config.inner_ring_size or 1
+        w, share = self.config.inner_ring_size or 1, 0.5 if op.kind == "half" else 1.0
         for rank in self.ranks:
             ring_rank = self.ring_rank[rank]
             owner = op.visit.owner(ring_rank, self.config.ring_size, w)
             kernel_s, merge_s = self.costs.of(ring_rank, owner)
-            self._compute(rank, kernel_s, "tile", op)
-            self._compute(rank, merge_s, "merge", op)
+            self._compute(rank, share * kernel_s, "tile", op)
+            self._compute(rank, share * merge_s, "merge", op)
 
     def _fold(self, op: Op) -> None:
         for rank in self.ranks:
@@ -136,19 +136,21 @@ class _Run:
 
     def _post(self, op: Op) -> None:
         self.posted[op] = self.now.copy()
-        width = self.method.gradient_width(self.shape) if op.ring.endswith("dkv") else self.shape.dtype_bytes
-        message = hop_bytes(self.config, self.shape, self.costs.block_tokens, width)
+        message = self._message_bytes(op)
         self.sent_bytes[op.ring] = self.sent_bytes.get(op.ring, 0) + message
         previous = self.previous[op.ring.removesuffix("_dkv")]
         for rank in self.ranks:
             self._compute(rank, self.links.busy_s(previous[rank], self.first + rank, message), "move bytes", op)
 
+    def _message_bytes(self, op: Op) -> int:
+        there, home = self.method.token_bytes(self.config, self.shape, self.backward)
+        return self.costs.block_tokens * (home if op.ring.endswith("dkv") else there)
+
     def _wait(self, op: Op) -> None:
         """Messages are put on their links in the order in which both ends were ready; each rank waits for its own."""
         posted, previous = self.posted.pop(op._replace(kind="post")), self.previous[op.ring.removesuffix("_dkv")]
         gradient = op.ring.endswith("dkv")
-        width = self.method.gradient_width(self.shape) if gradient else self.shape.dtype_bytes
-        message = hop_bytes(self.config, self.shape, self.costs.block_tokens, width)
+        message = self._message_bytes(op)
         ready = [max(posted[i], posted[self._stand_in(previous[i])]) for i in self.ranks]
         for rank in sorted(self.ranks, key=ready.__getitem__):
             start, arrival = self.links.send(ready[rank], previous[rank], self.first + rank, message)

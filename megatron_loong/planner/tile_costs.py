@@ -6,7 +6,7 @@ from megatron_loong.config import CAUSAL, LoongConfig
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.methods import Method
 from megatron_loong.planner.programs import Tokens
-from megatron_loong.planner.traffic import AttentionShape, hop_bytes
+from megatron_loong.planner.traffic import AttentionShape, shared_heads
 
 
 class TileCosts:
@@ -19,7 +19,8 @@ class TileCosts:
         self.tokens = Tokens(config, shape.seq_len, shape.causal)
         self.heads = shape.heads // config.head_parallel_size
         self.block_tokens = self.tokens.block_tokens(0)
-        elements = hop_bytes(config, shape, self.block_tokens, 1)
+        kv_heads = shared_heads(config, shape)[1]
+        elements = shape.batch * self.block_tokens * kv_heads * (shape.head_dim + shape.value_dim)
         self.fold_s = elements * method.dkv_bytes_per_element / hardware.memory_bytes_per_s
         """Adding the gradients of one block."""
         self._known: dict[tuple[int, int], tuple[float, float]] = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.programs import Tokens, backward_program, forward_program
+from megatron_loong.planner.rotation import RowBytes, backward_moving, backward_rows
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,25 @@ def shared_kv_heads(config: LoongConfig, kv_heads: int) -> int:
     return kv_heads * config.head_parallel_size // math.gcd(kv_heads, config.head_parallel_size)
 
 
-def hop_bytes(config: LoongConfig, shape: AttentionShape, block_tokens: int, width: int) -> int:
-    """Bytes of one KV block of `block_tokens` tokens with elements of `width` bytes."""
-    heads = shared_kv_heads(config, shape.kv_heads) // config.head_parallel_size
-    return shape.batch * block_tokens * heads * (shape.head_dim + shape.value_dim) * width
+def shared_heads(config: LoongConfig, shape: AttentionShape) -> tuple[int, int]:
+    """Query and KV heads that one rank has after the all-to-all."""
+    hp = config.head_parallel_size
+    return shape.heads // hp, shared_kv_heads(config, shape.kv_heads) // hp
+
+
+def token_bytes(
+    config: LoongConfig, shape: AttentionShape, backward: bool, gradient_width: int, either_side_moves: bool
+) -> RowBytes:
+    """Bytes of one token that goes round the ring, and of what goes home behind it, of one rank.
+
+    Forward, keys and values move; backward also the queries may, where the implementation can do either.
+    """
+    heads, kv_heads = (shape.batch * n for n in shared_heads(config, shape))
+    widths = shape.head_dim, shape.value_dim
+    rows = backward_rows((heads, *widths), (kv_heads, *widths), shape.dtype_bytes, gradient_width, shape.sum_bytes)
+    if backward and either_side_moves:
+        return rows[backward_moving(rows, 1, 1)]
+    return rows["kv"]
 
 
 def exchange_bytes(config: LoongConfig, shape: AttentionShape) -> tuple[int, int]:
@@ -67,16 +83,16 @@ def attention_bytes(config: LoongConfig, shape: AttentionShape) -> tuple[dict[st
     >>> forward
     {'head': 5120, 'inner': 2048}
     >>> backward
-    {'head': 5120, 'inner': 2048, 'inner_dkv': 4096}
+    {'head': 5120, 'inner': 2048, 'inner_dkv': 2048}
     """
     tokens = Tokens(config, shape.seq_len, shape.causal).block_tokens(0)
     results = []
     inner = config.ring_size // config.outer_ring_size
     for program in (forward_program, backward_program):
+        there, home = token_bytes(config, shape, program is backward_program, shape.dtype_bytes, True)
         sent = Counter({"head": sum(exchange_bytes(config, shape))})
         for op in program(config.outer_ring_size, inner):
             if op.kind == "post":
-                width = shape.sum_bytes if op.ring.endswith("dkv") else shape.dtype_bytes
-                sent[op.ring] += hop_bytes(config, shape, tokens, width)
+                sent[op.ring] += tokens * (home if op.ring.endswith("dkv") else there)
         results.append({name: count for name, count in sent.items() if count})
     return results[0], results[1]

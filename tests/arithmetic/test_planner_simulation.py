@@ -18,7 +18,7 @@ from megatron_loong.planner.search import axis_orders
 from megatron_loong.planner.simulate import simulate_pass
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, attention_bytes
-from megatron_loong.planner.visits import Visit
+from megatron_loong.planner.visits import OWN, Visit
 
 LAYOUTS = [
     LoongConfig(cp, hp, w, placement)
@@ -82,7 +82,15 @@ def test_bytes_equal_the_formulas(cp: int, hp: int, w: int, kv_heads: int) -> No
     block = 2 * (seq_len // ring) * (g // hp) * head_dim
     inner, outer = (w - 1) * (ring // w), ring // w - 1
     forward = {"head": exchange, "inner": inner * block * width, "outer": outer * block * width}
-    backward = {**forward, "inner_dkv": inner * block * 4, "outer_dkv": outer * block * 4}
+    rows = seq_len // ring * heads // hp
+    there, home = min((block * width, block * width), (rows * (2 * head_dim * 2 + 8), rows * head_dim * 2), key=sum)
+    backward = {
+        "head": exchange,
+        "inner": inner * there,
+        "outer": outer * there,
+        "inner_dkv": inner * home,
+        "outer_dkv": outer * home,
+    }
     expected = tuple({name: n for name, n in x.items() if n} for x in (forward, backward))
     assert attention_bytes(LoongConfig(cp, hp, w), AttentionShape(seq_len, heads, kv_heads, head_dim)) == expected
 
@@ -184,7 +192,9 @@ def test_one_node_stands_for_all(config: LoongConfig, monkeypatch: pytest.Monkey
 def test_programs_are_whole(program: Program, outer: int, inner: int) -> None:
     """Every block is computed with once, and nothing is waited for that was not posted before."""
     ops = program(outer, inner)
-    tiles = [op.visit for op in ops if op.kind == "tile"]
+    halves = [op.visit for op in ops if op.kind == "half"]
+    assert halves in ([], [OWN, OWN])
+    tiles = [*(op.visit for op in ops if op.kind == "tile"), *halves[1:]]
     assert sorted(tiles) == [Visit(j, i) for j in range(outer) for i in range(inner)]
     posted = set()
     for op in ops:
