@@ -1,7 +1,7 @@
 """TransformerEngine's fused attention (cuDNN), called as its own context parallelism calls it: lse out, global lse in.
 
 Proven on nothing yet: no GPU was at hand. The tests run the adapter on a CPU against stand-ins with the signatures of
-TransformerEngine 2.5, 2.9 and 2.18, whose numbers come from the reference kernel. The package is imported only when
+TransformerEngine 2.5 and 2.18, whose numbers come from the reference kernel. The package is imported only when
 a request comes that it could serve; nothing else here needs it.
 """
 
