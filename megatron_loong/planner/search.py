@@ -102,7 +102,7 @@ def layouts(context: int, heads: int, head_parallel: int | None = None) -> Itera
         if head_parallel not in (None, hp):
             continue
         ring = context // hp
-        for inner in divisors(ring):
+        for inner in sorted(divisors(ring), reverse=True):  # the single ring first: it is taken when nothing is gained
             if inner == 1 and ring > 1:
                 continue  # rings of one rank inside, a ring of all outside: a single ring by another name
             for placement in axis_orders(hp, ring // inner, inner):
@@ -130,13 +130,17 @@ class Simulator:
     def best_layouts(
         self, configs: list[LoongConfig], shape: AttentionShape, site: Site, keep: int
     ) -> list[LoongConfig]:
-        """The `keep` fastest by forward plus backward; simulates until no bound can still get in."""
+        """The `keep` fastest by forward plus backward, the earlier of equals.
+
+        Simulates until no bound can still get in.
+        """
         bounded = sorted(((_total(self.bounds(c, shape, site)), i) for i, c in enumerate(configs)))
         best: list[tuple[float, int]] = []  # negative times, the slowest of the kept first
         for bound, index in bounded:
             if len(best) == keep and bound * (1 + _WORTHWHILE) >= -best[0][0]:
                 break
-            heapq.heappush(best, (-_total(self.passes(configs[index], shape, site)), -index))
+            seconds = float(f"{_total(self.passes(configs[index], shape, site)):.6g}")  # sums in any order are equal
+            heapq.heappush(best, (-seconds, -index))
             if len(best) > keep:
                 heapq.heappop(best)
         return [configs[-index] for _, index in sorted(best, reverse=True)]

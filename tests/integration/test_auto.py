@@ -105,7 +105,7 @@ def test_the_planner_is_asked_once_for_all_layers() -> None:
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
-@pytest.mark.parametrize(("hardware", "placement"), [("a100", "context_first"), ("auto", None)])
+@pytest.mark.parametrize(("hardware", "placement"), [("a100", "inner-head-outer"), ("auto", None)])
 def test_ranks_are_placed_as_the_planner_says(
     hardware: str, placement: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +123,7 @@ def test_ranks_are_placed_as_the_planner_says(
     else:
         assert planned is not None
         rank, config = planned
-        assert config.placement == placement and rank == 16
+        assert config.placement == placement and rank == config.head_parallel_size
         again = runtime.plan_placement(
             options, world_size=32, tp=1, cp=32, pp=1, num_attention_heads=32, order="tp-cp-ep-dp-pp"
         )
