@@ -147,6 +147,8 @@ class Attention2D(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         *saved, sink, up_weight = ctx.saved_tensors
         shares = [(q, Block(ctx.kv_form, flat), out, lse) for q, flat, out, lse in zip(*[iter(saved)] * 4, strict=True)]
+        saved.clear()
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained, `shares` is all that holds them now
         return *_backward(dout, shares, sink, up_weight, ctx.call), None
 
 
@@ -217,7 +219,10 @@ def _backward(
     up_weight: torch.Tensor | None,
     call: Call,
 ) -> tuple[torch.Tensor | None, ...]:
-    """dq, dk, dv of this rank's tokens; dsink and the gradient of up_weight of its heads and tokens."""
+    """dq, dk, dv of this rank's tokens; dsink and the gradient of up_weight of its heads and tokens.
+
+    `shares` is emptied as it is used, so that its memory goes before the gradients are exchanged.
+    """
     parts, exchange = call.parts, call.exchange(call.layouts[0])
     dsink, dweight = (None if x is None else torch.zeros_like(x) for x in (sink, up_weight))
     into = _whole_gradients(dout, shares[0], call) if len(parts) > 1 else None
@@ -231,28 +236,30 @@ def _backward(
         (dout_share,) = arriving()
         if i + 1 < len(parts):
             arriving = begin(i + 1)
-        q_share, kv, out_share, lse = shares[i]
+        q_share, kv, out_share, lse = shares.pop(0)
         plan = part.plan(sink, up_weight, part.moving_backward(Form.like(q_share), kv.form))
-        # Summed in float32 to the end; rounded once, here, so that the all-to-all carries the input's width.
-        grads = [x.to(dout.dtype) for x in ring_backward(dout_share, q_share, kv, out_share, lse, plan)]
-        under_way.append(_homeward(grads, part, into))
-        del grads
+        grads = list(ring_backward(dout_share, q_share, kv, out_share, lse, plan))
         heads = part.query_heads
         if sink is not None and dsink is not None:
             dsink[heads] = sink_gradient(dout_share, out_share, lse, sink[heads])
+        del dout_share, q_share, kv, out_share, lse
+        for j, wide in enumerate(grads):  # summed in float32 to the end; rounded once, for the all-to-all
+            grads[j] = wide.to(dout.dtype)
+            del wide
+        under_way.append(_homeward(grads, part, into))
         if dweight is not None and isinstance(plan.expansion, LatentHeads):
             dweight[heads] = plan.expansion.weight_gradient.to(dweight.dtype)
     return *[finish() for finish in under_way][-1], dsink, dweight
 
 
 def _homeward(grads: list[torch.Tensor], call: Call, into: list[torch.Tensor] | None) -> Arrival:
-    """Begin the all-to-all of dq, dk and dv."""
+    """Begin the all-to-all of dq, dk and dv; the list is emptied."""
     shares = call.shares
     q_exchange, kv_exchange = (call.exchange(layout) for layout in call.layouts)
     if call.layouts[0] is call.layouts[1]:
         return q_exchange.join(grads, [shares.query, shares.kv, shares.kv], "dq, dk and dv", into)
-    q_arrival = q_exchange.join(grads[:1], [shares.query], "dq", into and into[:1])
-    kv_arrival = kv_exchange.join(grads[1:], [shares.kv, shares.kv], "dk and dv", into and into[1:])
+    q_arrival = q_exchange.join([grads.pop(0)], [shares.query], "dq", into and into[:1])
+    kv_arrival = kv_exchange.join(grads, [shares.kv, shares.kv], "dk and dv", into and into[1:])
     return lambda: [*q_arrival(), *kv_arrival()]
 
 

@@ -81,18 +81,20 @@ class HeadExchange:
 
     def join(
         self,
-        tensors: Sequence[torch.Tensor],
+        tensors: list[torch.Tensor],
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor] | None = None,
     ) -> Arrival:
         """Begin the inverse of `split`: each [s_ring, b, heads of this rank, d] becomes [s, b, heads, d].
 
+        The list is emptied: what nobody else holds is freed once it is packed.
         What several ranks have of one head is added up, in float32 or wider, and rounded once. `into` gives tensors of
         all heads, of which `shares` (here without a head in two of them) are written.
         """
         if self.handle.size == 1:
-            results = list(tensors)
+            results = tensors.copy()
+            tensors.clear()
             return lambda: results
         tokens, me = self._tokens(), self.handle.rank
         widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
@@ -101,9 +103,10 @@ class HeadExchange:
         order = _order(self.layout, self.ring_rank, send.device)
         parts = [rows[:, a:b] for a, b in itertools.pairwise(columns)]
         copy_rows_([(part, x.reshape(part.shape)) for x, part in zip(tensors, parts, strict=True)], target_rows=order)
+        forms = [(x.shape, x.dtype) for x in tensors]
+        tensors.clear()
         lengths = [tokens[me] * sum(w) for w in widths]
         arrival = all_to_all(send, [n * sum(widths[me]) for n in tokens], lengths, self.handle, what)
-        forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
         def finish() -> list[torch.Tensor]:
             received = arrival()

@@ -211,24 +211,22 @@ def _ffn_width(model: ModelShape) -> int:
 
 
 def _attention_backward(plan: MemoryPlan, q: int, kv: int) -> int:
-    """Besides what the forward kept: gradients, travelling blocks and the copies of an exchange."""
+    """Besides what the forward kept: gradients and travelling blocks.
+
+    The all-to-all of the gradients is no peak: what the forward kept is gone by then, and what is packed goes too.
+    """
     wide = 4 // plan.dtype_bytes if plan.dtype_bytes < 4 else 1  # dq and dkv are summed in float32
     config = LoongConfig(plan.context_parallel_size, plan.head_parallel_size, plan.inner_ring_size)
     dout = q * (2 if plan.head_parallel_size > 1 else 1)
-    summed = wide if config.ring_size > 1 else 0  # without a ring the kernel's gradients are all there is
     if config.ring_size == 1:
-        ring = q + kv
-    else:
-        is_double = config.outer_ring_size > 1 and (config.inner_ring_size or 1) > 1
-        blocks = min(4 if is_double else 2, config.ring_size - 1)
-        # Whichever is fewer bytes moves, there with what it needs and home as a gradient.
-        there, home = min((kv, kv), (2 * q, q), key=sum)
-        # The sum of a visited block's gradient, and in the dtype of the wire what leaves and what arrives.
-        returning = home * (wide + (2 if wide > 1 else 1))
-        ring = (q + kv) * wide + blocks * there + returning + max(q // 2 + kv, q + kv // 2)
-    # The gradients, what is sent and what comes; or the gradients in both dtypes.
-    exchange = (q + kv) * max(3, summed + 1) if plan.head_parallel_size > 1 else 0
-    return dout + max(ring, exchange)
+        return dout + q + kv  # the kernel's gradients are all there is
+    is_double = config.outer_ring_size > 1 and (config.inner_ring_size or 1) > 1
+    blocks = min(4 if is_double else 2, config.ring_size - 1)
+    # Whichever is fewer bytes moves, there with what it needs and home as a gradient.
+    there, home = min((kv, kv), (2 * q, q), key=sum)
+    # The sum of a visited block's gradient, and in the dtype of the wire what leaves and what arrives.
+    returning = home * (wide + (2 if wide > 1 else 1))
+    return dout + (q + kv) * wide + blocks * there + returning + max(q // 2 + kv, q + kv // 2)
 
 
 def peak(model: ModelShape, plan: MemoryPlan) -> MemoryReport:
@@ -297,7 +295,10 @@ def _layer_phases(model: ModelShape, plan: MemoryPlan, layer: LayerBytes) -> dic
         sums = model.expert_params // plan.tensor_parallel_size * (max(4, plan.dtype_bytes) + plan.dtype_bytes)
         mlp = before_mlp + layer.hidden + layer.mlp_backward + sums
     in_attention = around + layer.hidden + attention - layer.joined + layer.attention_backward
-    return {"MLP backward": mlp, "attention backward": in_attention}
+    phases = {"MLP backward": mlp, "attention backward": in_attention}
+    if plan.kernels == "local":  # operator by operator: the incoming gradient, and three of the norm's size in float32
+        phases["norm backward"] = before_mlp + layer.hidden + 3 * 4 * layer.hidden // plan.dtype_bytes
+    return phases
 
 
 def _loss_phases(model: ModelShape, plan: MemoryPlan, layer: LayerBytes) -> dict[str, int]:

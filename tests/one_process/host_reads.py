@@ -87,6 +87,7 @@ class _WithoutEngine:
 
     def __init__(self) -> None:
         self.context: Any = SimpleNamespace()
+        self.context.maybe_clear_saved_tensors = lambda: None
         self.context.save_for_backward = lambda *tensors: setattr(self.context, "saved_tensors", tensors)
 
     def apply(self, *args: Any) -> Any:
