@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_loong.bench import rank_alone
 from megatron_loong.bench.flops import attention_flops
 from megatron_loong.bench.local_copies import Copies, LocalCopies, init_world_of_one
 from megatron_loong.bench.rank_alone import CountingKernel, count, efficiencies, kernel_alone, our_rank, rank_inputs
+from megatron_loong.bench.rivals import ring_alone
 from megatron_loong.bench.rivals.interface import Shape
 from megatron_loong.bench.simulate import simulate
 from megatron_loong.kernels.registry import KERNELS
@@ -117,6 +119,35 @@ def test_torch_distributed_believes_in_the_world() -> None:
             assert torch.equal(sent, received)
         finally:
             dist.destroy_process_group()
+
+
+def test_transformer_engine_gets_its_module_and_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a look-alike of its module; the real one has not run here."""
+    asked: dict[str, Any] = {}
+
+    class DotProductAttention:
+        def __init__(self, heads: int, width: int, **options: Any) -> None:
+            asked.update(heads=heads, width=width, **options)
+
+        def set_context_parallel_group(
+            self, cp_group: Any, cp_global_ranks: list[int], cp_stream: Any, cp_comm_type: str = "p2p"
+        ) -> None:
+            asked.update(ranks=cp_global_ranks, comm=cp_comm_type)
+
+        def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return (q + k.repeat_interleave(q.shape[2] // k.shape[2], 2)).flatten(2)
+
+    module = SimpleNamespace(DotProductAttention=DotProductAttention)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+    init_world_of_one(1, 4)
+    try:
+        q, k = torch.randn(1, 8, 4, 16), torch.randn(1, 8, 2, 16)
+        out = ring_alone._transformer_engine(None)(q, k, k)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(out, q + k.repeat_interleave(2, 2))
+    wanted = {"heads": 4, "width": 16, "num_gqa_groups": 2, "qkv_format": "bshd", "attn_mask_type": "causal"}
+    assert asked == {**wanted, "attention_dropout": 0.0, "ranks": [0, 1, 2, 3], "comm": "p2p"}
 
 
 def bench_rank(*arguments: str) -> subprocess.CompletedProcess[str]:
