@@ -96,13 +96,14 @@ def measure(args: argparse.Namespace) -> Hardware:
     named = hardware_of_gpu(torch.cuda.get_device_name()) if gpu else None
     dtype = getattr(torch, args.dtype)
     tile = rates.Tile(device, dtype, args.heads or (16 if gpu else 4), args.head_dim or (128 if gpu else 64))
+    tile = rates.crowded(tile, 2 * args.seconds)
     lengths = sorted(args.lengths or ([1 << i for i in range(10, 15)] if gpu else [128, 256, 512, 1024, 2048]))
     curves = {
         (backward, causal): Curve(tuple((n, rates.attention(tile, n, causal, backward, args.seconds)) for n in lengths))
         for backward in (False, True)
         for causal in (False, True)
     }
-    matmul = rates.matmul(device, dtype, args.seconds)
+    matmul = rates.matmul(tile, args.seconds)
     groups = build_groups(LoongConfig(world, 1, local), range(world))
     inside = rates.hop(groups, "inner", tile, args.seconds) if local > 1 else None
     between = rates.hop(groups, "outer", tile, args.seconds) if world > local else None

@@ -44,6 +44,8 @@ class Tile(NamedTuple):
     dtype: torch.dtype
     heads: int
     head_dim: int
+    crowding: float = 1.0
+    """Time that computing takes while all ranks compute and share the processors, over processor time."""
 
     def kernel(self) -> AttentionKernel:
         """The kernel that training would take."""
@@ -59,7 +61,7 @@ def attention(tile: Tile, length: int, causal: bool, backward: bool, seconds: fl
     """FLOP/s of one tile of `length` by `length`; a causal one counts half of the square."""
     call = _attention_call(tile, length, causal, backward)
     flops = 4 * length**2 * tile.heads * tile.head_dim / (2 if causal else 1) * (2.5 if backward else 1)
-    return flops / seconds_of(call, tile.device, seconds)
+    return flops / computing_s(call, tile, seconds)
 
 
 def overhead(tile: Tile, seconds: float) -> float:
@@ -68,7 +70,7 @@ def overhead(tile: Tile, seconds: float) -> float:
     On a CPU: the computing thread's time in an attention so short that it does no work to speak of, over a ring of all
     ranks, less the same over one head group of all ranks, by tile.
     """
-    kernel_s = seconds_of(_attention_call(tile, 8, False, False), tile.device, seconds)
+    kernel_s = computing_s(_attention_call(tile, 8, False, False), tile, seconds)
     world = dist.get_world_size()
     if tile.device.type == "cuda" or world == 1:
         return kernel_s
@@ -99,11 +101,11 @@ def _attention_call(tile: Tile, length: int, causal: bool, backward: bool) -> Ca
     return lambda: kernel.backward(dout, q, k, v, out, lse, rules, deterministic=False)
 
 
-def matmul(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+def matmul(tile: Tile, seconds: float) -> float:
     """FLOP/s of a square matrix product."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / seconds_of(lambda: a @ b, device, seconds)
+    n = 8192 if tile.device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=tile.device, dtype=tile.dtype) for _ in range(2))
+    return 2 * n**3 / computing_s(lambda: a @ b, tile, seconds)
 
 
 def memory(tile: Tile, seconds: float) -> float:
@@ -114,7 +116,7 @@ def memory(tile: Tile, seconds: float) -> float:
     return (
         OURS.merge_bytes_per_element
         * out.numel()
-        / seconds_of(lambda: merge_(out, lse, block_out, block_lse), tile.device, seconds)
+        / computing_s(lambda: merge_(out, lse, block_out, block_lse), tile, seconds)
     )
 
 
@@ -150,15 +152,37 @@ class _Busy(NamedTuple):
 
 def _busy(call: Callable[[], object], tile: Tile, seconds: float) -> _Busy:
     """Processor times count as what they take while all ranks compute and share the processors."""
+    wall_s, main_s, all_s = _times(call, tile.device, seconds)
+    return _Busy(wall_s, main_s * tile.crowding, (all_s - main_s) * tile.crowding)
+
+
+def crowded(tile: Tile, seconds: float) -> Tile:
+    """The tile with its `crowding`, measured over `seconds` at once; 1 on a GPU, where nothing is shared."""
+    if tile.device.type == "cuda":
+        return tile
     attend = _attention_call(tile, 512, False, False)
-    compute_s, compute_cpu_s, _ = _times(attend, tile.device, seconds / 2, last=False)
-    wall_s, main_s, all_s = _times(call, tile.device, seconds, last=True)
-    crowding = max(1.0, compute_s / compute_cpu_s)
-    return _Busy(wall_s, main_s * crowding, (all_s - main_s) * crowding)
+    attend()
+    dist.barrier()
+    started = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - started[0] < seconds:
+        attend()
+    used = torch.tensor([time.perf_counter() - started[0], time.thread_time() - started[1]])
+    dist.all_reduce(used)
+    return tile._replace(crowding=max(1.0, float(used[0] / used[1])))
 
 
-def _times(call: Callable[[], object], device: torch.device, seconds: float, last: bool) -> tuple[float, float, float]:
-    """`seconds_of`; then processor time as the mean over ranks and calls: of the calling thread, of all threads."""
+def computing_s(call: Callable[[], object], tile: Tile, seconds: float) -> float:
+    """Seconds of a computation while all ranks compute.
+
+    Where ranks share processors, from processor time and `crowding`: time by the clock says who was scheduled when.
+    """
+    if tile.device.type == "cuda" or torch.get_num_threads() > 1:
+        return seconds_of(call, tile.device, seconds)
+    return seconds_of(call, tile.device, seconds, clock=time.thread_time) * tile.crowding
+
+
+def _times(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float, float]:
+    """`seconds_of`, the last; processor time as the mean over ranks and calls: of the calling thread, of all."""
     calls = 0
 
     def counted() -> None:
@@ -167,7 +191,7 @@ def _times(call: Callable[[], object], device: torch.device, seconds: float, las
         call()
 
     before = time.thread_time(), time.process_time()
-    taken = seconds_of(counted, device, seconds, last=last)
+    taken = seconds_of(counted, device, seconds, last=True)
     after = time.thread_time(), time.process_time()
     used = torch.tensor([(b - a) / calls for a, b in zip(before, after, strict=True)], device=device)
     dist.all_reduce(used)
@@ -191,7 +215,14 @@ def _hop(groups: LoongGroups, ring: str, size: int, device: torch.device) -> Cal
     return send
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, seconds: float, *, last: bool = False) -> float:
+def seconds_of(
+    call: Callable[[], object],
+    device: torch.device,
+    seconds: float,
+    *,
+    last: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Time of `call`, which all ranks call equally often for about `seconds` in all: their mean, or that of the last.
 
     The fastest of several windows counts: whatever else runs on the machine only slows down.
@@ -200,18 +231,24 @@ def seconds_of(call: Callable[[], object], device: torch.device, seconds: float,
     # The slowest rank decides how often, so that hops pair up.
     one = _window(call, device, 1, last=True)
     times = max(3 if one < _LONG_CALL_S else 1, min(10_000, int(seconds / _WINDOWS / max(one, 1e-6))))
-    return min(_window(call, device, times, last) for _ in range(_WINDOWS))
+    return min(_window(call, device, times, last, clock) for _ in range(_WINDOWS))
 
 
-def _window(call: Callable[[], object], device: torch.device, times: int, last: bool) -> float:
+def _window(
+    call: Callable[[], object],
+    device: torch.device,
+    times: int,
+    last: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds of one of `times` calls, begun by all ranks together: mean over ranks, or the largest."""
     _synchronize(device)
     dist.barrier()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(times):
         call()
     _synchronize(device)
-    taken = torch.tensor([(time.perf_counter() - start) / times], device=device, dtype=torch.float64)
+    taken = torch.tensor([(clock() - start) / times], device=device, dtype=torch.float64)
     dist.all_reduce(taken, dist.ReduceOp.MAX if last else dist.ReduceOp.SUM)
     return taken.item() / (1 if last else dist.get_world_size())
 

@@ -67,8 +67,8 @@ def profile(network: Network, folder: Path) -> Hardware:
     if path.exists():
         return hardware_from_mapping(json.loads(path.read_text(encoding="utf-8")), str(path))
     words = ["--output", str(path), "--name", network.name, "--nics-per-node", str(network.nics_per_node)]
-    words += ["--nic-order", "cyclic", "--heads", "2", "--head-dim", str(HEAD_DIM), "--seconds", "0.5"]
-    words += ["--lengths", "128", "512", "2048"]
+    words += ["--nic-order", "cyclic", "--heads", "2", "--head-dim", str(HEAD_DIM), "--seconds", "0.4"]
+    words += ["--lengths", "128", "256", "512", "1024", "2048", "4096"]
     hardware = calibrate.measure(calibrate.parser().parse_args(words))
     if dist.get_rank() == 0:
         path.write_text(hardware_to_text(hardware), encoding="utf-8")

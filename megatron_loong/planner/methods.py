@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner import programs
 from megatron_loong.planner.programs import Op
-from megatron_loong.planner.rotation import RowBytes
-from megatron_loong.planner.traffic import AttentionShape, token_bytes
+from megatron_loong.planner.rotation import Moving, RowBytes
+from megatron_loong.planner.traffic import AttentionShape, moving_bytes
 from megatron_loong.planner.visits import Visit, forward_visits
 
 Program = Callable[[int, int], tuple[Op, ...]]
@@ -29,6 +29,14 @@ class Method:
     dq_bytes_per_element: int = 10
     """dq read and written in float32, the tile's read in bf16."""
     dkv_bytes_per_element: int = 10
+    return_bytes_per_element: int = 0
+    """Of a gradient that goes home: rounding it for the wire, and adding at the owner what arrives."""
+    stand_in_bytes_per_element: int = 0
+    """Of dout, for a tile whose queries have come: passes of `out_with_delta`."""
+    travelling_bytes_per_element: int = 0
+    """Of dout, once, where queries move: delta, and the copy into the block that travels."""
+    sums_bytes_per_element: int = 0
+    """Of the results, once, with a ring: zeros in float32 to begin with, rounded in the end."""
     narrow_gradients: bool = False
     """Whether gradients travel in the input's dtype; else in that of the sums, float32."""
     either_side_moves: bool = False
@@ -36,8 +44,15 @@ class Method:
 
     def token_bytes(self, config: LoongConfig, shape: AttentionShape, backward: bool) -> RowBytes:
         """Bytes of one token that goes round the ring, and of its gradient on the way home."""
+        return self._moving(config, shape, backward)[1]
+
+    def queries_move(self, config: LoongConfig, shape: AttentionShape, backward: bool) -> bool:
+        """Whether it is queries that go round the ring."""
+        return self._moving(config, shape, backward)[0] == "q"
+
+    def _moving(self, config: LoongConfig, shape: AttentionShape, backward: bool) -> tuple[Moving, RowBytes]:
         width = shape.dtype_bytes if self.narrow_gradients else shape.sum_bytes
-        return token_bytes(config, shape, backward, width, self.either_side_moves)
+        return moving_bytes(config, shape, backward, width, self.either_side_moves)
 
 
 @functools.lru_cache(maxsize=256)
@@ -71,7 +86,15 @@ def _travelling_gradient(visit: Visit, outer_ring_size: int, inner_ring_size: in
     return ops
 
 
-OURS = Method("loong", narrow_gradients=True, either_side_moves=True)
+OURS = Method(
+    "loong",
+    narrow_gradients=True,
+    either_side_moves=True,
+    return_bytes_per_element=12,  # widened 6, rounded 6, added 10; of these `dkv_bytes_per_element` has 10
+    stand_in_bytes_per_element=40,
+    travelling_bytes_per_element=28,
+    sums_bytes_per_element=10,
+)
 
 LOONGTRAIN = Method("LoongTrain", backward_program=forward_order_backward)
 """InternEvo's double ring: sums in float32, gradients travel in float32."""

@@ -16,7 +16,8 @@ from megatron_loong.planner.simulate import Span, simulate_pass
 from megatron_loong.planner.step import step_cost
 
 _STREAMS = ("compute", "head", "inner", "outer", "inner_dkv", "outer_dkv")
-_COLOURS = {"tile": "#4c72b0", "merge": "#8fa8d0", "add": "#8fa8d0", "pack": "#c9c9c9", "unpack": "#c9c9c9"}
+_COLOURS = {"tile": "#4c72b0", **dict.fromkeys(("merge", "add", "sums", "round"), "#8fa8d0")}
+_COLOURS |= dict.fromkeys(("pack", "unpack", "move"), "#c9c9c9")
 _HOPS = {"head": "#937860", "inner": "#55a868", "outer": "#c44e52", "inner_dkv": "#8fcf9f", "outer_dkv": "#e59a9d"}
 
 

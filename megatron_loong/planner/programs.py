@@ -21,11 +21,11 @@ class Op(NamedTuple):
     """One step of a program.
 
     `post`: send to the next on `ring`, receive from the previous, both from here on. `wait`: until the hop posted
-    as (ring, visit) by the previous one is here. `tile`: attention with the block of `visit`; `half`: with half of it.
-    `fold`: add the gradients of a tile.
+    as (ring, visit) by the previous one is here. `tile`: attention with the block of `visit`; `opening` and `rest`:
+    with the parts of the own one. `fold`: add the gradients of a tile.
     """
 
-    kind: Literal["post", "wait", "tile", "half", "fold"]
+    kind: Literal["post", "wait", "tile", "opening", "rest", "fold"]
     visit: Visit
     ring: str = ""
 
@@ -71,11 +71,11 @@ def _program(outer_ring_size: int, inner_ring_size: int, backward: bool) -> tupl
 
     begin(-1)
     if passage.opening:
-        ops.append(Op("half", OWN))
+        ops.append(Op("opening", OWN))
     for step, visit in enumerate(passage.visits):
         fetch(visit)
         begin(step)
-        ops.append(Op("half" if passage.opening and visit == OWN else "tile", visit))
+        ops.append(Op("rest" if passage.opening and visit == OWN else "tile", visit))
         if backward:
             ops += gradients.pop(visit, [])
             ops.append(Op("fold", visit))

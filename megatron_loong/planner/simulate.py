@@ -104,7 +104,9 @@ class _Run:
         qkv, out = exchange_bytes(self.config, self.shape)
         self._exchange(out if self.backward else qkv)
         program = self.method.backward_program if self.backward else self.method.forward_program
-        steps = {"tile": self._tile, "half": self._tile, "fold": self._fold, "post": self._post, "wait": self._wait}
+        self._sums()
+        tile = dict.fromkeys(("tile", "opening", "rest"), self._tile)
+        steps = {**tile, "fold": self._fold, "post": self._post, "wait": self._wait}
         for op in program(outer, inner):
             steps[op.kind](op)
         self._exchange(qkv if self.backward else out)
@@ -114,17 +116,21 @@ class _Run:
     # ---- operations ----
 
     def _tile(self, op: Op) -> None:
-        w, share = self.config.inner_ring_size or 1, 0.5 if op.kind == "half" else 1.0
+        w = self.config.inner_ring_size or 1
         for rank in self.ranks:
             ring_rank = self.ring_rank[rank]
             owner = op.visit.owner(ring_rank, self.config.ring_size, w)
-            kernel_s, merge_s = self.costs.of(ring_rank, owner)
-            self._compute(rank, share * kernel_s, "tile", op)
-            self._compute(rank, share * merge_s, "merge", op)
+            kernel_s, merge_s = self.costs.of(ring_rank, owner, op.kind)
+            self._compute(rank, kernel_s, "tile", op)
+            self._compute(rank, merge_s, "merge", op)
 
     def _fold(self, op: Op) -> None:
         for rank in self.ranks:
             self._compute(rank, self.costs.fold_s, "add dKV", op)
+
+    def _sums(self) -> None:
+        for rank in self.ranks:
+            self._compute(rank, self.costs.sums_s, "sums")
 
     def _compute(self, rank: int, seconds: float, what: str, op: Op | None = None) -> None:
         start = self.now[rank]
@@ -135,6 +141,9 @@ class _Run:
             self.spans.append(Span(self.first + rank, "compute", label, start, start + seconds))
 
     def _post(self, op: Op) -> None:
+        if op.ring.endswith("dkv"):
+            for rank in self.ranks:
+                self._compute(rank, self.costs.return_s, "round", op)
         self.posted[op] = self.now.copy()
         message = self._message_bytes(op)
         self.sent_bytes[op.ring] = self.sent_bytes.get(op.ring, 0) + message

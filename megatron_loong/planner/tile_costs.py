@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_loong.config import CAUSAL, LoongConfig
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.methods import Method
-from megatron_loong.planner.programs import Tokens
+from megatron_loong.planner.programs import Tokens, backward_program
+from megatron_loong.planner.tiles import Tile, halved
 from megatron_loong.planner.traffic import AttentionShape, shared_heads
 
 
@@ -23,14 +26,33 @@ class TileCosts:
         elements = shape.batch * self.block_tokens * kv_heads * (shape.head_dim + shape.value_dim)
         self.fold_s = elements * method.dkv_bytes_per_element / hardware.memory_bytes_per_s
         """Adding the gradients of one block."""
-        self._known: dict[tuple[int, int], tuple[float, float]] = {}
+        self.opens = backward and config.ring_size > 1 and method.backward_program is backward_program
+        """Whether the own tiles are computed in two parts."""
+        self.queries_move = method.queries_move(config, shape, backward)
+        rows = shape.batch * self.block_tokens * self.heads
+        queries, results = rows * shape.head_dim, rows * shape.value_dim + (0 if not backward else elements)
+        passed = (queries if self.queries_move else elements) * method.return_bytes_per_element if backward else 0
+        self.return_s = passed / hardware.memory_bytes_per_s
+        """Rounding the gradient of one block for its way home, and adding it there, beyond `fold_s`."""
+        once = results * method.sums_bytes_per_element
+        if self.queries_move:
+            once += rows * shape.value_dim * method.travelling_bytes_per_element
+        self.sums_s = once / hardware.memory_bytes_per_s if config.ring_size > 1 else 0.0
+        """Making the sums, rounding them, and packing what travels."""
+        self._known: dict[tuple[int, int, str], tuple[float, float]] = {}
 
-    def of(self, ring_rank: int, owner: int) -> tuple[float, float]:
-        """(kernel, merge) of all tiles that `ring_rank` computes with the block of `owner`."""
-        key = self.tokens.kind(ring_rank, owner)
+    def of(self, ring_rank: int, owner: int, part: str = "tile") -> tuple[float, float]:
+        """(kernel, merge) of the tiles that `ring_rank` computes with the block of `owner`.
+
+        part: `tile` for all of them; `opening` or `rest` of those that are computed in two parts.
+        """
+        key = (*self.tokens.kind(ring_rank, owner), part)
         if key not in self._known:
             kernel_s = merge_s = 0.0
-            for tile in self.tokens.tiles(*key):
+            tiles: Sequence[Tile] = self.tokens.tiles(*key[:2])
+            if part != "tile":
+                tiles = halved(tiles)[part == "rest"]
+            for tile in tiles:
                 query_len, kv_len = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
                 kernel_s += self._kernel_s(query_len, kv_len, tile.window == CAUSAL)
                 merge_s += self._merge_s(query_len, own=key[0] == key[1])
@@ -44,8 +66,13 @@ class TileCosts:
             visits = [(ring_rank, 1), (0, ring_rank), (ring - 1, ring - 1 - ring_rank)]
         else:
             visits = [(owner, 1) for owner in range(ring)]
-        tiles = sum(times * sum(self.of(ring_rank, owner)) for owner, times in visits if times)
-        return tiles + (ring * self.fold_s if self.backward else 0.0)
+        seconds = self.sums_s + sum(times * sum(self.of(ring_rank, owner)) for owner, times in visits if times)
+        if self.backward:
+            seconds += ring * self.fold_s + (ring - 1) * self.return_s
+        if self.opens:
+            parts = sum(sum(self.of(ring_rank, ring_rank, part)) for part in ("opening", "rest"))
+            seconds += parts - sum(self.of(ring_rank, ring_rank))
+        return seconds
 
     def copy_s(self, rank_bytes: int) -> float:
         """Packing (or unpacking) what one all-to-all exchanges, the rank's own share included."""
@@ -66,6 +93,8 @@ class TileCosts:
         rows = self.shape.batch * query_len * self.heads
         if self.backward:
             moved = rows * self.shape.head_dim * self.method.dq_bytes_per_element
+            if self.queries_move and not own:
+                moved += rows * self.shape.value_dim * self.method.stand_in_bytes_per_element
         elif own:
             moved = 0
         else:

@@ -89,20 +89,21 @@ def squared(tile: Tile) -> list[Tile]:
 
 
 def halved(found: Sequence[Tile]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
-    """Tiles in two parts of about as many pairs each; at most one tile is cut, by rows.
+    """Tiles in two parts of about as many pairs each; at most one tile is cut.
 
-    >>> [tile.q for tile in halved([Tile(slice(0, 100), slice(0, 100), CAUSAL)])[1]]
-    [slice(70, 100, None)]
+    A causal square is cut into the square below its diagonal and two triangles: sizes that kernels like.
+
+    >>> [(tile.q, tile.kv) for tile in halved([Tile(slice(0, 100), slice(0, 100), CAUSAL)])[0]]
+    [(slice(50, 100, None), slice(0, 50, None))]
     """
     first: list[Tile] = []
     missing = sum(map(_pairs_of, found)) / 2
     for index, tile in enumerate(found):
-        if _pairs_of(tile) <= missing:
-            first.append(tile)
-            missing -= _pairs_of(tile)
-            continue
-        parts = _cut(tile, missing / _pairs_of(tile))
-        return (*first, *parts[:-1]), (parts[-1], *found[index + 1 :])
+        if _pairs_of(tile) > missing:
+            now, later = _cut(tile, missing / _pairs_of(tile))
+            return (*first, *now), (*later, *found[index + 1 :])
+        first.append(tile)
+        missing -= _pairs_of(tile)
     return tuple(first), ()
 
 
@@ -111,22 +112,32 @@ def _pairs_of(tile: Tile) -> int:
     return Mask(left, right).pairs(tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start)
 
 
-def _cut(tile: Tile, share: float) -> list[Tile]:
-    """A full or causal tile as two, the first with about `share` of its pairs; any other tile as it is."""
+def _cut(tile: Tile, share: float) -> tuple[list[Tile], list[Tile]]:
+    """A full or causal tile in two parts, the first with about `share` of its pairs; any other tile as it is."""
     rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+    if tile.window == CAUSAL and rows == keys > 1:
+        middle, key = tile.q.start + rows // 2, tile.kv.start + rows // 2
+        above = Tile(slice(tile.q.start, middle), slice(tile.kv.start, key), CAUSAL)
+        square = Tile(slice(middle, tile.q.stop), slice(tile.kv.start, key), FULL)
+        below = Tile(slice(middle, tile.q.stop), slice(key, tile.kv.stop), CAUSAL)
+        if share < 1 / 8:
+            return [], [tile]
+        if share < 3 / 8:
+            return [above], [square, below]
+        return ([square], [above, below]) if share < 5 / 8 else ([above, square], [below])
     if tile.window == FULL:
         top = int(rows * share)
     elif tile.window == CAUSAL:
         before = keys - rows + 0.5  # the first row sees as many keys, and each further one another
         top = int(math.sqrt(before**2 + share * ((before + rows) ** 2 - before**2)) - before)
     else:
-        return [tile]
+        top = 0
     if not 0 < top < rows:
-        return [tile]
+        return [], [tile]
     middle = tile.q.start + top
     end = tile.kv.stop if tile.window == FULL else tile.kv.stop - (rows - top)
     upper = Tile(slice(tile.q.start, middle), slice(tile.kv.start, end), tile.window)
-    return [upper, Tile(slice(middle, tile.q.stop), tile.kv, tile.window)]
+    return [upper], [Tile(slice(middle, tile.q.stop), tile.kv, tile.window)]
 
 
 class Segment(NamedTuple):

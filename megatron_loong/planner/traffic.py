@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.programs import Tokens, backward_program, forward_program
-from megatron_loong.planner.rotation import RowBytes, backward_moving, backward_rows
+from megatron_loong.planner.rotation import Moving, RowBytes, backward_moving, backward_rows
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,18 @@ def shared_heads(config: LoongConfig, shape: AttentionShape) -> tuple[int, int]:
     return shape.heads // hp, shared_kv_heads(config, shape.kv_heads) // hp
 
 
-def token_bytes(
+def moving_bytes(
     config: LoongConfig, shape: AttentionShape, backward: bool, gradient_width: int, either_side_moves: bool
-) -> RowBytes:
-    """Bytes of one token that goes round the ring, and of what goes home behind it, of one rank.
+) -> tuple[Moving, RowBytes]:
+    """What moves, and bytes of one token of it that goes round the ring and of what goes home behind it, of one rank.
 
     Forward, keys and values move; backward also the queries may, where the implementation can do either.
     """
     heads, kv_heads = (shape.batch * n for n in shared_heads(config, shape))
     widths = shape.head_dim, shape.value_dim
     rows = backward_rows((heads, *widths), (kv_heads, *widths), shape.dtype_bytes, gradient_width, shape.sum_bytes)
-    if backward and either_side_moves:
-        return rows[backward_moving(rows, 1, 1)]
-    return rows["kv"]
+    moving = backward_moving(rows, 1, 1) if backward and either_side_moves else "kv"
+    return moving, rows[moving]
 
 
 def exchange_bytes(config: LoongConfig, shape: AttentionShape) -> tuple[int, int]:
@@ -89,7 +88,7 @@ def attention_bytes(config: LoongConfig, shape: AttentionShape) -> tuple[dict[st
     results = []
     inner = config.ring_size // config.outer_ring_size
     for program in (forward_program, backward_program):
-        there, home = token_bytes(config, shape, program is backward_program, shape.dtype_bytes, True)
+        _, (there, home) = moving_bytes(config, shape, program is backward_program, shape.dtype_bytes, True)
         sent = Counter({"head": sum(exchange_bytes(config, shape))})
         for op in program(config.outer_ring_size, inner):
             if op.kind == "post":

@@ -192,9 +192,9 @@ def test_one_node_stands_for_all(config: LoongConfig, monkeypatch: pytest.Monkey
 def test_programs_are_whole(program: Program, outer: int, inner: int) -> None:
     """Every block is computed with once, and nothing is waited for that was not posted before."""
     ops = program(outer, inner)
-    halves = [op.visit for op in ops if op.kind == "half"]
-    assert halves in ([], [OWN, OWN])
-    tiles = [*(op.visit for op in ops if op.kind == "tile"), *halves[1:]]
+    parts = {kind: [op.visit for op in ops if op.kind == kind] for kind in ("opening", "rest", "tile")}
+    assert parts["opening"] == parts["rest"] and parts["rest"] in ([], [OWN])
+    tiles = [*parts["tile"], *parts["rest"]]
     assert sorted(tiles) == [Visit(j, i) for j in range(outer) for i in range(inner)]
     posted = set()
     for op in ops:

@@ -110,7 +110,9 @@ def test_ranks_are_placed_as_the_planner_says(
     hardware: str, placement: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """32 KV heads of 32: on A100 the planner puts a ring of two inside the node. Unknown hardware moves nobody."""
-    options = LoongOptions("loong", loong_placement="auto", loong_hardware=hardware)
+    options = LoongOptions(
+        "loong", loong_placement="auto", loong_hardware=hardware, loong_head_parallel_size=8 if placement else "auto"
+    )
     runtime = Runtime(compat.find_megatron(), {})
     monkeypatch.setattr(runtime, "args", lambda: SimpleNamespace(**{**ARGS, "num_query_groups": 32}))
     for name, value in {"RANK": "1", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}.items():
