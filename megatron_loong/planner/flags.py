@@ -65,6 +65,10 @@ def flags_of(candidate: Candidate, work: Workload) -> list[str]:
     if c.tiled_mlp:
         words += ["--loong-tiled-mlp", str(TILED_MLP_PIECES)]
     words += ["--bf16", "--attention-dropout", "0", "--use-distributed-optimizer"]
-    if c.zero.params > 1:
-        words += ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
+    copies = c.data * c.context // c.zero.optimizer
+    if copies > 1:
+        words += ["--num-distributed-optimizer-instances", str(copies)]
+    if c.zero.grads > 1:
+        strategy = "optim_grads_params" if c.zero.params > 1 else "optim_grads"
+        words += ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", strategy]
     return [*words, "--overlap-grad-reduce", "--overlap-param-gather"]

@@ -143,8 +143,17 @@ def describe(candidate: Candidate) -> str:
         ring = f"{a.outer_ring_size} x {a.inner_ring_size}" if a.outer_ring_size > 1 else f"{a.ring_size}"
         parts.append(f"(head {a.head_parallel_size} x ring {ring}, {a.placement})")
     recompute = {"none": "no recomputation", "selective": "selective recomputation", "full": "full recomputation"}
-    parts.append(f"{recompute[c.recompute]}{_tiled_words(c)}{', FSDP' if c.zero.params > 1 else ''}")
+    parts.append(f"{recompute[c.recompute]}{_tiled_words(c)}{_zero_words(c)}")
     return " ".join(parts)
+
+
+def _zero_words(candidate: Candidate) -> str:
+    sizes, ranks = candidate.zero, candidate.data * candidate.context
+    if sizes.params > 1:
+        return ", FSDP"
+    if sizes.grads > 1:
+        return ", FSDP of gradients"
+    return f", optimizer over {sizes.optimizer} of {ranks} ranks" if 1 < sizes.optimizer < ranks else ""
 
 
 def _tiled_words(candidate: Candidate) -> str:

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_loong.config import AXES, LoongConfig, divisors
 from megatron_loong.planner import fit
@@ -27,6 +28,8 @@ from megatron_loong.planner.traffic import AttentionShape
 from megatron_loong.topology.placement import fitting_head_parallel_sizes
 
 Passes = tuple[PassTime, PassTime]
+_Shards = Literal["optimizer", "gradients", "parameters"]
+_SHARDS: tuple[_Shards, ...] = ("optimizer", "gradients", "parameters")
 
 #: What cannot win by more than this share of the time is not simulated, and counts as equally fast.
 _WORTHWHILE = 0.002
@@ -160,13 +163,13 @@ def search(
 ) -> Outcome:
     """The `keep` fastest plans that fit; none in `plans` when nothing fits.
 
-    Sharded parameters (Megatron-FSDP) are looked at only when nothing fits without them.
+    Sharded gradients, and then parameters (Megatron-FSDP), are looked at only when nothing fits without them.
     `ValueError` when no combination of sizes is possible at all.
     """
     limits, effort = limits or Limits(), Effort()
     simulator, outcome = Simulator(effort), Outcome([], effort)
-    for fully_sharded in (False, True):
-        families = list(_bounded_families(work, hardware, limits, fully_sharded))
+    for shards in _SHARDS:
+        families = list(_bounded_families(work, hardware, limits, shards))
         if not families:
             raise ValueError(_nothing_divides(work, hardware))
         for bound, _, _, configs, variants in sorted(families, key=lambda family: family[:3]):
@@ -186,11 +189,11 @@ def _computing(config: LoongConfig, shape: AttentionShape, site: Site) -> Passes
 _Family = tuple[float, int, int, list[LoongConfig], list[Candidate]]
 
 
-def _bounded_families(work: Workload, hardware: Hardware, limits: Limits, fully_sharded: bool) -> Iterator[_Family]:
+def _bounded_families(work: Workload, hardware: Hardware, limits: Limits, shards: _Shards) -> Iterator[_Family]:
     """(bound of the step time, TP, CP, layouts of the attention, everything beside them)."""
     for tensor, context in _families(work, hardware, limits):
         configs = list(layouts(context, work.model.num_attention_heads // tensor, limits.head_parallel))
-        variants = list(_variants(tensor, context, work, limits, fully_sharded))
+        variants = list(_variants(tensor, context, work, hardware, limits, shards))
         if not configs or not variants:
             continue
         shape, site = variants[0].attention_shape(work), variants[0].site(hardware)
@@ -220,7 +223,9 @@ def _families(work: Workload, hardware: Hardware, limits: Limits) -> Iterator[tu
             yield tensor, context
 
 
-def _variants(tensor: int, context: int, work: Workload, limits: Limits, fully_sharded: bool) -> Iterator[Candidate]:
+def _variants(
+    tensor: int, context: int, work: Workload, hardware: Hardware, limits: Limits, shards: _Shards
+) -> Iterator[Candidate]:
     """PP, DP, EP, recomputation and ZeRO sizes beside one (TP, CP); the layout of the attention comes later."""
     placeholder = LoongConfig(context)
     for pipeline in divisors(work.gpus // (tensor * context)):
@@ -239,9 +244,23 @@ def _variants(tensor: int, context: int, work: Workload, limits: Limits, fully_s
                     continue
                 if recompute == "selective" and context == 1:
                     continue  # it keeps what 2D-Attention computed, which one rank has no use for
-                sharded = ranks if fully_sharded else 1
-                zero = ZeroSizes(sharded, sharded, ranks)
-                yield Candidate(tensor, pipeline, data, placeholder, recompute, zero, expert)
+                for zero in zero_sizes(ranks, max(1, hardware.gpus_per_node // tensor), shards):
+                    yield Candidate(tensor, pipeline, data, placeholder, recompute, zero, expert)
+
+
+def zero_sizes(ranks: int, in_node: int, shards: _Shards) -> list[ZeroSizes]:
+    """Sizes worth a look for `ranks` data x context ranks, `in_node` of which share a node.
+
+    The optimizer's states over all ranks, or over those of a node: then only gradients cross nodes, one share each. Any
+    size between takes more of the network and more memory than one of the two (hybrid ZeRO, LoongTrain section 4.6).
+
+    >>> [sizes.optimizer for sizes in zero_sizes(64, 8, "optimizer")]
+    [64, 8]
+    """
+    if shards != "optimizer":
+        return [ZeroSizes(ranks if shards == "parameters" else 1, ranks, ranks)]
+    inside = max(k for k in divisors(ranks) if k <= in_node)
+    return [ZeroSizes(1, 1, k) for k in dict.fromkeys((ranks, inside)) if k > 1 or ranks == 1]
 
 
 def _add_family(

@@ -137,16 +137,25 @@ def _output_layer_s(candidate: Candidate, work: Workload, hardware: Hardware) ->
 def _data_parallel_s(candidate: Candidate, work: Workload, hardware: Hardware, last_micro_batch_s: float) -> float:
     """Gradients reduced (float32) and parameters gathered, as far as the last micro-batch does not hide them.
 
+    Within the ranks that share one copy of the optimizer's states; between their copies shares of gradients are summed.
     `--overlap-grad-reduce --overlap-param-gather` are on the flag line; half of a micro-batch's time hides each.
     """
     ranks = candidate.data * candidate.context
     if ranks == 1:
         return 0.0
     params = candidate.stage_params(work)
-    in_node = ranks * candidate.tensor <= hardware.gpus_per_node
-    rate = hardware.node_link_bytes_per_s if in_node else _nic_share(hardware)
-    share = (ranks - 1) / ranks * params / rate
-    exposed = max(0.0, 4 * share - last_micro_batch_s / 2) + max(0.0, 2 * share - last_micro_batch_s / 2)
+    shared = candidate.zero.optimizer
+    copies = ranks // shared
+
+    def rate(members: int) -> float:
+        in_node = members * candidate.tensor <= hardware.gpus_per_node
+        return hardware.node_link_bytes_per_s if in_node else _nic_share(hardware)
+
+    share = (shared - 1) / shared * params / rate(shared)
+    between = 2 * (copies - 1) / copies * params / shared / rate(ranks)
+    exposed = max(0.0, 4 * (share + between) - last_micro_batch_s / 2) + max(0.0, 2 * share - last_micro_batch_s / 2)
+    if candidate.zero.grads > 1:  # reduced in every micro-batch
+        exposed += (candidate.micro_batches(work) - 1) * max(0.0, 4 * share - last_micro_batch_s / 2)
     if candidate.zero.params > 1:  # gathered again for every micro-batch, forward and backward
         gathers = 2 * candidate.micro_batches(work)
         exposed += max(0.0, gathers * 2 * share - candidate.micro_batches(work) * last_micro_batch_s)

@@ -18,11 +18,12 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.planner import fit
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.choose import best_layout
-from megatron_loong.planner.flags import model_flags
+from megatron_loong.planner.flags import flags_of, model_flags
 from megatron_loong.planner.hardware import Curve, hardware_to_text, load_hardware
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
 from megatron_loong.planner.profiles import PROFILES
+from megatron_loong.planner.reasons import describe
 from megatron_loong.planner.search import Limits, layouts, search
 from megatron_loong.planner.simulate import simulate_pass
 from megatron_loong.planner.step import step_cost
@@ -70,7 +71,38 @@ def test_1024_gpus_are_searched_with_little_work(name: str, seq_len: int) -> Non
     assert outcome.plans
     assert outcome.effort.layouts <= 2500
     assert outcome.effort.simulations <= 1000
-    assert outcome.effort.candidates <= 5000
+    assert outcome.effort.candidates <= 8000
+
+
+def test_slow_nics_keep_the_optimizer_in_the_node() -> None:
+    """Over the ranks of a node, a share of the gradients crosses nodes; over all, gradients and parameters do."""
+    work = Workload(MODELS["llama2-7b-gqa"], 64, 1 << 15, 64)
+    slow = PROFILES["h200"].with_network(nics_per_node=1, nic_gbit_per_s=10)
+    plan = search(work, slow, limits=Limits(tensor=1, pipeline=1)).plans[0]
+    best = plan.candidate
+    ranks = best.data * best.context
+    assert best.zero.optimizer * best.tensor <= 8 < ranks * best.tensor
+    everywhere = dataclasses.replace(best, zero=best.zero._replace(optimizer=ranks))
+    costs = [step_cost(c, work, slow, plan.passes).terms_s["DP collectives"] for c in (best, everywhere)]
+    assert 0 < costs[0] < costs[1]
+    assert sum(fit.peak_bytes(everywhere, work).values()) < sum(fit.peak_bytes(best, work).values())
+    flags = " ".join(flags_of(best, work))
+    assert f"--num-distributed-optimizer-instances {ranks // best.zero.optimizer}" in flags
+    assert "--num-distributed" not in " ".join(flags_of(everywhere, work))
+    assert f"optimizer over {best.zero.optimizer} of {ranks} ranks" in describe(best)
+
+
+def test_gradients_are_sharded_before_parameters() -> None:
+    """Megatron-FSDP is for what does not fit; parameters are gathered only where sharded gradients are not enough."""
+    kinds = {}
+    for tensor, gpus in ((4, 8), (1, 16), (4, 16), (4, 64)):
+        work = Workload(MODELS["llama3-70b"], gpus, 1 << 13, gpus)
+        plans = search(work, PROFILES["h200"], limits=Limits(tensor=tensor, pipeline=1)).plans
+        kinds[tensor, gpus] = None if not plans else "".join("1" if x == 1 else "k" for x in plans[0].candidate.zero)
+        if plans and gpus == 16:
+            strategy = "optim_grads" if tensor == 4 else "optim_grads_params"
+            assert flags_of(plans[0].candidate, work)[-4:-2] == ["--data-parallel-sharding-strategy", strategy]
+    assert kinds == {(4, 8): None, (1, 16): "kkk", (4, 16): "1kk", (4, 64): "11k"}
 
 
 def test_plans_are_ranked_and_fit() -> None:
