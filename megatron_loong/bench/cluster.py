@@ -10,7 +10,8 @@ it does where every GPU has its NIC; inside a node it goes from memory to memory
 its own: gloo does not bind its outgoing connections, so in a shared one the kernel could not tell whose they are.
 Each direction of a NIC has the whole rate. Queues are long enough never to drop, as in lossless fabrics, and serve in
 order. So that acknowledgements and the small messages by which gloo's two ends agree do not stand behind megabytes of
-data, as they would in no fabric, a connection between nodes has only a small window under way.
+data, as they would in no fabric, a connection between nodes has only a small window under way; and its receiver
+acknowledges at once, not after the 40 ms for which TCP may hold an acknowledgement back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ BURST_BYTES = 128 * 1024
 QUEUE_BYTES = 256 * 1024 * 1024
 # Of a connection between nodes; 72 KB fill 10 Gbit/s at the round trip of an empty link, 50 microseconds.
 WINDOW_SEGMENTS = 8
+# Of each socket, in and out: a whole message. The kernel sends it, as a NIC would, though no process gets to run.
+SOCKET_BYTES = 8 * 1024 * 1024
 GATEWAY, SWITCH = "10.78.0.1", "10.78.0.2"
 
 
@@ -136,9 +139,11 @@ def forwarding_commands(cluster: Cluster) -> list[str]:
 def transport_commands(cluster: Cluster) -> list[str]:
     """Commands for a TCP that fills its link at once: BBR, some machines' default, paces and pauses; Reno, which sees
     no loss here, does not. What stood still for a moment starts again at full rate."""
-    settings = "net.ipv4.tcp_congestion_control=reno net.ipv4.tcp_slow_start_after_idle=0"
+    settings = ["tcp_congestion_control=reno", "tcp_slow_start_after_idle=0"]
+    settings += [f"tcp_{side}='4096 {SOCKET_BYTES} {SOCKET_BYTES}'" for side in ("wmem", "rmem")]
+    words = " ".join(f"net.ipv4.{setting}" for setting in settings)
     ranks = [cluster.rank(rank) for rank in range(cluster.world_size)]
-    return [f"ip netns exec {name} sysctl -qw {settings}" for name in ranks]
+    return [f"ip netns exec {name} sysctl -qw {words}" for name in ranks]
 
 
 def _rank_commands(cluster: Cluster, rank: int) -> list[str]:
@@ -152,7 +157,7 @@ def _rank_commands(cluster: Cluster, rank: int) -> list[str]:
         f"ip -n {name} addr add {address}/32 dev eth0",
         f"ip -n {name} link set eth0 up",
         f"ip -n {name} route add 10.77.{node}.0/24 via {GATEWAY} dev eth0 onlink",
-        f"ip -n {name} route add default via {GATEWAY} dev eth0 onlink cwnd lock {WINDOW_SEGMENTS}",
+        f"ip -n {name} route add default via {GATEWAY} dev eth0 onlink cwnd lock {WINDOW_SEGMENTS} quickack 1",
     ]
 
 

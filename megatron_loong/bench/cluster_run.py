@@ -16,11 +16,14 @@ import ctypes
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,7 @@ def why_not() -> str | None:
 
 
 def _run(command: str) -> str:
-    done = subprocess.run(command.split(), capture_output=True, text=True)
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
     if done.returncode:
         raise ClusterError(f"`{command}` failed: {done.stderr.strip() or done.returncode}")
     return done.stdout
@@ -107,6 +110,38 @@ def _is_emulation(pid: str) -> bool:
         return b"cluster_run" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def apply_windows(cluster: Cluster) -> None:
+    """Have the window of connections between nodes apply to all of them alike.
+
+    Linux takes it from a route only for addresses that a connection has ended with before: here every pair has one.
+    """
+    listening = []
+    for rank in range(cluster.world_size):
+        with _inside(cluster.rank(rank)):
+            listening.append(socket.create_server((cluster.address(rank), 0)))
+    for rank, server in enumerate(listening):
+        for other in range(rank // cluster.ranks_per_node * cluster.ranks_per_node):
+            with _inside(cluster.rank(other)), socket.create_connection(server.getsockname(), timeout=10) as one:
+                with server.accept()[0] as end:
+                    one.sendall(b".")
+                    end.recv(1)
+    for server in listening:
+        server.close()
+
+
+@contextlib.contextmanager
+def _inside(namespace: str) -> Iterator[None]:
+    """Sockets that this thread makes belong to a network namespace."""
+    clone_newnet, libc = 0x40000000, ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as before, (_NAMESPACES / namespace).open() as other:
+        if libc.setns(other.fileno(), clone_newnet):
+            raise ClusterError(f"entering namespace {namespace}: {os.strerror(ctypes.get_errno())}")
+        try:
+            yield
+        finally:
+            libc.setns(before.fileno(), clone_newnet)
 
 
 def measure(cluster: Cluster) -> dict[str, float]:
@@ -261,6 +296,7 @@ def _raise_exit(signal_number: int, _frame: Any) -> None:
 def _lay_out_and_run(cluster: Cluster, command: list[str], report: Path | None) -> int:
     for line in [*build_commands(cluster), *forwarding_commands(cluster), *transport_commands(cluster)]:
         _run(line)
+    apply_windows(cluster)
     measured = measure(cluster)
     say(describe(cluster, measured))
     facts: dict[str, Any] = {

@@ -124,5 +124,5 @@ def test_only_connections_between_nodes_have_a_small_window() -> None:
     routes = [line for line in build_commands(cluster) if line.startswith("ip -n loong7-n1r0 route add")]
     inside, between = sorted(routes)
     assert "10.77.1.0/24" in inside and "cwnd" not in inside
-    assert "default" in between and between.endswith(f"cwnd lock {WINDOW_SEGMENTS}")
+    assert "default" in between and between.endswith(f"cwnd lock {WINDOW_SEGMENTS} quickack 1")
     assert len(transport_commands(cluster)) == cluster.world_size

@@ -81,6 +81,26 @@ def test_each_rank_uses_its_own_nic(tmp_path: Path) -> None:
     assert facts["intra_bytes_per_s"] > 2 * facts["inter_bytes_per_s"], facts
 
 
+WINDOWS = """
+import os, subprocess
+from megatron_loong.bench.cluster import WINDOW_SEGMENTS
+known = subprocess.run(["ip", "tcp_metrics", "show"], capture_output=True, text=True, check=True).stdout.splitlines()
+there = f"10.77.{1 - int(os.environ['GROUP_RANK'])}."
+found = sorted(line.split()[0] for line in known if line.startswith(there) and f" cwnd {WINDOW_SEGMENTS} " in line)
+assert found == [there + "1", there + "2", there + "3"], known
+"""
+
+
+@needs_root
+@pytest.mark.multi_rank
+def test_the_window_holds_for_every_pair_of_ranks(tmp_path: Path) -> None:
+    """Linux takes it for addresses that it has met: one connection without it would have all of the NIC."""
+    script = tmp_path / "windows.py"
+    script.write_text(WINDOWS)
+    done = emulate(*f"2 3 --nic 1gbit -- {sys.executable} {script}".split(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_root
 def test_a_rank_that_fails_ends_the_run() -> None:
     before = namespaces()
