@@ -11,13 +11,15 @@ from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Attention2D, Call
 from megatron_loong.attention.checks import check_heads, check_inputs, check_latent
 from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
-from megatron_loong.config import GRADIENT_WIRES
+from megatron_loong.comm.copy_engines import why_not
+from megatron_loong.config import ALL_TO_ALLS, GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
+from megatron_loong.planner.parts import Queries, parts_of_heads, parts_of_sequence
 from megatron_loong.planner.tiles import Mask
 from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layout_of
 from megatron_loong.topology.groups import LoongGroups
-from megatron_loong.topology.tokens import TokenLayout
+from megatron_loong.topology.tokens import TokenLayout, halves
 
 
 def attention_2d(
@@ -45,6 +47,8 @@ def attention_2d(
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
     head_parts: int | None = None,
+    sequence_parts: int | None = None,
+    all_to_all: str = "backend",
 ) -> torch.Tensor:
     """Exact attention over a sequence of which this rank holds the tokens `token_positions` names.
 
@@ -80,6 +84,11 @@ def attention_2d(
         kernel, see docs/benchmarks.md), float32 or wider else.
     head_parts: parts in which the heads go through, one after another, so that the all-to-all of one runs under the
         ring of another; a divisor of each rank's KV heads. By default as many (up to 4) as leave each part large.
+    sequence_parts: 2 sends the two halves of the sequence through one after another, to the same end where a rank's
+        heads cannot be parted: causal self-attention of one document in zigzag, without a ring, dropout, ALiBi or
+        latents. By default where the head group spans nodes and the halves are large.
+    all_to_all: `backend`, that of the process group; or `copy-engines`, copies between the GPUs of one node through
+        PyTorch's symmetric memory, which take no multiprocessors (uneven pieces go by the backend). Not yet proven.
     kernel: a name of `kernels.registry`, "auto", or a kernel object. deterministic: honoured, or a `ValueError`.
 
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
@@ -91,6 +100,7 @@ def attention_2d(
         cu_seqlens_kv=cu_seqlens_kv, seq_len=seq_len, kv_seq_len=kv_seq_len, softmax_offset=softmax_offset,
         softcap=softcap, alibi_slopes=alibi_slopes, dropout_seed=dropout_seed, max_logits=max_logits,
         kv_up_weight=kv_up_weight, gradient_wire=gradient_wire, head_parts=head_parts,
+        sequence_parts=sequence_parts, all_to_all=all_to_all,
     )  # fmt: skip
     out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
     return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
@@ -121,6 +131,8 @@ def prepare(
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
     head_parts: int | None = None,
+    sequence_parts: int | None = None,
+    all_to_all: str = "backend",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
     """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
     if qkv_format == "thd":
@@ -145,6 +157,11 @@ def prepare(
         request = kernel_request(q, q, q[..., :1].expand(*q.shape[:3], value_dim), hp, deterministic, **features)
     chosen = choose_kernel(request, kernel)
     layouts = _layouts(q, k, groups, cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len)
+    rows = q.shape[1] * layouts[0].seq_len // layouts[0].ring_size * len(shares.query[0])
+    queries = Queries(rows, max(q.shape[3], v.shape[3]) * q.dtype.itemsize, q.is_cuda, groups.nodes > 1)
+    plain = kv_up_weight is None and alibi_slopes is None and not dropout_p
+    asked = head_parts, sequence_parts
+    in_head_parts, in_sequence_parts = _parts(asked, groups, layouts, mask, shares, queries, plain)
     if dropout_p and dropout_seed is None:
         dropout_seed = int(torch.randint(2**62, ()))
     call = Call(
@@ -159,33 +176,57 @@ def prepare(
         alibi_slopes=alibi_slopes,
         dropout=(dropout_p, dropout_seed) if dropout_p and dropout_seed is not None else None,
         max_logits=max_logits,
-        head_parts=_head_parts(head_parts, shares, q, v.shape[3], layouts[0], hp),
+        head_parts=in_head_parts,
+        sequence_parts=in_sequence_parts,
         wire_dtype=wire_dtype(q.dtype, gradient_wire),
+        copy_engines=_by_copy_engines(all_to_all, q.device, groups),
         deterministic=deterministic,
     )
     return q, k, v, call
 
 
-#: Beyond these parts there is little left to hide; below these sizes of a part's share of q, messages and kernel calls
-#: cost more than they hide. On a GPU a part must also fill it: query rows x heads of one kernel call, 128 to a block.
-MOST_HEAD_PARTS, LEAST_PART_BYTES, LEAST_PART_ROWS_ON_GPU = 4, 2**21, 2**16
+def _parts(
+    asked: tuple[int | None, int | None],
+    groups: LoongGroups,
+    layouts: tuple[TokenLayout, TokenLayout],
+    mask: Mask,
+    shares: HeadShares,
+    queries: Queries,
+    plain: bool,
+) -> tuple[int, int]:
+    """Parts of the heads and of the sequence: what was asked for, or by size. The same on every rank.
+
+    plain: nothing is asked that depends on where queries and keys stand, and keys and values travel as they are.
+    """
+    heads, sequence = asked
+    several, most = groups.config.head_parallel_size > 1, shares.most_parts
+    if heads is None:
+        heads = parts_of_heads(most, queries) if several and sequence != 2 else 1
+    elif heads < 1 or most % heads:
+        raise ValueError(f"head_parts={heads} does not divide the {most} KV heads of a rank that can be parted")
+    fits = several and plain and heads == 1 and layouts[0] is layouts[1] and mask.right == 0
+    fits = fits and layouts[0].ring_size == 1 and halves(layouts[0]) is not None
+    if sequence is None:
+        return heads, parts_of_sequence(queries) if fits else 1
+    if sequence not in (1, 2):
+        raise ValueError(f"sequence_parts={sequence}: the sequence goes through in 1 part or in 2")
+    if sequence == 2 and not fits:
+        raise ValueError(
+            "sequence_parts=2 is for causal self-attention of one document in zigzag, all of it in one head group "
+            f"of several ranks (here {layouts[0].ring_size} on the ring), with head_parts=1 and without dropout, "
+            "ALiBi or latents; use sequence_parts=1"
+        )
+    return heads, sequence
 
 
-def _head_parts(
-    asked: int | None, shares: HeadShares, q: torch.Tensor, value_dim: int, layout: TokenLayout, head_parallel_size: int
-) -> int:
-    """Parts in which heads go through: what was asked for, or by size. The same on every rank."""
-    most = shares.most_parts
-    if asked is not None:
-        if asked < 1 or most % asked:
-            raise ValueError(f"head_parts={asked} does not divide the {most} KV heads of a rank that can be parted")
-        return asked
-    rows = q.shape[1] * layout.seq_len // layout.ring_size * len(shares.query[0])
-    size = rows * max(q.shape[3], value_dim) * q.dtype.itemsize
-    if head_parallel_size == 1 or not size:
-        return 1
-    parts = min(MOST_HEAD_PARTS, size // LEAST_PART_BYTES, *([rows // LEAST_PART_ROWS_ON_GPU] if q.is_cuda else []))
-    return max(n for n in range(1, max(parts, 1) + 1) if most % n == 0)
+def _by_copy_engines(all_to_all: str, device: torch.device, groups: LoongGroups) -> bool:
+    if all_to_all not in ALL_TO_ALLS:
+        raise ValueError(f"all_to_all={all_to_all!r} is unknown; use {' or '.join(ALL_TO_ALLS)}")
+    if all_to_all == "backend" or groups.config.head_parallel_size == 1:
+        return False
+    if reason := why_not(device, groups.head_group_nodes):
+        raise ValueError(f"all_to_all='copy-engines' {reason}; use all_to_all='backend'")
+    return True
 
 
 def wire_dtype(dtype: torch.dtype, gradient_wire: str) -> torch.dtype:

@@ -83,6 +83,10 @@ class Block:
             for piece, (shape, dtype) in zip(self._pieces, self.form.parts, strict=True)
         )
 
+    def leading(self, rows: int) -> Block:
+        """The first rows, as views: for what looks at `parts` alone."""
+        return self if rows == self.rows else _LeadingRows(self.form, self.flat, rows)
+
     def chosen(self, held: Rows, wanted: Rows) -> torch.Tensor:
         """The buffer of the rows `wanted` out of this block, which holds `held`; a copy unless it wants all."""
         if wanted == held:
@@ -104,3 +108,13 @@ class Block:
     def _pieces(self) -> list[torch.Tensor]:
         ends = itertools.accumulate((self.rows * width for width in self.form.widths), initial=0)
         return [self.flat[a:b] for a, b in itertools.pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class _LeadingRows(Block):
+    count: int
+
+    @cached_property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Views [count, ...] of the tensors."""
+        return tuple(x[: self.count] for x in Block(self.form, self.flat).parts)

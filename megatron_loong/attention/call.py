@@ -17,6 +17,7 @@ from megatron_loong.attention import stash
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
 from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.expansion import LatentHeads, PlainHeads
+from megatron_loong.attention.halves import backward_in_halves, forward_in_halves
 from megatron_loong.attention.head_exchange import Arrival, HeadExchange
 from megatron_loong.attention.heads import HeadShares
 from megatron_loong.attention.merge import sink_gradient
@@ -50,8 +51,12 @@ class Call:
     max_logits: torch.Tensor | None
     head_parts: int
     """Parts in which the heads go through (`HeadShares.part`)."""
+    sequence_parts: int
+    """Parts in which the sequence does: 1, or 2 (`attention.halves`)."""
     wire_dtype: torch.dtype
     """What gradients travel in on the rings."""
+    copy_engines: bool
+    """Whether the GPUs' copy engines do the all-to-all."""
     deterministic: bool
 
     @property
@@ -70,7 +75,7 @@ class Call:
 
     def exchange(self, layout: TokenLayout) -> HeadExchange:
         """The all-to-all over the head group for tokens in `layout`."""
-        return HeadExchange(self.groups.handle("head"), layout, self.groups.ring_rank)
+        return HeadExchange(self.groups.handle("head"), layout, self.groups.ring_rank, self.copy_engines)
 
     def kv_form(self, k: torch.Tensor, v: torch.Tensor) -> Form:
         """A row of the KV block of this rank's heads."""
@@ -164,6 +169,8 @@ def _forward(
     up_weight: torch.Tensor | None,
     call: Call,
 ) -> tuple[torch.Tensor, list[Share]]:
+    if call.sequence_parts > 1:
+        return forward_in_halves(q, k, v, sink, call)
     signature = (*(tuple(x.shape) for x in (q, k, v)), call.mask, call.dropout, call.head_parts)
     parts = call.parts
     kept = [stash.take(*signature, i) for i in range(len(parts))]  # None unless a checkpoint replays this call
@@ -223,6 +230,8 @@ def _backward(
 
     `shares` is emptied as it is used, so that its memory goes before the gradients are exchanged.
     """
+    if call.sequence_parts > 1:
+        return backward_in_halves(dout, shares, sink, call)
     parts, exchange = call.parts, call.exchange(call.layouts[0])
     dsink, dweight = (None if x is None else torch.zeros_like(x) for x in (sink, up_weight))
     into = _whole_gradients(dout, shares[0], call) if len(parts) > 1 else None

@@ -56,7 +56,7 @@ class Circulation:
     def __init__(self, rings: Rings, work: Passage, own: Block, what: str) -> None:
         self._work = work
         self._own = own
-        self._blocks: dict[Visit, torch.Tensor] = {OWN: own.flat}
+        self._blocks: dict[Visit, Block] = {OWN: own}
         self._arriving: dict[Visit, tuple[torch.Tensor, Wait]] = {}
         self._traffic = Traffic(rings, "", what)
 
@@ -72,9 +72,10 @@ class Circulation:
     def block(self, visit: Visit) -> Block:
         """The block of a visit, here."""
         if visit in self._arriving:
-            self._blocks[visit], wait = self._arriving.pop(visit)
+            flat, wait = self._arriving.pop(visit)
             wait()
-        return Block(self._own.form, self._blocks[visit])
+            self._blocks[visit] = Block(self._own.form, flat)
+        return self._blocks[visit]
 
     def end(self, step: int) -> None:
         """Drop the blocks that are not used after `step`."""

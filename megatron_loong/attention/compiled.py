@@ -68,7 +68,10 @@ def attention_2d_compiled(
     return out.transpose(0, 1) if qkv_format == "bshd" else out
 
 
-_LEFT_OUT = "cu_seqlens cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts".split()
+_LEFT_OUT = (
+    "cu_seqlens cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight "
+    "head_parts sequence_parts all_to_all"
+).split()
 
 
 def traced(
@@ -80,11 +83,13 @@ def traced(
     graph break, an error with `fullgraph=True`): packed documents, dropout, ALiBi, QK-clip, latents and kernel objects.
     """
     asked = {name: x for name, x in options.items() if x is not None}
-    left_out = [name for name in _LEFT_OUT if name in asked and not (name == "dropout_p" and asked[name] == 0)]
+    for name, nothing in (("dropout_p", 0), ("all_to_all", "backend")):
+        if asked.get(name) == nothing:
+            del asked[name]
+    left_out = [name for name in _LEFT_OUT if name in asked]
     if left_out or not isinstance(kernel, str):
         outside: Any = torch.compiler.disable(attention_2d)
         return outside(q, k, v, groups, kernel=kernel, **options)
-    asked.pop("dropout_p", None)
     return attention_2d_compiled(q, k, v, groups, kernel=kernel, **asked)
 
 
@@ -106,6 +111,7 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor 
         kernel=kernel,
         deterministic=deterministic,
         gradient_wire=gradient_wire,
+        sequence_parts=1,  # what is kept of halves shares memory, which results of an operator may not
     )
     return call
 

@@ -34,6 +34,8 @@ class HeadExchange:
     handle: GroupHandle
     layout: TokenLayout
     ring_rank: int
+    copy_engines: bool = False
+    """Whether the GPUs' copy engines move the bytes (`comm.copy_engines`)."""
 
     def split(
         self,
@@ -63,7 +65,8 @@ class HeadExchange:
             ]
         )
         lengths = [n * sum(widths[me]) for n in tokens]
-        arrival = all_to_all(send, [tokens[me] * sum(w) for w in widths], lengths, self.handle, what)
+        given = [tokens[me] * sum(w) for w in widths]
+        arrival = all_to_all(send, given, lengths, self.handle, what, self.copy_engines)
         order, columns = _order(self.layout, self.ring_rank, send.device), starts_of(widths[me])
         forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
@@ -106,7 +109,8 @@ class HeadExchange:
         forms = [(x.shape, x.dtype) for x in tensors]
         tensors.clear()
         lengths = [tokens[me] * sum(w) for w in widths]
-        arrival = all_to_all(send, [n * sum(widths[me]) for n in tokens], lengths, self.handle, what)
+        given = [n * sum(widths[me]) for n in tokens]
+        arrival = all_to_all(send, given, lengths, self.handle, what, self.copy_engines)
 
         def finish() -> list[torch.Tensor]:
             received = arrival()

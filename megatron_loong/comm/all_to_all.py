@@ -7,19 +7,25 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_loong.comm import ledger
+from megatron_loong.comm.copy_engines import CopyEngines, SymmetricMemory
 from megatron_loong.comm.errors import CommunicationError
 from megatron_loong.comm.transport import transport_for
 from megatron_loong.topology.groups import GroupHandle
 
 
 def all_to_all(
-    send: torch.Tensor, send_lengths: Sequence[int], receive_lengths: Sequence[int], handle: GroupHandle, what: str
+    send: torch.Tensor,
+    send_lengths: Sequence[int],
+    receive_lengths: Sequence[int],
+    handle: GroupHandle,
+    what: str,
+    copy_engines: bool = False,
 ) -> Callable[[], torch.Tensor]:
     """Begin to exchange pieces of flat buffers; returns what waits for the result (once).
 
     Piece p of `send` goes to head coordinate p, piece p of the result came from p. `send_lengths[p]` and
     `receive_lengths[p]` are in elements. `what` says in errors what was under way. `CommunicationError`, from here or
-    from the wait, when a peer is gone or time runs out.
+    from the wait, when a peer is gone or time runs out. `copy_engines`: by `CopyEngines` where pieces are equal.
     """
     group = handle.process_group
     assert group is not None and send.is_contiguous() and send.numel() == sum(send_lengths)
@@ -38,9 +44,13 @@ def all_to_all(
             f"processes is gone, or did not get here within the group's timeout. Cause: {error}"
         )
 
+    transport = transport_for(group, send.device)
+    if copy_engines:
+        device, place = send.device, slots[handle.rank]
+        transport = CopyEngines(transport, place, handle.kept, lambda size: SymmetricMemory(group, size, device))
     try:
         # Bytes, so that the backend need not know the dtype.
-        pending = transport_for(group, send.device).all_to_all(
+        pending = transport.all_to_all(
             received.view(torch.uint8),
             outgoing.view(torch.uint8),
             [receive_lengths[peer] * width for peer in order],

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_loong.config import GRADIENT_WIRES
+from megatron_loong.config import ALL_TO_ALLS, GRADIENT_WIRES
 from megatron_loong.integration.options import IMPLEMENTATIONS, LoongOptions, flag_of
 
 _HELP = {
@@ -24,6 +24,8 @@ _HELP = {
     "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others.",
     "loong_gradient_wire": "What gradients travel round the ring in; they are summed in float32. auto: bfloat16 where "
     "q is, float32 else.",
+    "loong_all_to_all": "Who moves the bytes of the all-to-all over heads. copy-engines: copies between the GPUs of a "
+    "node through symmetric memory, which take no multiprocessors from attention; not yet proven on a GPU.",
     "loong_mla_latent": "Multi-latent attention: send the latent round the ring instead of keys and values, where that "
     "is fewer bytes.",
     "loong_selective_checkpoint": "With --recompute-granularity full: keep attention's output and log-sum-exp, so that "
@@ -47,6 +49,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "loong_selective_checkpoint": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
     "loong_keep_exchange": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
     "loong_gradient_wire": {"choices": GRADIENT_WIRES},
+    "loong_all_to_all": {"choices": ALL_TO_ALLS},
     "loong_mla_latent": {"action": "store_true"},
     "loong_offload_attention": {"action": "store_true"},
     "loong_offload_activations": {"action": "store_true"},

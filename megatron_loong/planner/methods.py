@@ -39,6 +39,8 @@ class Method:
     """Of the results, once, with a ring: zeros in float32 to begin with, rounded in the end."""
     narrow_gradients: bool = False
     """Whether gradients travel in the input's dtype; else in that of the sums, float32."""
+    in_parts: bool = False
+    """Whether heads, or the halves of the sequence, go through in parts (`planner.parts`)."""
     either_side_moves: bool = False
     """Whether queries move in the backward pass where that is fewer bytes; else keys and values do."""
 
@@ -89,6 +91,7 @@ def _travelling_gradient(visit: Visit, outer_ring_size: int, inner_ring_size: in
 OURS = Method(
     "loong",
     narrow_gradients=True,
+    in_parts=True,
     either_side_moves=True,
     return_bytes_per_element=12,  # widened 6, rounded 6, added 10; of these `dkv_bytes_per_element` has 10
     stand_in_bytes_per_element=40,

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method
+from megatron_loong.planner.parts import Parts, parts_of
 from megatron_loong.planner.programs import Op
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, exchange_bytes
@@ -80,9 +81,10 @@ class _Run:
     def __init__(
         self, config: LoongConfig, shape: AttentionShape, site: Site, backward: bool, method: Method, trace: bool
     ) -> None:
-        self.config, self.shape, self.site, self.backward = config, shape, site, backward
-        self.method, self.trace = method, trace
-        self.costs = TileCosts(config, shape, site.hardware, backward, method)
+        self.config, self.site, self.backward, self.method, self.trace = config, site, backward, method, trace
+        self.parts = parts_of(config, shape, site) if method.in_parts else Parts(1, 1)
+        self.shape = self.parts.shape(shape)
+        self.costs = TileCosts(config, self.shape, site.hardware, backward, method)
         cp, per_node = config.context_parallel_size, site.cp_ranks_in_node
         # The last node: its ranks have the most tiles of the kind whose merge is the larger.
         self.first = cp - per_node if self.costs.tokens.balanced else 0
@@ -100,18 +102,42 @@ class _Run:
         self.spans: list[Span] = []
 
     def run(self) -> PassTime:
+        """The parts one after another: the all-to-all of the next, and that back of the last, under each."""
+        qkv, out = (n // self.parts.sequence for n in exchange_bytes(self.config, self.shape))
+        before, after = (out, qkv) if self.backward else (qkv, out)
+        count = self.parts.heads * self.parts.sequence
+        outward = []
+        arrival = self._begin_exchange(before)
+        for part in range(count):
+            self._end_exchange(before, arrival)
+            if part + 1 < count:
+                arrival = self._begin_exchange(before)
+            if self.parts.sequence == 1:
+                self._ring()
+            else:
+                self._half_of_sequence(second=(part == 0) == self.backward)
+            outward.append(self._begin_exchange(after))
+        for arrival in outward:
+            self._end_exchange(after, arrival)
+        seconds, compute_s = max(self.now), max(self.busy)
+        return PassTime(seconds, compute_s, self.sent_bytes, self.links.sent_bytes, self.spans)
+
+    def _ring(self) -> None:
         outer, inner = self.config.outer_ring_size, self.config.ring_size // self.config.outer_ring_size
-        qkv, out = exchange_bytes(self.config, self.shape)
-        self._exchange(out if self.backward else qkv)
         program = self.method.backward_program if self.backward else self.method.forward_program
         self._sums()
         tile = dict.fromkeys(("tile", "opening", "rest"), self._tile)
         steps = {**tile, "fold": self._fold, "post": self._post, "wait": self._wait}
         for op in program(outer, inner):
             steps[op.kind](op)
-        self._exchange(qkv if self.backward else out)
-        seconds, compute_s = max(self.now), max(self.busy)
-        return PassTime(seconds, compute_s, self.sent_bytes, self.links.sent_bytes, self.spans)
+
+    def _half_of_sequence(self, second: bool) -> None:
+        kernel_s, merge_s = self.costs.half_of_sequence(second)
+        for rank in self.ranks:
+            self._compute(rank, kernel_s, "tile")
+            self._compute(rank, merge_s, "merge")
+            if self.backward:
+                self._compute(rank, self.costs.fold_s / 2, "add dKV")
 
     # ---- operations ----
 
@@ -175,11 +201,11 @@ class _Run:
 
     # ---- the all-to-all ----
 
-    def _exchange(self, rank_bytes: int) -> None:
-        """Copy into one buffer, exchange with every member of the head group, copy out; nothing hides it."""
+    def _begin_exchange(self, rank_bytes: int) -> list[float]:
+        """Copy into one buffer and begin to exchange with every member of the head group: when each rank has all."""
         hp = self.config.head_parallel_size
         if hp == 1:
-            return
+            return self.now
         copy_s = self.costs.copy_s(rank_bytes)
         for rank in self.ranks:
             self._compute(rank, copy_s, "pack")
@@ -197,6 +223,12 @@ class _Run:
         if self.trace:
             self.spans += [Span(self.first + i, "head", "all-to-all", start[i], end[i]) for i in self.ranks]
         # What arrives was sent by peers, which finish when the rank at their place does.
-        self.now = [max(self.now[i], *(end[j] for j in members[i])) for i in self.ranks]
+        return [max(end[j] for j in members[i]) for i in self.ranks]
+
+    def _end_exchange(self, rank_bytes: int, arrival: list[float]) -> None:
+        """Wait, and copy out."""
+        if self.config.head_parallel_size == 1:
+            return
+        self.now = [max(pair) for pair in zip(self.now, arrival, strict=True)]
         for rank in self.ranks:
-            self._compute(rank, copy_s, "unpack")
+            self._compute(rank, self.costs.copy_s(rank_bytes), "unpack")

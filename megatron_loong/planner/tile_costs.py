@@ -59,6 +59,14 @@ class TileCosts:
             self._known[key] = kernel_s, merge_s
         return self._known[key]
 
+    def half_of_sequence(self, second: bool) -> tuple[float, float]:
+        """(kernel, merge) of the queries of one half of the sequence, on one rank of a ring of one (`parts`)."""
+        half = self.shape.seq_len // 2
+        causal_s = self._kernel_s(half, half, causal=True)
+        if not second:
+            return causal_s, self._merge_s(half, own=True)
+        return causal_s + self._kernel_s(half, half, causal=False), 2 * self._merge_s(half, own=not self.backward)
+
     def pass_s(self, ring_rank: int) -> float:
         """Kernels, merges and gradient sums of one rank over all blocks: compute that no layout of the ring avoids."""
         ring = self.config.ring_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +52,8 @@ class GroupHandle:
     """None when the axis has size 1: nothing is ever sent on it."""
     timeout: timedelta = default_pg_timeout
     """How long a member waits for the others."""
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What a transport keeps for this communicator from call to call."""
 
     @property
     def size(self) -> int:
@@ -85,6 +89,10 @@ class LoongGroups:
     """Global ranks of the group; the index into it is the cp_rank."""
     cp_rank: int | None
     handles: dict[str, GroupHandle] = field(default_factory=dict, repr=False)
+    nodes: int = 1
+    """Over which the ranks of the group are spread."""
+    head_group_nodes: int = 1
+    """Over which the ranks of a head group are spread, where they are spread most."""
     number: int = field(default_factory=itertools.count().__next__, repr=False)
     """By which `groups_by_number` finds these in this process, for those who can pass on nothing but numbers."""
 
@@ -209,7 +217,24 @@ def build_groups(
         wanted = dict.fromkeys((c, r) for c, r, _ in sorted(requests, key=lambda request: request[1]))
         _make_communicators(groups, list(wanted), timeout, members_alone=False)
     _wait_until_connected(groups)
+    groups.nodes, groups.head_group_nodes = _count_nodes(groups)
     return groups
+
+
+def _count_nodes(groups: LoongGroups) -> tuple[int, int]:
+    """(nodes of the group, most nodes of a head group), each member having named the one that it was launched on."""
+    if groups.cp_rank is None:
+        return 1, 1
+    launched = (os.environ.get(name) for name in ("GROUP_RANK", "SLURM_NODEID"))
+    known = {groups.cp_rank: next((node for node in launched if node), socket.gethostname())}
+    for axis in ("head", "inner", "outer"):  # along one axis after another, everyone hears of everyone
+        handle = groups.handles[axis]
+        if handle.process_group is not None:
+            theirs: list[Any] = [None] * handle.size
+            dist.all_gather_object(theirs, known, group=handle.process_group)
+            known = {cp_rank: node for one in theirs for cp_rank, node in one.items()}
+    heads = [len({known[cp_rank] for cp_rank in members}) for members in group_members(groups.config, "head")]
+    return len(set(known.values())), max(heads)
 
 
 def _wait_until_connected(groups: LoongGroups) -> None:

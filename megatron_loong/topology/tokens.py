@@ -82,6 +82,31 @@ class TokenLayout:
 
 
 @functools.lru_cache(maxsize=256)
+def halves(layout: TokenLayout) -> tuple[TokenLayout, TokenLayout] | None:
+    """Layouts of the first and of the second half of one document, each counted from 0.
+
+    None unless every rank holds tokens of both halves, those of the first one first: as in zigzag.
+
+    >>> [half.rank_runs for half in halves(zigzag_or_contiguous(LoongConfig(2, 2), 8))]
+    [(((0, 2),), ((2, 4),)), (((2, 4),), ((0, 2),))]
+    """
+    if len(layout.documents) != 2:
+        return None
+    middle = layout.seq_len // 2
+    found = []
+    for begin, end in ((0, middle), (middle, layout.seq_len)):
+        clipped = tuple(
+            tuple((max(a, begin) - begin, min(b, end) - begin) for a, b in runs if a < end and b > begin)
+            for runs in layout.rank_runs
+        )
+        if not all(clipped):
+            return None
+        found.append(TokenLayout((0, end - begin), clipped, layout.head_parallel_size))
+    in_order = all(runs == tuple(sorted(runs)) for runs in layout.rank_runs)
+    return (found[0], found[1]) if in_order else None
+
+
+@functools.lru_cache(maxsize=256)
 def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:
     """The layout of one sequence of `seq_len` tokens, as `config.sequence_layout` says.
 

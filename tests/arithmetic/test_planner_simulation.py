@@ -122,6 +122,20 @@ def test_a_slow_ring_takes_its_hops() -> None:
     assert result.seconds == pytest.approx(3 * hop_s + tile_s)
 
 
+@pytest.mark.parametrize("kv_heads", [8, 1], ids=["heads in parts", "halves of the sequence"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_half_of_an_all_to_all_hides_in_two_parts(kv_heads: int, backward: bool) -> None:
+    """Between nodes, where the attention of a part is longer than what it hides; the bytes stay."""
+    config, shape = LoongConfig(4, 4), AttentionShape(1 << 16, heads=8, kv_heads=kv_heads, head_dim=64)
+    site = Site(ideal(nics_per_node=1, nic_bytes_per_s=1e5), 2)
+    whole = dataclasses.replace(OURS, in_parts=False)
+    parted, at_once = (simulate_pass(config, shape, site, backward=backward, method=m) for m in (OURS, whole))
+    assert at_once.exposed_s > 100
+    assert parted.exposed_s == pytest.approx(at_once.exposed_s / 2, rel=1e-3)
+    assert parted.compute_s == pytest.approx(at_once.compute_s, rel=1e-3)
+    assert parted.sent_bytes == at_once.sent_bytes
+
+
 def test_processors_that_move_bytes_do_not_compute() -> None:
     """Links that cost nothing, and messages that cost each end 1 s and each byte 1 us: nothing hides either."""
     free = ideal()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.attention.attention_2d import kernel_request
+from megatron_loong.attention.stash import Stash, keeping
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
@@ -134,6 +136,62 @@ def heads_in_parts(rank: int, config: LoongConfig) -> Any:
     assert_close(four, one, 1e-12, f"on rank {rank}, with what belongs to a head")
     groups.destroy()
     return sent
+
+
+def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> Any:
+    """Halves of the sequence against all at once: exact, as many bytes, and under a stash, a window and a sink too."""
+    groups = build_groups(LoongConfig(hp, hp), range(hp))
+    if groups.cp_rank is None:
+        return None
+    batch, seq_len, heads, kv_heads = shape
+    inputs = random_inputs(batch, seq_len, heads, kv_heads, 8, torch.float64, v_dim=4)
+    expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+    sent = []
+    for parts in (1, 2):
+        with count_bytes() as ledger:
+            results = run_attention(inputs, groups, sequence_parts=parts)
+        assert_close(results, expected, 1e-12, f"on rank {rank} in {parts} parts")
+        sent.append(dict(ledger.sent_bytes))
+    offset = torch.linspace(-1, 1, heads, dtype=torch.float64)
+    one, two = (
+        run_attention(inputs, groups, sequence_parts=parts, softmax_offset=offset, window_size=(5, 0), softcap=3.0)
+        for parts in (1, 2)
+    )
+    assert_close(two, one, 1e-12, f"on rank {rank}, with a window, a sink and a soft cap")
+    one, two = (_checkpointed(inputs, groups, parts) for parts in (1, 2))
+    assert_close(two, one, 1e-12, f"on rank {rank}, replayed from what a checkpoint kept")
+    groups.destroy()
+    return sent
+
+
+def _checkpointed(inputs: Any, groups: Any, sequence_parts: int) -> dict[str, torch.Tensor]:
+    """out, dq, dk, dv of attention under Selective Checkpoint++ that keeps the all-to-alls' results as well."""
+    q, k, v, dout = (shard_sequence(x, groups).detach().requires_grad_() for x in inputs)
+    stash = Stash()
+
+    def attend() -> torch.Tensor:
+        return attention_2d(q, k, v, groups, causal=True, sequence_parts=sequence_parts)
+
+    with keeping("exchange"):
+        with stash.recording():
+            attend()
+        with stash.replaying():
+            out = attend()
+    out.backward(dout.detach())
+    return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+
+
+def halves_refused(rank: int) -> None:
+    """Asked for where the halves cannot be apart: the same message on every rank."""
+    groups = build_groups(LoongConfig(4, 2), range(4))
+    if groups.cp_rank is None:
+        return
+    inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
+    with pytest.raises(ValueError, match=r"sequence_parts=2 is for causal .*here 2 on the ring"):
+        run_attention(inputs, groups, sequence_parts=2)
+    with pytest.raises(ValueError, match="in 1 part or in 2"):
+        run_attention(inputs, groups, sequence_parts=3)
+    groups.destroy()
 
 
 def dtypes_and_value_width(rank: int, kernel: str) -> None:

@@ -41,6 +41,22 @@ def test_heads_in_parts(pool: WorkerPool, config: LoongConfig) -> None:
         assert all(sent == whole for sent in parted)
 
 
+@pytest.mark.parametrize(
+    ("hp", "shape"),
+    [(4, (2, 64, 8, 4)), (8, (1, 64, 8, 2)), (4, (1, 37, 6, 3))],
+    ids=["many heads", "shared KV heads", "uneven tokens and heads"],
+)
+def test_sequence_in_halves(pool: WorkerPool, hp: int, shape: tuple[int, int, int, int]) -> None:
+    """The all-to-all of one half of the sequence under the attention of the other: the same numbers and bytes."""
+    counted = [sent for sent in pool.run(cases.sequence_in_halves, hp, shape) if sent]
+    assert len(counted) == hp and all(whole == halved for whole, halved in counted)
+
+
+def test_halves_are_refused_where_they_cannot_be(pool: WorkerPool) -> None:
+    """A ring, or any other number of parts."""
+    pool.run(cases.halves_refused)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 8], ids=["keys move", "queries move"])
 @pytest.mark.parametrize("wire", ["float32", "input"])
 def test_either_wire_of_gradients_keeps_the_error_bound(pool: WorkerPool, wire: str, kv_heads: int) -> None:

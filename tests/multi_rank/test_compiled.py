@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from megatron_loong import LoongConfig, build_groups, shard_sequence
-from megatron_loong.attention import attention_2d as module
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.attention.compiled import attention_2d_compiled
+from megatron_loong.planner import parts as module
 from tests.dense import dense_with_gradients
 from tests.multi_rank.cases import assert_close, random_inputs
 
 
 def compiled_in_parts(rank: int, *case) -> None:
     """Every head a part of its own."""
-    least, module.LEAST_PART_BYTES = module.LEAST_PART_BYTES, 1
+    least, module.LEAST_BYTES_IN_NODE = module.LEAST_BYTES_IN_NODE, 1
     try:
         compiled_layer(rank, *case)
     finally:
-        module.LEAST_PART_BYTES = least
+        module.LEAST_BYTES_IN_NODE = least
 
 
 def compiled_layer(rank: int, cp: int, hp: int, heads: tuple[int, int]) -> None:

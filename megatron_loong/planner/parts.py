@@ -1,0 +1,75 @@
+"""In how many parts an attention goes through, so that all-to-alls hide behind its computing: for running and costing.
+
+Heads in parts, each with KV heads of its own; or, where there is no ring and a rank's heads cannot be parted, the two
+halves of the sequence (`attention.halves`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from megatron_loong.config import LoongConfig
+from megatron_loong.planner.links import Site
+from megatron_loong.planner.traffic import AttentionShape
+
+#: Beyond these parts there is little left to hide; below these sizes of a part's share of q, messages and kernel calls
+#: cost more than they hide: inside a node, and between nodes. On a GPU a part must also fill it: query rows x heads of
+#: one kernel call, 128 to a block.
+MOST_PARTS, LEAST_BYTES_IN_NODE, LEAST_BYTES_BETWEEN_NODES, LEAST_ROWS_ON_GPU = 4, 2**21, 2**18, 2**16
+
+
+class Queries(NamedTuple):
+    """One rank's share of q after the all-to-all."""
+
+    rows: int
+    """Queries x heads."""
+    row_bytes: int
+    gpu: bool
+    between_nodes: bool
+    """Whether the context-parallel group is spread over nodes."""
+
+    def fill(self, parts: int) -> bool:
+        """Whether each of so many parts is large enough."""
+        least = LEAST_BYTES_BETWEEN_NODES if self.between_nodes else LEAST_BYTES_IN_NODE
+        filled = self.rows * self.row_bytes >= parts * least
+        return filled and (not self.gpu or self.rows >= parts * LEAST_ROWS_ON_GPU)
+
+
+def parts_of_heads(most: int, queries: Queries) -> int:
+    """Parts of the heads by size: a divisor of `most`, the KV heads of a rank that can be parted.
+
+    >>> parts_of_heads(8, Queries(2**15, 256, gpu=False, between_nodes=False))
+    4
+    """
+    return max(n for n in range(1, MOST_PARTS + 1) if n == 1 or (most % n == 0 and queries.fill(n)))
+
+
+def parts_of_sequence(queries: Queries) -> int:
+    """Parts of the sequence by size and place, where it can be parted: inside a node its halves do not pay."""
+    return 2 if queries.between_nodes and queries.fill(2) else 1
+
+
+class Parts(NamedTuple):
+    """Of heads and of the sequence; one of them is 1."""
+
+    heads: int
+    sequence: int
+
+    def shape(self, whole: AttentionShape) -> AttentionShape:
+        """The shape of one part of the heads."""
+        return replace(whole, heads=whole.heads // self.heads, kv_heads=whole.kv_heads // self.heads)
+
+
+def parts_of(config: LoongConfig, shape: AttentionShape, site: Site) -> Parts:
+    """What `attention_2d` does unless told otherwise."""
+    hp = config.head_parallel_size
+    if hp == 1:
+        return Parts(1, 1)
+    between = site.cp_ranks_in_node < config.context_parallel_size
+    rows = shape.batch * shape.seq_len // config.ring_size * (shape.heads // hp)
+    row_bytes = max(shape.head_dim, shape.value_dim) * shape.dtype_bytes
+    queries = Queries(rows, row_bytes, gpu=not site.hardware.message_busy_s, between_nodes=between)
+    heads = parts_of_heads(shape.kv_heads // hp, queries) if shape.kv_heads % hp == 0 else 1
+    halved = heads == 1 and config.ring_size == 1 and shape.causal and config.sequence_layout == "zigzag"
+    return Parts(heads, parts_of_sequence(queries) if halved else 1)
