@@ -19,7 +19,7 @@ from megatron_loong.planner.parts import Queries, parts_of_heads, parts_of_seque
 from megatron_loong.planner.tiles import Mask
 from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layout_of
 from megatron_loong.topology.groups import LoongGroups
-from megatron_loong.topology.tokens import TokenLayout, halves
+from megatron_loong.topology.tokens import TokenLayout
 
 
 def attention_2d(
@@ -205,7 +205,7 @@ def _parts(
     elif heads < 1 or most % heads:
         raise ValueError(f"head_parts={heads} does not divide the {most} KV heads of a rank that can be parted")
     fits = several and plain and heads == 1 and layouts[0] is layouts[1] and mask.right == 0
-    fits = fits and layouts[0].ring_size == 1 and halves(layouts[0]) is not None
+    fits = fits and layouts[0].ring_size == 1 and layouts[0].halves is not None
     if sequence is None:
         return heads, parts_of_sequence(queries) if fits else 1
     if sequence not in (1, 2):

@@ -26,8 +26,6 @@ from megatron_loong.attention.blocks import Block, accumulator_dtype
 from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.head_exchange import Arrival, HeadExchange
 from megatron_loong.attention.merge import sink_gradient
-from megatron_loong.attention.plan import RingPlan
-from megatron_loong.topology.tokens import halves
 
 if TYPE_CHECKING:
     from megatron_loong.attention.call import Call, Share
@@ -44,9 +42,6 @@ class _Half:
     shared: slice
     """Rows of what it has of its heads, after the all-to-all."""
 
-    def ring_plan(self, sink: torch.Tensor | None) -> RingPlan:
-        return self.call.plan(sink, None)
-
     def inward(self, tensors: list[torch.Tensor], into: list[torch.Tensor | None], what: str) -> Arrival:
         """Begin the all-to-all of q (and k and v), or of dout; `into` are results for the whole sequence."""
         shares = self.call.shares
@@ -61,7 +56,7 @@ class _Half:
 
 
 def _halves(call: Call) -> tuple[_Half, _Half]:
-    layouts = halves(call.layouts[0])
+    layouts = call.layouts[0].halves
     assert layouts is not None
     found, local, shared = [], 0, 0
     for layout, keys in zip(layouts, (layouts[0], call.layouts[1]), strict=True):
@@ -100,7 +95,7 @@ def forward_in_halves(
             arriving = begin(1)
         before = kept[i]
         if before is None:
-            out_share, lse = ring_forward(q_share, kv.leading(half.shared.stop), half.ring_plan(sink))
+            out_share, lse = ring_forward(q_share, kv.leading(half.shared.stop), half.call.plan(sink, None))
         else:
             out_share, lse = before.ring
         # The KV block is kept once.
@@ -132,7 +127,7 @@ def backward_in_halves(
             arriving = first.inward([dout], [None], "the output's gradient")
         q_share, _, out_share, lse = shares.pop()
         block = kv.leading(half.shared.stop)
-        dq, *dkv = ring_backward(dout_share, q_share, block, out_share, lse, half.ring_plan(sink))
+        dq, *dkv = ring_backward(dout_share, q_share, block, out_share, lse, half.call.plan(sink, None))
         if sink is not None and dsink is not None:
             dsink[half.call.query_heads] += sink_gradient(dout_share, out_share, lse, sink[half.call.query_heads])
         del dout_share, q_share, out_share, lse, block

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_loong.comm.streams import beside
 from megatron_loong.comm.transport import End, Pending, Transport
 
 BACKEND = "loong_local_copies"
@@ -36,17 +37,11 @@ class Copies:
         if sent is None or sent.numel() != block.numel() or sent.dtype != block.dtype:
             sent = torch.zeros((), dtype=block.dtype, device=block.device)
         sent = sent.view(block.shape) if sent.numel() == block.numel() else sent
-        if block.device.type != "cuda":
-            block.copy_(sent)
-            return lambda: None
-        self._stream = self._stream or torch.cuda.Stream(block.device)
-        self._stream.wait_stream(torch.cuda.current_stream(block.device))
-        with torch.cuda.stream(self._stream):
+        if block.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(block.device)
+        with beside(self._stream, block, sent) as wait:
             block.copy_(sent, non_blocking=True)
-            filled = self._stream.record_event()
-        for x in (block, sent):
-            x.record_stream(self._stream)
-        return lambda: torch.cuda.current_stream(block.device).wait_event(filled)
+        return wait
 
 
 class LocalCopies(Transport):

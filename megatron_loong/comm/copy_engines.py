@@ -7,14 +7,13 @@ never run on a GPU (`docs/gpu.md`); its order of copies and barriers is tested w
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from megatron_loong.comm.streams import beside, side_stream
 from megatron_loong.comm.transport import End, Pending, Transport
 
 
@@ -102,41 +101,12 @@ class CopyEngines(Transport):
         if memory is None or memory.size < length * members:
             self._kept["all-to-all"] = memory = self._make(length * members)
         pieces = sent.split(length)
-        with _beside(sent, received) as wait:
+        stream = side_stream(sent.device, "all-to-all") if sent.is_cuda else None
+        with beside(stream, sent, received) as wait:
             memory.barrier()  # everyone has read what came last time
             for step in range(members):  # not all to the same at once
                 peer = (self._rank + step) % members
                 memory.buffer(peer, self._rank * length, length).copy_(pieces[peer], non_blocking=True)
             memory.barrier()  # everyone's pieces are here
             received.copy_(memory.buffer(self._rank, 0, length * members), non_blocking=True)
-        return wait
-
-
-@contextlib.contextmanager
-def _beside(*tensors: torch.Tensor) -> Iterator[Pending]:
-    """What is inside runs on a stream of its own, behind what the current stream has done; on a CPU, at once."""
-    device = tensors[0].device
-    if device.type != "cuda":
-        yield lambda timeout: None
-        return
-    current, stream = torch.cuda.current_stream(device), _stream(device)
-    done = torch.cuda.Event()
-    stream.wait_stream(current)
-
-    def wait(timeout: timedelta) -> None:
-        torch.cuda.current_stream(device).wait_event(done)
-
-    with torch.cuda.stream(stream):
-        yield wait
-        done.record(stream)
-    for x in tensors:
-        x.record_stream(stream)
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+        return lambda timeout: wait()

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_loong.comm.streams import side_stream
+
 Pending = Callable[[timedelta], object]
 """Waits for what was posted, at most so long; to be called once."""
 
@@ -118,7 +120,7 @@ class PinnedMemory:
 
     def copy_out(self, block: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
         """On a stream of its own, behind what the current stream has done; the host waits for this copy alone."""
-        host, stream = self.buffer(block), _copy_stream(block.device)
+        host, stream = self.buffer(block), side_stream(block.device, "staging")
         stream.wait_stream(torch.cuda.current_stream(block.device))
         with torch.cuda.stream(stream):
             host.copy_(block, non_blocking=True)
@@ -196,8 +198,3 @@ def _host_memory(device: torch.device) -> HostMemory:
     if device.type != "cuda":
         raise NotImplementedError(f"gloo cannot send tensors on {device.type}; staging is written for CUDA")
     return PinnedMemory()
-
-
-@functools.lru_cache(maxsize=16)
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

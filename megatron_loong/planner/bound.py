@@ -8,7 +8,7 @@ from collections import defaultdict
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method
-from megatron_loong.planner.parts import Parts, parts_of
+from megatron_loong.planner.parts import Parts
 from megatron_loong.planner.simulate import PassTime
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, exchange_bytes
@@ -18,13 +18,13 @@ def pass_bound(
     config: LoongConfig, shape: AttentionShape, site: Site, *, backward: bool, method: Method = OURS
 ) -> PassTime:
     """No pass is faster than the all-to-all of its first part, and after it its computing or its busiest link."""
-    parts = parts_of(config, shape, site) if method.in_parts else Parts(1, 1)
+    parts = method.parts(config, shape, site)
     costs = TileCosts(config, shape, site.hardware, backward, method)
     ring_s, copies_s = _ring_and_copies_s(costs, parts)
     link_s = _busiest_link_s(config, shape, site, backward, method, costs.block_tokens)
     before, after = reversed(exchange_bytes(config, shape)) if backward else exchange_bytes(config, shape)
     shared_s, alone_s = _exchange_s_per_byte(config, site)
-    first = 1 / (parts.heads * parts.sequence)
+    first = 1 / parts.count
     # The last part's all-to-all back may hide behind the unpacking of the others'.
     exchange_s = first * before * shared_s + (after * alone_s if first == 1 else 0)
     return PassTime(
@@ -36,7 +36,7 @@ def pass_bound(
 def computing_bound(config: LoongConfig, shape: AttentionShape, site: Site, *, backward: bool) -> PassTime:
     """What no inner ring and no placement can get under: the computing alone."""
     costs = TileCosts(config, shape, site.hardware, backward, OURS)
-    seconds = sum(_ring_and_copies_s(costs, parts_of(config, shape, site)))
+    seconds = sum(_ring_and_copies_s(costs, OURS.parts(config, shape, site)))
     return PassTime(seconds, seconds)
 
 

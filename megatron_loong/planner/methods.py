@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner import programs
+from megatron_loong.planner.links import Site
+from megatron_loong.planner.parts import Parts, parts_of
 from megatron_loong.planner.programs import Op
 from megatron_loong.planner.rotation import Moving, RowBytes
 from megatron_loong.planner.traffic import AttentionShape, moving_bytes
@@ -43,6 +45,10 @@ class Method:
     """Whether heads, or the halves of the sequence, go through in parts (`planner.parts`)."""
     either_side_moves: bool = False
     """Whether queries move in the backward pass where that is fewer bytes; else keys and values do."""
+
+    def parts(self, config: LoongConfig, shape: AttentionShape, site: Site) -> Parts:
+        """In how many parts an attention goes through."""
+        return parts_of(config, shape, site) if self.in_parts else Parts(1, 1)
 
     def token_bytes(self, config: LoongConfig, shape: AttentionShape, backward: bool) -> RowBytes:
         """Bytes of one token that goes round the ring, and of its gradient on the way home."""

@@ -56,6 +56,11 @@ class Parts(NamedTuple):
     heads: int
     sequence: int
 
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.heads * self.sequence
+
     def shape(self, whole: AttentionShape) -> AttentionShape:
         """The shape of one part of the heads."""
         return replace(whole, heads=whole.heads // self.heads, kv_heads=whole.kv_heads // self.heads)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method
-from megatron_loong.planner.parts import Parts, parts_of
 from megatron_loong.planner.programs import Op
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, exchange_bytes
@@ -82,7 +81,7 @@ class _Run:
         self, config: LoongConfig, shape: AttentionShape, site: Site, backward: bool, method: Method, trace: bool
     ) -> None:
         self.config, self.site, self.backward, self.method, self.trace = config, site, backward, method, trace
-        self.parts = parts_of(config, shape, site) if method.in_parts else Parts(1, 1)
+        self.parts = method.parts(config, shape, site)
         self.shape = self.parts.shape(shape)
         self.costs = TileCosts(config, self.shape, site.hardware, backward, method)
         cp, per_node = config.context_parallel_size, site.cp_ranks_in_node
@@ -105,12 +104,11 @@ class _Run:
         """The parts one after another: the all-to-all of the next, and that back of the last, under each."""
         qkv, out = (n // self.parts.sequence for n in exchange_bytes(self.config, self.shape))
         before, after = (out, qkv) if self.backward else (qkv, out)
-        count = self.parts.heads * self.parts.sequence
         outward = []
         arrival = self._begin_exchange(before)
-        for part in range(count):
+        for part in range(self.parts.count):
             self._end_exchange(before, arrival)
-            if part + 1 < count:
+            if part + 1 < self.parts.count:
                 arrival = self._begin_exchange(before)
             if self.parts.sequence == 1:
                 self._ring()

@@ -80,30 +80,28 @@ class TokenLayout:
             for ring_rank, order in enumerate(self.ring_order)
         )
 
+    @functools.cached_property
+    def halves(self) -> tuple[TokenLayout, TokenLayout] | None:
+        """Layouts of the first and of the second half of one document, each counted from 0.
 
-@functools.lru_cache(maxsize=256)
-def halves(layout: TokenLayout) -> tuple[TokenLayout, TokenLayout] | None:
-    """Layouts of the first and of the second half of one document, each counted from 0.
+        None unless every rank holds tokens of both halves, those of the first one first: as in zigzag.
 
-    None unless every rank holds tokens of both halves, those of the first one first: as in zigzag.
+        >>> [half.rank_runs for half in zigzag_or_contiguous(LoongConfig(2, 2), 8).halves]
+        [(((0, 2),), ((2, 4),)), (((2, 4),), ((0, 2),))]
+        """
+        if len(self.documents) != 2 or any(list(runs) != sorted(runs) for runs in self.rank_runs):
+            return None
+        middle = self.seq_len // 2
+        first, second = (self._clipped(begin, end) for begin, end in ((0, middle), (middle, self.seq_len)))
+        return (first, second) if all(first.rank_runs) and all(second.rank_runs) else None
 
-    >>> [half.rank_runs for half in halves(zigzag_or_contiguous(LoongConfig(2, 2), 8))]
-    [(((0, 2),), ((2, 4),)), (((2, 4),), ((0, 2),))]
-    """
-    if len(layout.documents) != 2:
-        return None
-    middle = layout.seq_len // 2
-    found = []
-    for begin, end in ((0, middle), (middle, layout.seq_len)):
+    def _clipped(self, begin: int, end: int) -> TokenLayout:
+        """What the ranks hold of [begin, end), counted from `begin`."""
         clipped = tuple(
             tuple((max(a, begin) - begin, min(b, end) - begin) for a, b in runs if a < end and b > begin)
-            for runs in layout.rank_runs
+            for runs in self.rank_runs
         )
-        if not all(clipped):
-            return None
-        found.append(TokenLayout((0, end - begin), clipped, layout.head_parallel_size))
-    in_order = all(runs == tuple(sorted(runs)) for runs in layout.rank_runs)
-    return (found[0], found[1]) if in_order else None
+        return TokenLayout((0, end - begin), clipped, self.head_parallel_size)
 
 
 @functools.lru_cache(maxsize=256)
