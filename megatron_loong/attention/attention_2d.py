@@ -85,8 +85,8 @@ def attention_2d(
     head_parts: parts in which the heads go through, one after another, so that the all-to-all of one runs under the
         ring of another; a divisor of each rank's KV heads. By default as many (up to 4) as leave each part large.
     sequence_parts: 2 sends the two halves of the sequence through one after another, to the same end where a rank's
-        heads cannot be parted: causal self-attention of one document in zigzag, without a ring, dropout, ALiBi or
-        latents. By default where the head group spans nodes and the halves are large.
+        heads cannot be parted: causal self-attention of one document in zigzag, without a ring, a window, dropout,
+        ALiBi or latents. By default where the head group spans nodes and the halves are large.
     all_to_all: `backend`, that of the process group; or `copy-engines`, copies between the GPUs of one node through
         PyTorch's symmetric memory, which take no multiprocessors (uneven pieces go by the backend). Not yet proven.
     kernel: a name of `kernels.registry`, "auto", or a kernel object. deterministic: honoured, or a `ValueError`.
@@ -204,7 +204,7 @@ def _parts(
         heads = parts_of_heads(most, queries) if several and sequence != 2 else 1
     elif heads < 1 or most % heads:
         raise ValueError(f"head_parts={heads} does not divide the {most} KV heads of a rank that can be parted")
-    fits = several and plain and heads == 1 and layouts[0] is layouts[1] and mask.right == 0
+    fits = several and plain and heads == 1 and layouts[0] is layouts[1] and mask == Mask(right=0)
     fits = fits and layouts[0].ring_size == 1 and layouts[0].halves is not None
     if sequence is None:
         return heads, parts_of_sequence(queries) if fits else 1
@@ -213,8 +213,8 @@ def _parts(
     if sequence == 2 and not fits:
         raise ValueError(
             "sequence_parts=2 is for causal self-attention of one document in zigzag, all of it in one head group "
-            f"of several ranks (here {layouts[0].ring_size} on the ring), with head_parts=1 and without dropout, "
-            "ALiBi or latents; use sequence_parts=1"
+            f"of several ranks (here {layouts[0].ring_size} on the ring), with head_parts=1 and without a window, "
+            "dropout, ALiBi or latents; use sequence_parts=1"
         )
     return heads, sequence
 

@@ -22,6 +22,7 @@ from megatron_loong.attention.head_exchange import Arrival, HeadExchange
 from megatron_loong.attention.heads import HeadShares
 from megatron_loong.attention.merge import sink_gradient
 from megatron_loong.attention.plan import RingPlan
+from megatron_loong.comm.all_to_all import Bundle
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, Dropout, TileRules
 from megatron_loong.planner.rotation import Moving, backward_moving, backward_rows
@@ -76,6 +77,10 @@ class Call:
     def exchange(self, layout: TokenLayout) -> HeadExchange:
         """The all-to-all over the head group for tokens in `layout`."""
         return HeadExchange(self.groups.handle("head"), layout, self.groups.ring_rank, self.copy_engines)
+
+    def bundle(self, what: str) -> Bundle:
+        """For exchanges that travel together."""
+        return Bundle(self.groups.handle("head"), what, self.copy_engines)
 
     def kv_form(self, k: torch.Tensor, v: torch.Tensor) -> Form:
         """A row of the KV block of this rank's heads."""

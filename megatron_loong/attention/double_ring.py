@@ -32,21 +32,15 @@ def ring_forward(q: torch.Tensor, kv: Block, plan: RingPlan) -> tuple[torch.Tens
         (schedule,) = plan.forward
         call = schedule.passage(plan.ring_rank, backward=False).tiles[OWN][0]
         k, v = kv.parts
-        out, lse = _tile_forward(q, k, v, plan.rules_of(call, OWN, schedule, False, q.device), plan)
-        if plan.sink is not None:
-            out, lse = out.to(lse.dtype), lse.clone()
-            add_sink_(out, lse, plan.sink)
-        return out.to(q.dtype).transpose(0, 1), lse.transpose(0, 1)
-    result = _Result(q, plan.value_dim)
+        return alone(tile_forward(q, k, v, plan.rules_of(call, OWN, schedule, False, q.device), plan), q.dtype, plan)
+    result = Result(q, plan.value_dim)
     legs = [_ForwardLeg(schedule, q, kv, result, plan) for schedule in plan.forward]
     for step in range(-1, plan.schedule.ring_size):
         for leg in legs:
             leg.circulation.begin(step)
         for leg in legs:
             leg.compute(step)
-    if plan.sink is not None:
-        add_sink_(_bshd(result.out), _bshd(result.lse), plan.sink)
-    return result.out.to(q.dtype), result.lse
+    return result.finish(plan.sink)
 
 
 def ring_backward(
@@ -61,7 +55,7 @@ def ring_backward(
         (schedule,) = plan.backward
         call = schedule.passage(plan.ring_rank, backward=True).tiles[OWN][0]
         k, v = kv.parts
-        return _tile_backward((dout, q, out, lse), k, v, plan.rules_of(call, OWN, schedule, True, q.device), plan)
+        return tile_backward((dout, q, out, lse), k, v, plan.rules_of(call, OWN, schedule, True, q.device), plan)
     wide = accumulator_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, *kv.parts))
     legs = [_BackwardLeg(schedule, (dout, q, out, lse), kv, (dq, dk, dv), plan) for schedule in plan.backward]
@@ -100,7 +94,7 @@ class _Leg:
 class _ForwardLeg(_Leg):
     """Forward: the results of one's own queries stay here, those of queries that have come go home."""
 
-    def __init__(self, schedule: RingSchedule, q: torch.Tensor, kv: Block, result: _Result, plan: RingPlan) -> None:
+    def __init__(self, schedule: RingSchedule, q: torch.Tensor, kv: Block, result: Result, plan: RingPlan) -> None:
         super().__init__(schedule, False, kv if schedule.moving == "kv" else Block.packed(q), plan)
         self._q, self._kv, self._result = q, kv, result
         if not self._keys_move:
@@ -117,7 +111,7 @@ class _ForwardLeg(_Leg):
             block = self.circulation.block(visit).parts
             q, (k, v) = (self._q, block) if self._keys_move else (block[0], self._kv.parts)
             rules = self._rules(call, visit, q.device)
-            part = _tile_forward(q[call.q], k[call.kv], v[call.kv], rules, self._plan)
+            part = tile_forward(q[call.q], k[call.kv], v[call.kv], rules, self._plan)
             if self._keys_move:
                 self._result.take(call.q, part, first_keys=visit == OWN)
             else:
@@ -130,7 +124,18 @@ class _ForwardLeg(_Leg):
         self.circulation.end(step)
 
 
-class _Result:
+def alone(
+    part: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, plan: RingPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [s, b, h, dv] in `dtype`, lse) of rows that got all they get from one call, `part`."""
+    out, lse = part
+    if plan.sink is not None:
+        out, lse = out.to(lse.dtype), lse.clone()
+        add_sink_(out, lse, plan.sink)
+    return _bshd(out.to(dtype)), _bshd(lse)
+
+
+class Result:
     """out and lse of the local queries, as far as they have come."""
 
     def __init__(self, q: torch.Tensor, value_dim: int) -> None:
@@ -140,6 +145,7 @@ class _Result:
         """[s, b, h, dv]."""
         self.lse = torch.full((b, s, h), -torch.inf, dtype=wide, device=q.device).transpose(0, 1)
         """[s, b, h]."""
+        self._dtype = q.dtype
         self._last_rows: slice | None = None
 
     def take(self, rows: slice, part: tuple[torch.Tensor, torch.Tensor], first_keys: bool) -> None:
@@ -151,6 +157,12 @@ class _Result:
         else:
             merge_(out, lse, *part)
         self._last_rows = rows
+
+    def finish(self, sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """out in q's dtype and lse, once everything has been taken."""
+        if sink is not None:
+            add_sink_(_bshd(self.out), _bshd(self.lse), sink)
+        return self.out.to(self._dtype), self.lse
 
 
 def _merge(total: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) -> None:
@@ -206,7 +218,7 @@ class _BackwardLeg(_Leg):
             lse, delta, q, dout = (x[call.q] for x in self.circulation.block(visit).parts)
             queries = dout, q, out_with_delta(dout, delta), lse
         k, v = (x[call.kv] for x in keys.parts)
-        return _tile_backward(queries, k, v, rules, self._plan)
+        return tile_backward(queries, k, v, rules, self._plan)
 
 
 def _travelling(queries: Queries) -> Block:
@@ -230,7 +242,7 @@ def out_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return unit.mul_(delta.unsqueeze(-1) / largest / squares).to(dout.dtype)
 
 
-def _tile_forward(
+def tile_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules, plan: RingPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [b, s, h, dv] and lse [b, s, h] of rows [s, b, heads, d]."""
@@ -240,7 +252,7 @@ def _tile_forward(
     return plan.kernel.forward(q, k, v, rules)
 
 
-def _tile_backward(
+def tile_backward(
     queries: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor, rules: TileRules, plan: RingPlan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [s, b, heads, d] of rows of the same layout."""

@@ -1,39 +1,48 @@
 """The sequence in two halves, so that all-to-alls hide where the heads of a rank cannot be parted.
 
 Without a ring nothing hides the all-to-all of Ulysses but the attention itself. In zigzag every rank holds as much of
-the first half of the sequence as of the second, and under a causal mask the first half needs nothing of the second:
+the first half of the sequence as of the second. Under a causal mask each half attends to itself, and the second to all
+of the first: a rectangle, half of the attention, which is computed where most has to come or to go. What stands in one
+box travels together:
 
-    forward     q, k, v of 1 |  q, k, v of 2  |                       |
-                             |  1 attends to 1 |  2 attends to 1 and 2  |
-                             |                 |  out of 1              |  out of 2
-    backward    dout of 2    |  dout of 1                               |
-                             |  2 with 1 and 2  |  1 with 1             |
-                             |                  |  dq, dk, dv of 2      |  dq, dk, dv of 1
+    forward     q of 2, kv of 1 | q of 1, kv of 2 |
+                                | 2 with 1        | 1 with 1 | 2 with 2 |
+                                                             | out of 1 | out of 2
+    backward    dout of 2 | dout of 1 |
+                          | 2 with 2  | 1 with 1  | 2 with 1          |
+                                                  | dq of 1, dkv of 2 | dq of 2, dkv of 1
 
-A quarter of the attention is in the first half, three in the second. The bytes are those of one exchange.
+The bytes are those of one exchange.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_loong.attention import stash
 from megatron_loong.attention.blocks import Block, accumulator_dtype
-from megatron_loong.attention.double_ring import ring_backward, ring_forward
+from megatron_loong.attention.double_ring import Queries, Result, alone, tile_backward, tile_forward
 from megatron_loong.attention.head_exchange import Arrival, HeadExchange
 from megatron_loong.attention.merge import sink_gradient
+from megatron_loong.attention.plan import RingPlan
+from megatron_loong.comm.all_to_all import Bundle
+from megatron_loong.config import CAUSAL, FULL
+from megatron_loong.kernels.folds import add_rows_
 
 if TYPE_CHECKING:
     from megatron_loong.attention.call import Call, Share
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""k and v, or out and lse."""
+
 
 @dataclass(frozen=True)
 class _Half:
-    """The queries of one half of the sequence, and the keys up to their end."""
+    """One half of the sequence."""
 
     call: Call
     exchange: HeadExchange
@@ -42,30 +51,66 @@ class _Half:
     shared: slice
     """Rows of what it has of its heads, after the all-to-all."""
 
-    def inward(self, tensors: list[torch.Tensor], into: list[torch.Tensor | None], what: str) -> Arrival:
-        """Begin the all-to-all of q (and k and v), or of dout; `into` are results for the whole sequence."""
-        shares = self.call.shares
-        places = [None if x is None else x[self.shared] for x in into]
-        heads = [shares.query, shares.kv, shares.kv][: len(tensors)]
-        return self.exchange.split([x[self.local] for x in tensors], heads, what, places)
+    def inward(
+        self, tensors: Sequence[torch.Tensor], what: str, bundle: Bundle | None = None, into: Pair | None = None
+    ) -> Arrival:
+        """Begin the all-to-all of q or dout, or of k and v."""
+        return self.exchange.split([x[self.local] for x in tensors], self._heads(tensors), what, into, bundle)
 
-    def outward(self, tensors: list[torch.Tensor], what: str) -> Arrival:
-        """Begin the all-to-all back of out, or of dq, dk and dv. The list is emptied."""
+    def outward(self, tensors: list[torch.Tensor], what: str, bundle: Bundle | None = None) -> Arrival:
+        """Begin the all-to-all back of out or dq, or of dk and dv. The list is emptied."""
+        return self.exchange.join(tensors, self._heads(tensors), what, bundle=bundle)
+
+    def keys(self, kv: Block) -> Pair:
+        """Its k and v."""
+        k, v = kv.parts
+        return k[self.shared], v[self.shared]
+
+    def _heads(self, tensors: Sequence[torch.Tensor]) -> list[tuple[range, ...]]:
         shares = self.call.shares
-        return self.exchange.join(tensors, [shares.query, shares.kv, shares.kv][: len(tensors)], what)
+        return [shares.query] if len(tensors) == 1 else [shares.kv, shares.kv]
 
 
 def _halves(call: Call) -> tuple[_Half, _Half]:
     layouts = call.layouts[0].halves
     assert layouts is not None
     found, local, shared = [], 0, 0
-    for layout, keys in zip(layouts, (layouts[0], call.layouts[1]), strict=True):
+    for layout in layouts:
         tokens = layout.tokens_of(call.groups.logical_rank)
-        half = replace(call, layouts=(layout, keys), sequence_parts=1)
         rows = slice(local, local + tokens), slice(shared, shared + layout.seq_len)
-        found.append(_Half(half, half.exchange(layout), *rows))
+        found.append(_Half(call, call.exchange(layout), *rows))
         local, shared = rows[0].stop, rows[1].stop
     return found[0], found[1]
+
+
+class _Coming:
+    """q, k and v on their way: all of it is here once each has been asked for, once."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
+        first, second = _halves(call)
+        self._kv = call.kv_form(k, v).empty(call.kv_rows(), k.device)
+        self._keys = first.keys(self._kv), second.keys(self._kv)
+        now, later = (call.bundle("q, k and v") for _ in range(2))
+        q2 = second.inward([q], "q", now)
+        early = first.inward([k, v], "k and v", now, self._keys[0])
+        now.post()
+        q1 = first.inward([q], "q", later)
+        late = second.inward([k, v], "k and v", later, self._keys[1])
+        later.post()
+        self._queries, self._arrivals = (q1, q2), (early, late)
+
+    def queries(self, half: int) -> torch.Tensor:
+        """q of half 0 or 1."""
+        return self._queries[half]()[0]
+
+    def keys(self, half: int) -> Pair:
+        """k and v of half 0 or 1."""
+        self._arrivals[half]()
+        return self._keys[half]
+
+    def shares(self, q1: torch.Tensor, q2: torch.Tensor, ring1: Pair, ring2: Pair) -> list[Share]:
+        """Of each half q, out and lse; the KV block is kept once."""
+        return [(q1, self._kv, *ring1), (q2, Block(self._kv.form, self._kv.flat.new_empty(0)), *ring2)]
 
 
 def forward_in_halves(
@@ -73,71 +118,84 @@ def forward_in_halves(
 ) -> tuple[torch.Tensor, list[Share]]:
     """Out of this rank's tokens; of each half its q, out and lse after the all-to-all, and all KV with the first."""
     signature = (*(tuple(x.shape) for x in (q, k, v)), call.mask, "halves")
-    both = _halves(call)
-    kept = [stash.take(*signature, i) for i in range(2)]  # None unless a checkpoint replays this call
-    known = kept[0].exchanged if kept[0] is not None else None
-    form, rows = call.kv_form(k, v), call.kv_rows()
-    kv = form.empty(rows, k.device) if known is None else Block(form, known[1])
-    shares: list[Share] = []
-    under_way: list[Arrival] = []
-
-    def begin(i: int) -> Callable[[], torch.Tensor]:
-        before = kept[i]
-        if before is not None and before.exchanged is not None:
-            return lambda q_share=before.exchanged[0]: q_share
-        arrival = both[i].inward([q, k, v], [None, *kv.parts], "q, k and v")
-        return lambda: arrival()[0]
-
-    arriving = begin(0)
-    for i, half in enumerate(both):
-        q_share = arriving()
-        if i == 0:
-            arriving = begin(1)
-        before = kept[i]
-        if before is None:
-            out_share, lse = ring_forward(q_share, kv.leading(half.shared.stop), half.call.plan(sink, None))
+    kept = [x for i in range(2) if (x := stash.take(*signature, i))]  # none unless a checkpoint replays this call
+    exchanged = [x.exchanged for x in kept if x.exchanged is not None]
+    if exchanged:
+        blocks = [Block(call.kv_form(k, v), flat) for _, flat, _ in exchanged]
+        shares: list[Share] = [(x[0], kv, *y.ring) for x, kv, y in zip(exchanged, blocks, kept, strict=True)]
+        outs = [out for _, _, out in exchanged]
+    else:
+        coming = _Coming(q, k, v, call)
+        if kept:
+            q2, _, q1, _ = coming.queries(1), coming.keys(0), coming.queries(0), coming.keys(1)
+            shares = coming.shares(q1, q2, kept[0].ring, kept[1].ring)
+            under_way = [x.outward([share[2]], "the output") for x, share in zip(_halves(call), shares, strict=True)]
         else:
-            out_share, lse = before.ring
-        # The KV block is kept once.
-        shares.append((q_share, kv if i == 0 else Block(form, kv.flat.new_empty(0)), out_share, lse))
-        if before is None or before.exchanged is None:
-            under_way.append(half.outward([out_share], "the output"))
-        else:
-            under_way.append(lambda joined=before.exchanged[2]: [joined])
-    parts = [finish()[0] for finish in under_way]
-    for i, ((q_share, block, out_share, lse), part) in enumerate(zip(shares, parts, strict=True)):
-        stash.keep(*signature, i, ring=(out_share, lse), exchanged=(q_share, block.flat, part))
-    return torch.cat(parts), shares
+            shares, under_way = _attend(coming, call, call.plan(sink, None))
+        outs = [finish()[0] for finish in under_way]
+    for i, ((q_share, kv, out_share, lse), out) in enumerate(zip(shares, outs, strict=True)):
+        stash.keep(*signature, i, ring=(out_share, lse), exchanged=(q_share, kv.flat, out))
+    return torch.cat(outs), shares
+
+
+def _attend(coming: _Coming, call: Call, plan: RingPlan) -> tuple[list[Share], list[Arrival]]:
+    """Attention of both halves; their outputs are on their way back."""
+    first, second = _halves(call)
+    full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
+    q2, early = coming.queries(1), coming.keys(0)
+    every, result = slice(0, q2.shape[0]), Result(q2, plan.value_dim)
+    result.take(every, tile_forward(q2, *early, full, plan), first_keys=True)
+    q1, late = coming.queries(0), coming.keys(1)
+    ring1 = alone(tile_forward(q1, *early, causal, plan), q1.dtype, plan)
+    under_way = [first.outward([ring1[0]], "the output")]
+    result.take(every, tile_forward(q2, *late, causal, plan), first_keys=False)
+    ring2 = result.finish(plan.sink)
+    del result
+    under_way.append(second.outward([ring2[0]], "the output"))
+    return coming.shares(q1, q2, ring1, ring2), under_way
 
 
 def backward_in_halves(
     dout: torch.Tensor, shares: list[Share], sink: torch.Tensor | None, call: Call
 ) -> tuple[torch.Tensor | None, ...]:
     """dq, dk, dv of this rank's tokens, and dsink of its heads and tokens. `shares` is emptied as it is used."""
-    first, second = both = _halves(call)
-    dsink = None if sink is None else torch.zeros_like(sink)
-    wide = accumulator_dtype(dout.dtype)
-    kv, middle = shares[0][1], first.shared.stop
-    carried: tuple[torch.Tensor, ...] = ()
-    under_way: list[Arrival] = []
-    arriving = second.inward([dout], [None], "the output's gradient")
-    for half in both[::-1]:
-        (dout_share,) = arriving()
-        if half is second:
-            arriving = first.inward([dout], [None], "the output's gradient")
-        q_share, _, out_share, lse = shares.pop()
-        block = kv.leading(half.shared.stop)
-        dq, *dkv = ring_backward(dout_share, q_share, block, out_share, lse, half.call.plan(sink, None))
-        if sink is not None and dsink is not None:
-            dsink[half.call.query_heads] += sink_gradient(dout_share, out_share, lse, sink[half.call.query_heads])
-        del dout_share, q_share, out_share, lse, block
-        if half is second:
-            carried = tuple(x[:middle] for x in dkv)
-            dkv = [x[middle:] for x in dkv]
-        else:
-            dkv = [x.to(wide).add_(before) for x, before in zip(dkv, carried, strict=True)]
-        grads = [dq.to(dout.dtype), *(x.to(dout.dtype) for x in dkv)]
-        del dq, dkv
-        under_way.append(half.outward(grads, "dq, dk and dv"))
-    parts = [finish() for finish in under_way][::-1]
-    return *(torch.cat(pair) for pair in zip(*parts, strict=True)), dsink, None
+    (first, second), plan = _halves(call), call.plan(sink, None)
+    full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
+    dout2_arrival, dout1_arrival = (x.inward([dout], "the output's gradient") for x in (second, first))
+    (q1, kv, out1, lse1), (q2, _, out2, lse2) = shares
+    shares.clear()
+    early, late = first.keys(kv), second.keys(kv)
+    now, later = (call.bundle("dq, dk and dv") for _ in range(2))
+
+    queries2 = dout2_arrival()[0], q2, out2, lse2
+    dq, *dkv = tile_backward(queries2, *late, causal, plan)
+    dkv2_home = second.outward([x.to(dout.dtype) for x in dkv], "dk and dv", now)
+    dq2 = dq.to(accumulator_dtype(dout.dtype))
+    queries1 = dout1_arrival()[0], q1, out1, lse1
+    dq, *dkv1 = tile_backward(queries1, *early, causal, plan)
+    dq1_home = first.outward([dq.to(dout.dtype)], "dq", now)
+    now.post()
+    dsink = None if sink is None else _sink_gradient((queries1, queries2), sink, call.query_heads)
+    del q1, out1, lse1, queries1, dq, dkv
+
+    dq, *dkv = tile_backward(queries2, *early, full, plan)
+    del kv, early, late, q2, out2, lse2, queries2
+    add_rows_([(dq2, dq)])
+    del dq
+    for i, part in enumerate(dkv):
+        dkv[i] = dkv1[i].to(dq2.dtype).add_(part).to(dout.dtype)
+        del part
+    dkv1_home = first.outward(dkv, "dk and dv", later)
+    dq2_home = second.outward([dq2.to(dout.dtype)], "dq", later)
+    del dkv1, dq2
+    later.post()
+    dq = torch.cat([dq1_home()[0], dq2_home()[0]])
+    dk, dv = (torch.cat(x) for x in zip(dkv1_home(), dkv2_home(), strict=True))
+    return dq, dk, dv, dsink, None
+
+
+def _sink_gradient(halves: Sequence[Queries], sink: torch.Tensor, heads: slice) -> torch.Tensor:
+    dsink = torch.zeros_like(sink)
+    for dout, _, out, lse in halves:
+        dsink[heads] += sink_gradient(dout, out, lse, sink[heads])
+    return dsink

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_loong.comm.all_to_all import all_to_all
+from megatron_loong.comm.all_to_all import Bundle, all_to_all
 from megatron_loong.kernels.folds import copy_rows_
 from megatron_loong.topology.groups import GroupHandle
 from megatron_loong.topology.tokens import TokenLayout, starts_of
@@ -43,12 +43,13 @@ class HeadExchange:
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor | None] | None = None,
+        bundle: Bundle | None = None,
     ) -> Arrival:
         """Begin: shares of the sequence to shares of the heads; returns what waits for the results, in order.
 
         Each [s, b, heads, d] becomes [s_ring, b, heads of this rank, d]. One dtype for all; the result is in the order
         of `TokenLayout.ring_runs`. `into` gives contiguous tensors to write results to; without one, and without a
-        head group, a tensor is returned as it is.
+        head group, a tensor is returned as it is. With a `bundle` it begins when that is posted.
         """
         into = into or [None] * len(tensors)
         if self.handle.size == 1:
@@ -66,7 +67,7 @@ class HeadExchange:
         )
         lengths = [n * sum(widths[me]) for n in tokens]
         given = [tokens[me] * sum(w) for w in widths]
-        arrival = all_to_all(send, given, lengths, self.handle, what, self.copy_engines)
+        arrival = self._begin(send, given, lengths, what, bundle)
         order, columns = _order(self.layout, self.ring_rank, send.device), starts_of(widths[me])
         forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
@@ -88,6 +89,7 @@ class HeadExchange:
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor] | None = None,
+        bundle: Bundle | None = None,
     ) -> Arrival:
         """Begin the inverse of `split`: each [s_ring, b, heads of this rank, d] becomes [s, b, heads, d].
 
@@ -110,7 +112,7 @@ class HeadExchange:
         tensors.clear()
         lengths = [tokens[me] * sum(w) for w in widths]
         given = [n * sum(widths[me]) for n in tokens]
-        arrival = all_to_all(send, given, lengths, self.handle, what, self.copy_engines)
+        arrival = self._begin(send, given, lengths, what, bundle)
 
         def finish() -> list[torch.Tensor]:
             received = arrival()
@@ -125,6 +127,13 @@ class HeadExchange:
             return results
 
         return finish
+
+    def _begin(
+        self, send: torch.Tensor, given: list[int], lengths: list[int], what: str, bundle: Bundle | None
+    ) -> Callable[[], torch.Tensor]:
+        if bundle is not None:
+            return bundle.add(send, given, lengths)
+        return all_to_all(send, given, lengths, self.handle, what, self.copy_engines)
 
     @property
     def _peers(self) -> range:

@@ -69,6 +69,10 @@ class RingPlan:
         apart = self.rules.alibi_slopes is None and self.rules.dropout is None and self.max_logits is None
         return apart and batch == 1 and getattr(self.kernel, "packs", False)
 
+    def rules_between(self, window: tuple[int, int]) -> TileRules:
+        """The kernel's rules for rows and keys of which nothing matters but `window`."""
+        return replace(self.rules, window=window)
+
     def rules_of(
         self, tile: Tile | Pack, visit: Visit, schedule: RingSchedule, backward: bool, device: torch.device
     ) -> TileRules:

@@ -1,4 +1,4 @@
-"""The all-to-all of the head group on one packed buffer."""
+"""The all-to-all of the head group on one packed buffer, or on several as one."""
 
 from __future__ import annotations
 
@@ -71,6 +71,47 @@ def all_to_all(
         return received if in_order else _reordered(received, [receive_lengths[peer] for peer in order], slots)
 
     return wait
+
+
+class Bundle:
+    """Exchanges of a head group that travel as one, a message per peer: added one by one, begun by `post`.
+
+    Messages cost by number as well as by size; here, one more pass over memory at either end.
+    """
+
+    def __init__(self, handle: GroupHandle, what: str, copy_engines: bool = False) -> None:
+        self._handle, self._what, self._copy_engines = handle, what, copy_engines
+        self._sends: list[tuple[torch.Tensor, ...]] = []
+        self._receive_lengths: list[Sequence[int]] = []
+        self._wait: Callable[[], torch.Tensor] | None = None
+        self._received: list[list[torch.Tensor]] = []
+
+    def add(
+        self, send: torch.Tensor, send_lengths: Sequence[int], receive_lengths: Sequence[int]
+    ) -> Callable[[], torch.Tensor]:
+        """One more exchange, as of `all_to_all`; what is returned waits for all of them."""
+        self._sends.append(send.split(list(send_lengths)))
+        self._receive_lengths.append(receive_lengths)
+        index = len(self._sends) - 1
+        return lambda: self._result(index)
+
+    def post(self) -> None:
+        """Begin what was added."""
+        send = torch.cat([piece for to_peer in zip(*self._sends, strict=True) for piece in to_peer])
+        given = [sum(piece.numel() for piece in to_peer) for to_peer in zip(*self._sends, strict=True)]
+        lengths = [sum(from_peer) for from_peer in zip(*self._receive_lengths, strict=True)]
+        self._sends.clear()
+        self._wait = all_to_all(send, given, lengths, self._handle, self._what, self._copy_engines)
+
+    def _result(self, index: int) -> torch.Tensor:
+        if self._wait is not None:
+            lengths = [n for from_peer in zip(*self._receive_lengths, strict=True) for n in from_peer]
+            pieces = self._wait().split(lengths)
+            self._received = [list(pieces[i :: len(self._receive_lengths)]) for i in range(len(self._receive_lengths))]
+            self._wait = None
+        result = torch.cat(self._received[index])
+        self._received[index].clear()
+        return result
 
 
 def _reordered(buffer: torch.Tensor, lengths: Sequence[int], order: Sequence[int]) -> torch.Tensor:

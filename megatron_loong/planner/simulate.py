@@ -101,24 +101,39 @@ class _Run:
         self.spans: list[Span] = []
 
     def run(self) -> PassTime:
-        """The parts one after another: the all-to-all of the next, and that back of the last, under each."""
+        """All parts, and what the rank that takes longest takes."""
         qkv, out = (n // self.parts.sequence for n in exchange_bytes(self.config, self.shape))
         before, after = (out, qkv) if self.backward else (qkv, out)
+        outward = (self._parts_of_heads if self.parts.sequence == 1 else self._halves)(before, after)
+        for arrival in outward:
+            self._end_exchange(after, arrival)
+        seconds, compute_s = max(self.now), max(self.busy)
+        return PassTime(seconds, compute_s, self.sent_bytes, self.links.sent_bytes, self.spans)
+
+    def _parts_of_heads(self, before: int, after: int) -> list[list[float]]:
+        """One after another: the all-to-all of the next, and that back of the last, under each."""
         outward = []
         arrival = self._begin_exchange(before)
         for part in range(self.parts.count):
             self._end_exchange(before, arrival)
             if part + 1 < self.parts.count:
                 arrival = self._begin_exchange(before)
-            if self.parts.sequence == 1:
-                self._ring()
-            else:
-                self._half_of_sequence(second=(part == 0) == self.backward)
+            self._ring()
             outward.append(self._begin_exchange(after))
-        for arrival in outward:
-            self._end_exchange(after, arrival)
-        seconds, compute_s = max(self.now), max(self.busy)
-        return PassTime(seconds, compute_s, self.sent_bytes, self.links.sent_bytes, self.spans)
+        return outward
+
+    def _halves(self, before: int, after: int) -> list[list[float]]:
+        """The halves of the sequence: half of an all-to-all before each of the first two tiles, behind the last two."""
+        arrivals = [self._begin_exchange(before) for _ in range(2)]
+        outward = []
+        for index, seconds in enumerate(self.costs.halves()):
+            if arrivals:
+                self._end_exchange(before, arrivals.pop(0))
+            for rank in self.ranks:
+                self._compute(rank, seconds, "tile")
+            if index:
+                outward.append(self._begin_exchange(after))
+        return outward
 
     def _ring(self) -> None:
         outer, inner = self.config.outer_ring_size, self.config.ring_size // self.config.outer_ring_size
@@ -128,14 +143,6 @@ class _Run:
         steps = {**tile, "fold": self._fold, "post": self._post, "wait": self._wait}
         for op in program(outer, inner):
             steps[op.kind](op)
-
-    def _half_of_sequence(self, second: bool) -> None:
-        kernel_s, merge_s = self.costs.half_of_sequence(second)
-        for rank in self.ranks:
-            self._compute(rank, kernel_s, "tile")
-            self._compute(rank, merge_s, "merge")
-            if self.backward:
-                self._compute(rank, self.costs.fold_s / 2, "add dKV")
 
     # ---- operations ----
 

@@ -59,13 +59,18 @@ class TileCosts:
             self._known[key] = kernel_s, merge_s
         return self._known[key]
 
-    def half_of_sequence(self, second: bool) -> tuple[float, float]:
-        """(kernel, merge) of the queries of one half of the sequence, on one rank of a ring of one (`parts`)."""
+    def halves(self) -> tuple[float, float, float]:
+        """What is computed of the sequence in two halves, in order (`attention.halves`), on a rank of a ring of one.
+
+        Forward the second half with the first, the first, the second; backward the second, the first, both.
+        """
         half = self.shape.seq_len // 2
-        causal_s = self._kernel_s(half, half, causal=True)
-        if not second:
-            return causal_s, self._merge_s(half, own=True)
-        return causal_s + self._kernel_s(half, half, causal=False), 2 * self._merge_s(half, own=not self.backward)
+        between_s = self._kernel_s(half, half, causal=False)
+        within_s = self._kernel_s(half, half, causal=True)
+        merge_s = self._merge_s(half, own=self.backward)
+        if self.backward:
+            return within_s, within_s, between_s + merge_s + self.fold_s / 2
+        return between_s, within_s, within_s + merge_s
 
     def pass_s(self, ring_rank: int) -> float:
         """Kernels, merges and gradient sums of one rank over all blocks: compute that no layout of the ring avoids."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.attention.attention_2d import kernel_request
 from megatron_loong.attention.stash import Stash, keeping
 from megatron_loong.comm.ledger import count_bytes
+from megatron_loong.kernels.cpu_flash import CpuFlashKernel
+from megatron_loong.kernels.interface import TileRules
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
 
@@ -139,7 +143,7 @@ def heads_in_parts(rank: int, config: LoongConfig) -> Any:
 
 
 def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> Any:
-    """Halves of the sequence against all at once: exact, as many bytes, and under a stash, a window and a sink too."""
+    """Halves of the sequence against all at once: exact, as many bytes, and under a stash, a sink and a cap too."""
     groups = build_groups(LoongConfig(hp, hp), range(hp))
     if groups.cp_rank is None:
         return None
@@ -154,14 +158,41 @@ def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> 
         sent.append(dict(ledger.sent_bytes))
     offset = torch.linspace(-1, 1, heads, dtype=torch.float64)
     one, two = (
-        run_attention(inputs, groups, sequence_parts=parts, softmax_offset=offset, window_size=(5, 0), softcap=3.0)
-        for parts in (1, 2)
+        run_attention(inputs, groups, sequence_parts=parts, softmax_offset=offset, softcap=3.0) for parts in (1, 2)
     )
-    assert_close(two, one, 1e-12, f"on rank {rank}, with a window, a sink and a soft cap")
+    assert_close(two, one, 1e-12, f"on rank {rank}, with a sink and a soft cap")
     one, two = (_checkpointed(inputs, groups, parts) for parts in (1, 2))
     assert_close(two, one, 1e-12, f"on rank {rank}, replayed from what a checkpoint kept")
     groups.destroy()
     return sent
+
+
+def order_of_halves(rank: int) -> Any:
+    """What this rank does, in order: exchanges begun, by elements given, and tiles, by rows, keys and window."""
+    groups = build_groups(LoongConfig(4, 4), range(4))
+    if groups.cp_rank is None:
+        return None
+    inputs = random_inputs(1, 64, 4, 4, 8, torch.float64)
+    events: list[Any] = []
+    begin, real = dist.all_to_all_single, CpuFlashKernel()
+
+    class Kernel(CpuFlashKernel):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules) -> Any:
+            events.append(("forward", q.shape[1], k.shape[1], rules.window))
+            return real.forward(q, k, v, rules)
+
+        def backward(self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            events.append(("backward", q.shape[1], k.shape[1], rest[-1].window))
+            return real.backward(dout, q, k, *rest, **options)
+
+    def counted(received: torch.Tensor, sent: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        events.append(sent.numel() // 8)
+        return begin(received, sent, *rest, **options)
+
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        run_attention(inputs, groups, kernel=Kernel(), sequence_parts=2, seq_len=64)
+    groups.destroy()
+    return events
 
 
 def _checkpointed(inputs: Any, groups: Any, sequence_parts: int) -> dict[str, torch.Tensor]:
@@ -183,14 +214,17 @@ def _checkpointed(inputs: Any, groups: Any, sequence_parts: int) -> dict[str, to
 
 def halves_refused(rank: int) -> None:
     """Asked for where the halves cannot be apart: the same message on every rank."""
-    groups = build_groups(LoongConfig(4, 2), range(4))
+    groups, without_ring = (build_groups(LoongConfig(4, hp), range(4)) for hp in (2, 4))
     if groups.cp_rank is None:
         return
     inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
     with pytest.raises(ValueError, match=r"sequence_parts=2 is for causal .*here 2 on the ring"):
         run_attention(inputs, groups, sequence_parts=2)
+    with pytest.raises(ValueError, match="without a window"):
+        run_attention(inputs, without_ring, sequence_parts=2, window_size=(5, 0))
     with pytest.raises(ValueError, match="in 1 part or in 2"):
         run_attention(inputs, groups, sequence_parts=3)
+    without_ring.destroy()
     groups.destroy()
 
 

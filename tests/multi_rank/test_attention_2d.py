@@ -52,6 +52,16 @@ def test_sequence_in_halves(pool: WorkerPool, hp: int, shape: tuple[int, int, in
     assert len(counted) == hp and all(whole == halved for whole, halved in counted)
 
 
+def test_what_halves_begin_before_they_compute(pool: WorkerPool) -> None:
+    """Half of q, k and v comes before the first tile, and half of the gradients goes after the last."""
+    half = 8 * 4 * 8  # elements that a rank holds of half of a tensor: tokens, heads, width
+    full, causal = (32, 32, (-1, -1)), (32, 32, (-1, 0))
+    forward = [3 * half, 3 * half, ("forward", *full), ("forward", *causal), half, ("forward", *causal), half]
+    tiles = [("backward", *causal), ("backward", *causal), 3 * half, ("backward", *full), 3 * half]
+    for events in pool.run(cases.order_of_halves):
+        assert events in (None, [*forward, half, half, *tiles])
+
+
 def test_halves_are_refused_where_they_cannot_be(pool: WorkerPool) -> None:
     """A ring, or any other number of parts."""
     pool.run(cases.halves_refused)
