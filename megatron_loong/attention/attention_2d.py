@@ -89,7 +89,8 @@ def attention_2d(
         ALiBi or latents. By default where the head group spans nodes and the halves are large.
     all_to_all: `backend`, that of the process group; or `copy-engines`, copies between the GPUs of one node through
         PyTorch's symmetric memory, which take no multiprocessors (uneven pieces go by the backend). Not yet proven.
-    kernel: a name of `kernels.registry`, "auto", or a kernel object. deterministic: honoured, or a `ValueError`.
+    kernel: a name of `kernels.registry`, "auto", "auto-fp8" (forward in fp8, backward in bfloat16; see `kernels.fp8`),
+        or a kernel object. deterministic: honoured, or a `ValueError`.
 
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
     features that do not fit the layout or that no kernel here has. `CommunicationError` when a peer is lost.

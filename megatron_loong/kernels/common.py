@@ -16,8 +16,8 @@ from megatron_loong.kernels.interface import KernelRequest
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 _FP8_FAULT = (
-    "fp8: flash-attn 3 and 4 have no fp8 backward, and cuDNN's through TransformerEngine wants the scales of the whole "
-    "row's scores and gradients, which no tile of a ring knows; use bfloat16 attention"
+    "takes no tensors in fp8: their scales would have to come with them; give bfloat16, and kernel auto-fp8 for a "
+    "forward in fp8"
 )
 
 

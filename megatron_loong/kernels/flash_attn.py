@@ -127,21 +127,19 @@ class FlashAttnPackage:
             said[f"max_seqlen_{side}"] = longest(boundaries)
         return said
 
+    def _operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules) -> Arguments:
+        """What the forward is given of q, k and v."""
+        width, value_width = self._widths(q, v)
+        return {"q": operand(q, width, rules), "k": operand(k, width, rules), "v": operand(v, value_width, rules)}
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h] float32)."""
-        width, value_width = self._widths(q, v)
         function = self._function(False, rules)
         results = call_by_name(
             function,
-            {
-                "q": _operand(q, width, rules),
-                "k": _operand(k, width, rules),
-                "v": _operand(v, value_width, rules),
-                **self.asked_for,
-                **self._said(function, rules, q.device),
-            },
+            {**self._operands(q, k, v, rules), **self.asked_for, **self._said(function, rules, q.device)},
             _NEUTRAL,
         )
         # Before 2.7 the inputs came back in between: (out, q, k, v, out_padded, lse, ...).
@@ -165,11 +163,11 @@ class FlashAttnPackage:
         """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
         width, value_width = self._widths(q, v)
         operands = {
-            "dout": _operand(dout.to(q.dtype), value_width, rules),
-            "q": _operand(q, width, rules),
-            "k": _operand(k, width, rules),
-            "v": _operand(v, value_width, rules),
-            "out": _operand(out.to(q.dtype), value_width, rules),
+            "dout": operand(dout.to(q.dtype), value_width, rules),
+            "q": operand(q, width, rules),
+            "k": operand(k, width, rules),
+            "v": operand(v, value_width, rules),
+            "out": operand(out.to(q.dtype), value_width, rules),
         }
         # The kernels write into these; what they return differs between versions.
         grads = {f"d{x}": torch.empty(operands[x].shape, dtype=q.dtype, device=q.device) for x in "qkv"}
@@ -190,7 +188,7 @@ class FlashAttnPackage:
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
-def _operand(x: torch.Tensor, width: int, rules: TileRules) -> torch.Tensor:
+def operand(x: torch.Tensor, width: int, rules: TileRules) -> torch.Tensor:
     """x [b, s, h, d] -> [b, s, h, width] as the kernels read it, [s, h, width] where documents are packed."""
     x = gpu_operand(x, width)
     return x if rules.boundaries is None else x.squeeze(0)

@@ -9,6 +9,7 @@ from megatron_loong.kernels.common import dtype_name
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
 from megatron_loong.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from megatron_loong.kernels.flash_attn_4 import FlashAttn4Kernel
+from megatron_loong.kernels.fp8 import FlashAttn3Fp8Kernel, FlashAttn4Fp8Kernel
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.reference import ReferenceKernel
 from megatron_loong.kernels.te_fused import TransformerEngineKernel
@@ -25,10 +26,24 @@ KERNELS: dict[str, AttentionKernel] = {
         TorchCudnnKernel(),
         TransformerEngineKernel(),
         TorchFlashKernel(),
+        FlashAttn3Fp8Kernel(),
+        FlashAttn4Fp8Kernel(),
         CpuFlashKernel(),
         ReferenceKernel(),
     )
 }
+
+#: What may stand for a name: the first kernel that computes in the inputs' dtype, or the first whose forward is in fp8.
+AUTO, AUTO_FP8 = "auto", "auto-fp8"
+
+
+def in_fp8(name: str) -> bool:
+    """Whether a name of `KERNELS`, or a choice, is for a forward in fp8.
+
+    >>> in_fp8("auto-fp8"), in_fp8("flash_attn_3_fp8"), in_fp8("flash_attn_3")
+    (True, True, False)
+    """
+    return name == AUTO_FP8 or getattr(KERNELS.get(name), "fp8_forward", False)
 
 
 @dataclass(frozen=True)
@@ -53,9 +68,10 @@ def support_table() -> list[SupportRow]:
 def choose_kernel(request: KernelRequest, name: str | AttentionKernel = "auto") -> AttentionKernel:
     """The kernel for a request: the first in `KERNELS` that can serve it, or the one that is named.
 
-    `name` may be a kernel object, of one's own or for tests; it is asked `why_not` like the others.
-    Raises `ValueError` with every reason when the name is unknown, when the named kernel cannot serve the request,
-    or when "auto" finds none. "auto" takes `reference` on a CPU only: on a GPU it would train, slowly, unnoticed.
+    "auto" computes in the inputs' dtype; "auto-fp8" is the first whose forward is in fp8, and no other. `name` may be a
+    kernel object, of one's own or for tests; it is asked `why_not` like the others. Raises `ValueError` with every
+    reason when the name is unknown, when the named kernel cannot serve the request, or when a choice finds none.
+    "auto" takes `reference` on a CPU only: on a GPU it would train, slowly, unnoticed.
     Choices are remembered for the process; `forget_choices()` after installing or unloading a package.
     """
     if not isinstance(name, str):
@@ -80,11 +96,12 @@ def explain(request: KernelRequest, name: str = "auto") -> str:
     cpu_flash: taken
     """
     lines, taken = [], None
-    for kernel_name, reason in _reasons(request, auto=name == "auto").items():
-        if reason is None and taken is None and name in ("auto", kernel_name):
+    chosen = name in (AUTO, AUTO_FP8)
+    for kernel_name, reason in _reasons(request, name).items():
+        if reason is None and taken is None and (chosen or name == kernel_name):
             taken, reason = kernel_name, "taken"
         elif reason is None:
-            reason = f"could serve, but {taken} comes first" if name == "auto" else f"could serve, but {name} was named"
+            reason = f"could serve, but {taken} comes first" if chosen else f"could serve, but {name} was named"
         lines.append(f"{kernel_name}: {reason}")
     return "\n".join(lines)
 
@@ -102,15 +119,20 @@ def describe(request: KernelRequest) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _choose(request: KernelRequest, name: str) -> AttentionKernel:
-    if name != "auto" and name not in KERNELS:
-        raise ValueError(f"--loong-kernel / kernel={name!r} is unknown; use auto or one of {', '.join(KERNELS)}")
-    reasons = _reasons(request, auto=name == "auto")
+    if name not in (AUTO, AUTO_FP8, *KERNELS):
+        raise ValueError(
+            f"--loong-kernel / kernel={name!r} is unknown; use {AUTO}, {AUTO_FP8} or one of {', '.join(KERNELS)}"
+        )
+    reasons = _reasons(request, name)
     serving = [x for x, reason in reasons.items() if reason is None]
-    if name == "auto":
+    if name in (AUTO, AUTO_FP8):
         if serving:
             return KERNELS[serving[0]]
         lines = "".join(f"\n  {x}: {reason}" for x, reason in reasons.items())
-        raise ValueError(f"--loong-kernel auto / kernel='auto': no kernel serves {describe(request)}{lines}")
+        instead = "" if name == AUTO else f"\n(or {AUTO}: forward in {dtype_name(request.dtype)} too)"
+        raise ValueError(
+            f"--loong-kernel {name} / kernel={name!r}: no kernel serves {describe(request)}{lines}{instead}"
+        )
     if reasons[name] is None:
         return KERNELS[name]
     would_work = f"what would work: {', '.join(serving)}" if serving else "nor would any other kernel"
@@ -119,10 +141,16 @@ def _choose(request: KernelRequest, name: str) -> AttentionKernel:
     )
 
 
-def _reasons(request: KernelRequest, auto: bool) -> dict[str, str | None]:
-    reasons = {name: kernel.why_not(request) for name, kernel in KERNELS.items()}
-    if auto and reasons["reference"] is None and request.device_type != "cpu":
+def _reasons(request: KernelRequest, name: str) -> dict[str, str | None]:
+    """Why each kernel is not to be taken, None where it may be, when `name` is asked for."""
+    reasons = {x: kernel.why_not(request) for x, kernel in KERNELS.items()}
+    if name == AUTO and reasons["reference"] is None and request.device_type != "cpu":
         reasons["reference"] = (
             f"slow, and holds whole score matrices, on {request.device_type}; ask for it by name if that is wanted"
         )
+    for x, kernel in KERNELS.items():
+        if name == AUTO and in_fp8(x):
+            reasons[x] = reasons[x] or f"forward in fp8; ask for {AUTO_FP8} or for it by name if that is wanted"
+        elif name == AUTO_FP8 and not in_fp8(x):
+            reasons[x] = getattr(kernel, "why_not_fp8", "no forward in fp8")
     return reasons

@@ -50,6 +50,10 @@ class TransformerEngineKernel:
     devices = "CUDA, compute capability 9.x or 10.x, cuDNN 9.15.1 or newer"
     dtypes = "bfloat16, float16"
     head_widths = "up to 128; up to 256 on 9.x; 192 with v 128"
+    why_not_fp8 = (
+        "cuDNN rounds scores and their gradients by scales of earlier steps, which TransformerEngine keeps for each "
+        "layer and takes from all steps of a ring (or in MXFP8 blocks): not written"
+    )
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""

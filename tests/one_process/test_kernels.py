@@ -486,7 +486,7 @@ def install(monkeypatch):
 
 
 def hearsay(monkeypatch, capability):
-    for name in ("common", "flash_attn", "flash_attn_4", "te_fused", "torch_cuda"):
+    for name in ("common", "flash_attn", "flash_attn_4", "fp8", "te_fused", "torch_cuda"):
         monkeypatch.setattr(f"megatron_loong.kernels.{name}.gpu_capability", lambda: capability)
     registry.forget_choices()
 
@@ -547,8 +547,8 @@ def test_flash_attn_3_knows_its_limits(install):
 
 
 def test_every_kernel_keeps_the_contract():
-    names = "flash_attn_3 flash_attn_4 flash_attn_2 torch_cudnn te_fused torch_flash cpu_flash reference"
-    assert list(KERNELS) == names.split()
+    names = "flash_attn_3 flash_attn_4 flash_attn_2 torch_cudnn te_fused torch_flash flash_attn_3_fp8 flash_attn_4_fp8"
+    assert list(KERNELS) == [*names.split(), "cpu_flash", "reference"]
     for name, kernel in KERNELS.items():
         assert isinstance(kernel, AttentionKernel) and kernel.name == name
 
@@ -578,7 +578,7 @@ def test_kernel_object_is_taken_or_refused_with_its_reason():
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match=r"--loong-kernel / kernel='flash' is unknown.*torch_flash, cpu_flash"):
+    with pytest.raises(ValueError, match=r"--loong-kernel / kernel='flash' is unknown.*flash_attn_4_fp8, cpu_flash"):
         choose_kernel(CPU, "flash")
 
 

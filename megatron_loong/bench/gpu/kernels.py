@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from megatron_loong.bench.gpu.outcome import CannotRunError, WrongError, main
 from megatron_loong.bench.rank_alone import tile_flops
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
-from megatron_loong.kernels.registry import KERNELS, describe
+from megatron_loong.kernels.registry import KERNELS, describe, in_fp8
 
 #: Largest RMS of the error over RMS of the right answer. The inputs are rounded already; what is left is the kernel.
 BOUNDS = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -31,21 +31,31 @@ CASES = [
 
 
 def check(device: torch.device) -> dict[str, Any]:
-    """Every kernel of the registry that serves this device, against float64, and its speed."""
-    figures = {name: judge(kernel, device) for name, kernel in KERNELS.items()}
+    """Every kernel of the registry that serves this device, against float64, and its speed.
+
+    Those whose forward is in fp8 have a step of their own (`bench.gpu.fp8`).
+    """
+    figures = {name: judge(kernel, device) for name, kernel in KERNELS.items() if not in_fp8(name)}
+    return verdict(figures, f"no kernel but the reference serves {device.type}")
+
+
+def verdict(figures: dict[str, dict[str, Any]], nothing: str) -> dict[str, Any]:
+    """`figures` of kernels, unless one is wrong or none but the reference is here, which is said as `nothing`."""
     wrong = [f"{name}: {x['wrong']}" for name, x in figures.items() if "wrong" in x]
     if wrong:
         raise WrongError("; ".join(wrong), figures)
     if all("not_here" in x for name, x in figures.items() if name != "reference"):
-        raise CannotRunError(f"no kernel but the reference serves {device.type}: {figures}")
+        raise CannotRunError(f"{nothing}: {figures}")
     return figures
 
 
-def judge(kernel: AttentionKernel, device: torch.device) -> dict[str, Any]:
+def judge(
+    kernel: AttentionKernel, device: torch.device, bounds: Mapping[torch.dtype, float] = BOUNDS
+) -> dict[str, Any]:
     """A kernel's worst errors and speed; `not_here` with the reason, or `wrong` with the first thing that is."""
     errors: dict[str, float] = {}
     reason: str | None = None
-    for dtype, bound in BOUNDS.items():
+    for dtype, bound in bounds.items():
         kind = str(dtype).removeprefix("torch.")
         for heads, widths, length, causal in CASES:
             request = KernelRequest(device.type, dtype, *widths, *heads)

@@ -37,6 +37,12 @@ def _check(name: str, module: str, proves: str, limit_s: float, *arguments: str,
 #: take, which has a limit of its own.
 STEPS = (
     _check("kernels", "kernels", "every kernel that serves this device agrees with float64; its speed", 120),
+    _check(
+        "attention in fp8",
+        "fp8",
+        "kernels with a forward in fp8 stay within e4m3's error of float64, heads of unequal size and many keys too",
+        60,
+    ),
     _check("passes over memory", "passes", "merging, adding up and packing agree with float64, by Triton", 60),
     _check(
         "all ranks on one device",
