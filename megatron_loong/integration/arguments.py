@@ -21,7 +21,8 @@ _HELP = {
     "head_first.",
     "loong_hardware": "What the planner goes by for auto: a profile such as h100, or a file that `megatron-loong "
     "calibrate` wrote. auto: the profile of this GPU, if there is one.",
-    "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others.",
+    "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others, "
+    "auto-fp8 the first whose forward is in fp8.",
     "loong_gradient_wire": "What gradients travel round the ring in; they are summed in float32. auto: bfloat16 where "
     "q is, float32 else.",
     "loong_all_to_all": "Who moves the bytes of the all-to-all over heads. copy-engines: copies between the GPUs of a "

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.integration.memory_options import check_recompute, check_tiled_mlp
+from megatron_loong.integration.low_precision import refuse_low_precision
+from megatron_loong.integration.memory_options import check_recompute, check_tiled
 from megatron_loong.integration.options import LoongOptions
 
 
@@ -104,8 +105,6 @@ def _is_set(value: Any) -> bool:
 #: Looked up on the args before anything starts, and on each layer's TransformerConfig. An attribute that the version
 #: at hand lacks is not set.
 REFUSALS = (
-    Refusal("fp8", _is_set, "--fp8-format {value}", "--bf16"),
-    Refusal("fp4", _is_set, "--fp4-format {value}", "--bf16"),
     Refusal(
         "dynamic_context_parallel",
         _is_set,
@@ -125,7 +124,11 @@ REFUSALS = (
 
 
 def refuse(holder: object) -> None:
-    """Raise `NotImplementedError` for the first feature of `REFUSALS` that `holder` (args or a config) asks for."""
+    """Raise for the first feature of `REFUSALS` that `holder` (args or a config) asks for, and for unfit fp8.
+
+    `NotImplementedError`, but `ValueError` for fp8 that would not be in effect.
+    """
+    refuse_low_precision(holder)
     for refusal in REFUSALS:
         value = getattr(holder, refusal.attribute, None)
         if refusal.refused(value):
@@ -133,6 +136,34 @@ def refuse(holder: object) -> None:
                 f"{refusal.flag.format(value=value)} does not work with --context-parallel-impl loong yet; "
                 f"supported: {refusal.instead} (or --context-parallel-impl native)"
             )
+
+
+def refuse_construction(config: Any, attention_type: str, unknown: dict[str, Any]) -> None:
+    """Raise for what a core attention is built with and does not have: `refuse`, and arguments."""
+    refuse(config)
+    supported = "supported: self- and cross-attention with Megatron's own arguments (or --context-parallel-impl native)"
+    if attention_type not in ("self", "cross"):
+        raise NotImplementedError(
+            f"attention_type={attention_type!r} does not work with --context-parallel-impl loong yet; {supported}"
+        )
+    given = sorted(name for name, value in unknown.items() if value is not None)
+    if given:
+        raise NotImplementedError(f"LoongCoreAttention does not know {', '.join(given)} yet; {supported}")
+
+
+def refuse_inputs(attention_bias: object, unknown: dict[str, Any]) -> None:
+    """Raise `NotImplementedError` for what a core attention is called with and does not have."""
+    given = sorted(name for name, value in unknown.items() if value is not None)
+    reason = None
+    if attention_bias is not None:
+        reason, instead = "an attention bias", "rotary or no position embedding"
+    elif given:
+        reason, instead = f"core attention with {', '.join(given)}", "dot-product attention or multi-latent attention"
+    if reason:
+        raise NotImplementedError(
+            f"{reason} does not work with --context-parallel-impl loong yet; "
+            f"supported: {instead} (or --context-parallel-impl native)"
+        )
 
 
 def refuse_beside_reset(args: Any) -> None:
@@ -182,6 +213,8 @@ _BESIDE_HYBRID = (
     ("hybrid_layer_pattern", "--hybrid-layer-pattern (Mamba layers use the static group)"),
     ("hybrid_override_pattern", "--hybrid-override-pattern (Mamba layers use the static group)"),
     ("experimental_attention_variant", "--experimental-attention-variant"),
+    ("fp8", "--fp8-format (sequences on one rank have any length, and its products want multiples of 16 tokens)"),
+    ("fp4", "--fp4-format (sequences on one rank have any length, and its products want multiples of 32 tokens)"),
 )
 
 
@@ -198,7 +231,7 @@ def refuse_beside_hybrid(options: LoongOptions, holder: Any) -> None:
         instead = "--loong-placement head_first"
     for attribute, why in _BESIDE_HYBRID:
         if getattr(holder, attribute, None):
-            reason, instead = why, "dense models whose layers are dot-product attention"
+            reason, instead = why, "dense models in bf16 whose layers are dot-product attention"
     if getattr(holder, "eval_iters", 0):
         reason = f"--eval-iters {holder.eval_iters} (Megatron schedules no batches of an evaluation)"
         instead = "--eval-iters 0"
@@ -212,7 +245,7 @@ def refuse_beside_hybrid(options: LoongOptions, holder: Any) -> None:
 def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
     """Both checks on Megatron's arguments; unless `final`, what a checkpoint may still replace is left open."""
     check_recompute(options, args)
-    check_tiled_mlp(options, args)
+    check_tiled(options, args)
     if not options.loong:
         return
     open_yet = not final and bool(getattr(args, "use_checkpoint_args", False))
@@ -237,7 +270,7 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
 
 def check_kernel_name(name: str) -> None:
     """Raise `ValueError` when no kernel is called `name`; whether it can serve is known at the first attention."""
-    from megatron_loong.kernels.registry import KERNELS
+    from megatron_loong.kernels.registry import AUTO, AUTO_FP8, KERNELS
 
-    if name not in ("auto", *KERNELS):
-        raise ValueError(f"--loong-kernel {name} is unknown; use auto or one of {', '.join(KERNELS)}")
+    if name not in (AUTO, AUTO_FP8, *KERNELS):
+        raise ValueError(f"--loong-kernel {name} is unknown; use {AUTO}, {AUTO_FP8} or one of {', '.join(KERNELS)}")

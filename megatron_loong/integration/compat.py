@@ -102,6 +102,7 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
         found["acceptance_counts"] = Seam(mtp, "_compute_mtp_acceptance_counts")
     if megatron.arguments is not None:
         found["add_megatron_arguments"] = Seam(megatron.arguments, "add_megatron_arguments")
+    found.update(_te_checkpoint_seams())
     found.update(_token_layout_seams())
     found.update(_hybrid_seams())
     for seam in found.values():
@@ -112,6 +113,17 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
             raise _unsupported(f"{found[name]}(self, config, submodules, ...)")
     if "context_parallel_size" not in inspect.signature(found["initialize_model_parallel"].original()).parameters:
         raise _unsupported("initialize_model_parallel(context_parallel_size=...)")
+    return found
+
+
+def _te_checkpoint_seams() -> dict[str, Seam]:
+    """TransformerEngine's checkpoint, which Megatron takes under fp8 and fp4; who recomputes layers has it by value."""
+    engine = _module("megatron.core.extensions.transformer_engine")
+    found = {"te_checkpoint": Seam(engine, "te_checkpoint")}
+    for name in ("megatron.core.transformer.transformer_block", "megatron.core.recompute"):
+        holder = _module(name) if importlib.util.find_spec(name) else None  # the second from 0.18 on
+        if holder is not None and vars(holder).get("te_checkpoint") is vars(engine).get("te_checkpoint"):
+            found[f"te_checkpoint@{name}"] = Seam(holder, "te_checkpoint")
     return found
 
 
@@ -231,6 +243,11 @@ def training_args(megatron: Megatron) -> argparse.Namespace | None:
         return global_vars.get_args()
     except AssertionError:  # how Megatron says "not initialized"
         return None
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron found TransformerEngine when it was imported."""
+    return bool(_attribute(_module("megatron.core.extensions.transformer_engine"), "HAVE_TE"))
 
 
 def group_of(pg_collection: object, name: str) -> Any:

@@ -18,15 +18,21 @@ from megatron_loong.attention.attention_2d import attention_2d, kernel_request
 from megatron_loong.attention.compiled import traced
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
-from megatron_loong.integration.checks import check_options, refuse, refuse_beside_hybrid
+from megatron_loong.integration.checks import (
+    check_options,
+    refuse_beside_hybrid,
+    refuse_construction,
+    refuse_inputs,
+)
 from megatron_loong.integration.dynamic import members_of
 from megatron_loong.integration.latent import LatentSource
 from megatron_loong.integration.lengths import refuse_seen_padding
+from megatron_loong.integration.low_precision import kernel_of_layer
 from megatron_loong.integration.packed import packed_arguments
 from megatron_loong.integration.recompute import level_of_layer
 from megatron_loong.integration.reset_mask import refuse_lost_documents
 from megatron_loong.kernels.interface import KernelRequest
-from megatron_loong.kernels.registry import choose_kernel, explain
+from megatron_loong.kernels.registry import choose_kernel, explain, in_fp8
 from megatron_loong.topology.groups import LoongGroups
 
 #: Mask types whose meaning does not depend on a mask tensor: what `attention_2d(causal=...)` is given for each. With
@@ -71,7 +77,7 @@ class LoongCoreAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
         self.v_channels = v_channels
-        _refuse_construction(config, attention_type, unknown)
+        refuse_construction(config, attention_type, unknown)
         chosen = runtime.active().options(config) if groups is None else None
         if chosen is not None:
             hybrid = bool(getattr(config, "hybrid_context_parallel", False))
@@ -85,7 +91,7 @@ class LoongCoreAttention(MegatronModule):
         # With groups of one's own, whoever checkpoints decides what is kept.
         self.kept_in_checkpoint: Level = "ring" if chosen is None else level_of_layer(chosen, config, layer_number)
         self.plugin = None if chosen is None else runtime.active()
-        self.kernel = "auto" if chosen is None else chosen.loong_kernel
+        self.kernel = kernel_of_layer("auto" if chosen is None else chosen.loong_kernel, config, self.layer_number)
         self.gradient_wire = "auto" if chosen is None else chosen.loong_gradient_wire
         self.all_to_all = "backend" if chosen is None else chosen.loong_all_to_all
         self._kernel_said = chosen is None  # without the plugin, nobody logs
@@ -135,12 +141,15 @@ class LoongCoreAttention(MegatronModule):
         try:
             choose_kernel(request, self.kernel)
         except ValueError as error:
-            if not request.dropout:
+            if request.dropout:
+                asked = f"--attention-dropout {self.attention_dropout} (Megatron's default is 0.1)"
+                instead = "give --attention-dropout 0"
+            elif in_fp8(self.kernel) and getattr(config, "fp8_dot_product_attention", False):
+                asked = "fp8_dot_product_attention"
+                instead = "leave it out: the linear layers are then in fp8, attention in bfloat16"
+            else:
                 raise
-            raise ValueError(
-                f"--attention-dropout {self.attention_dropout} (Megatron's default is 0.1): {error}\n"
-                "(or give --attention-dropout 0)"
-            ) from None
+            raise ValueError(f"{asked}: {error}\n(or {instead})") from None
 
     def _request(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> KernelRequest:
         return kernel_request(
@@ -173,7 +182,7 @@ class LoongCoreAttention(MegatronModule):
         Raises `NotImplementedError` for biases and masks that only a tensor can describe.
         """
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
-        _refuse_inputs(attention_bias, unknown)
+        refuse_inputs(attention_bias, unknown)
         groups = self._groups_of(packed_seq_params)
         cp = groups.config.context_parallel_size
         # Before 0.18, hybrid context parallelism hands its sequences on as they are, with the group alone beside them.
@@ -317,29 +326,3 @@ def _groups_for(config: Any, pg_collection: Any, chosen: Any) -> LoongGroups:
         )
     tp = config.tensor_model_parallel_size if tp_group is None else tp_group.size()
     return plugin.groups_of_layer(chosen, cp_ranks, heads=config.num_attention_heads, tp=tp)
-
-
-def _refuse_construction(config: Any, attention_type: str, unknown: dict[str, Any]) -> None:
-    refuse(config)
-    supported = "supported: self- and cross-attention with Megatron's own arguments (or --context-parallel-impl native)"
-    if attention_type not in ("self", "cross"):
-        raise NotImplementedError(
-            f"attention_type={attention_type!r} does not work with --context-parallel-impl loong yet; {supported}"
-        )
-    given = sorted(name for name, value in unknown.items() if value is not None)
-    if given:
-        raise NotImplementedError(f"LoongCoreAttention does not know {', '.join(given)} yet; {supported}")
-
-
-def _refuse_inputs(attention_bias: object, unknown: dict[str, Any]) -> None:
-    given = sorted(name for name, value in unknown.items() if value is not None)
-    reason = None
-    if attention_bias is not None:
-        reason, instead = "an attention bias", "rotary or no position embedding"
-    elif given:
-        reason, instead = f"core attention with {', '.join(given)}", "dot-product attention or multi-latent attention"
-    if reason:
-        raise NotImplementedError(
-            f"{reason} does not work with --context-parallel-impl loong yet; "
-            f"supported: {instead} (or --context-parallel-impl native)"
-        )

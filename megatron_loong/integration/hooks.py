@@ -24,9 +24,9 @@ from megatron_loong.integration import (
 )
 from megatron_loong.integration.checks import check_args, check_options, check_parts
 from megatron_loong.integration.core_attention import LoongCoreAttention
-from megatron_loong.integration.memory_options import check_tiled_mlp
+from megatron_loong.integration.memory_options import check_tiled
 from megatron_loong.integration.options import LoongOptions, fields_of
-from megatron_loong.integration.recompute import checkpoint_function
+from megatron_loong.integration.recompute import checkpoint_function, te_checkpoint
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.integration.spec import swapped_submodules
 from megatron_loong.integration.tiled import acceptance_counts, language_model_loss, mlp_forward, model_forward
@@ -175,7 +175,7 @@ def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Calla
     @functools.wraps(original)
     def __init__(self: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
         chosen = state.options(config)
-        check_tiled_mlp(chosen, config)
+        check_tiled(chosen, config)
         state.recompute.note(chosen)
         original(self, config, swapped_submodules(state, self, config, submodules), *args, **kwargs)
         if chosen.loong and chosen.loong_mla_latent and getattr(config, "multi_latent_attention", False):
@@ -207,6 +207,10 @@ def _hook_checkpoint_function(state: Runtime, original: Any) -> Any:
     return checkpoint_function(state.recompute, original)
 
 
+def _hook_te_checkpoint(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    return te_checkpoint(state.recompute, original)
+
+
 def _with_options(hook: Callable[..., Any]) -> Callable[[Runtime, Any], Any]:
     """A hook that needs only to know the options of a TransformerConfig."""
     return lambda state, original: hook(state.options, original)
@@ -220,6 +224,7 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "attention_forward": _hook_attention_forward,
     "mla_init": _hook_attention_init,
     "checkpoint_function": _hook_checkpoint_function,
+    "te_checkpoint": _hook_te_checkpoint,
     "model_forward": lambda state, original: reset_mask.model_forward(state, model_forward(state.options, original)),
     "language_model_loss": _with_options(language_model_loss),
     "acceptance_counts": _with_options(acceptance_counts),

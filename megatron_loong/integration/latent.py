@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 
 from megatron_loong.attention.heads import latent_is_smaller
 from megatron_loong.config import LoongConfig
+from megatron_loong.integration.low_precision import asked
 
 
 class Latent(NamedTuple):
@@ -61,6 +62,7 @@ def check_latent(layer: Any) -> None:
         "gradient accumulation fusion (give --no-gradient-accumulation-fusion)": config.gradient_accumulation_fusion,
         "--recompute-modules mla_up_proj": getattr(layer, "recompute_up_proj", False),
         "a bias in linear layers (give --disable-bias-linear)": config.add_bias_linear,
+        f"{asked(config)} (the latent is expanded outside of TransformerEngine's layer)": asked(config) is not None,
     }
     _refuse(name for name, there in obstacles.items() if there)
 

@@ -2,7 +2,8 @@
 
 A padding token is token 0 with loss mask 0. Causally no real token attends to it, so losses and gradients are those of
 the unpadded batch. Megatron refuses such a length before it looks at anything else, and gives its pipeline
-buffers of `seq_length // cp` tokens; both are told here.
+buffers of `seq_length // cp` tokens; both are told here. Under fp8 and fp4 matrix products want multiples of 16 or 32
+tokens on a rank, which is one more condition on the length.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from megatron_loong.integration.low_precision import asked, rows_multiple
 
 if TYPE_CHECKING:
     from megatron_loong.integration.runtime import Runtime
@@ -30,8 +33,16 @@ _BESIDE_PADDING = (
 )
 
 
-def padded_length(seq_len: int, cp: int, tp: int = 1) -> int:
-    """The next length that Megatron's zigzag over `cp` ranks takes; `tp`: ranks of sequence parallelism.
+def length_multiple(cp: int, tp: int = 1, rows: int = 1) -> int:
+    """What a length must be a multiple of, for Megatron's zigzag over `cp` ranks.
+
+    `tp`: ranks of sequence parallelism; `rows`: what the tokens of a rank must be a multiple of.
+    """
+    return cp * math.lcm(2, tp * rows)
+
+
+def padded_length(seq_len: int, cp: int, tp: int = 1, rows: int = 1) -> int:
+    """The next length that the ranks can share out; arguments as for `length_multiple`.
 
     >>> padded_length(30, cp=4)
     32
@@ -40,7 +51,7 @@ def padded_length(seq_len: int, cp: int, tp: int = 1) -> int:
     >>> padded_length(34, cp=4, tp=8)
     64
     """
-    multiple = cp * math.lcm(2, tp)
+    multiple = length_multiple(cp, tp, rows)
     return -(-seq_len // multiple) * multiple
 
 
@@ -51,7 +62,7 @@ def length_for_megatron(state: Runtime, seq_len: int, cp: int | None = None) -> 
     tp = parallel_state.get_tensor_model_parallel_world_size()
     if args is not None and not getattr(args, "sequence_parallel", False):
         tp = 1
-    return padded_length(seq_len, cp or parallel_state.get_context_parallel_world_size(), tp)
+    return padded_length(seq_len, cp or parallel_state.get_context_parallel_world_size(), tp, rows_multiple(args))
 
 
 def let_megatron_accept(args: Any) -> None:
@@ -61,17 +72,23 @@ def let_megatron_accept(args: Any) -> None:
     `NotImplementedError` for what cannot be padded.
     """
     seq_len, cp = getattr(args, "seq_length", None), getattr(args, "context_parallel_size", 1)
-    if seq_len is None or seq_len % (2 * cp) == 0 or getattr(args, "encoder_seq_length", None) is not None:
+    if seq_len is None or getattr(args, "encoder_seq_length", None) is not None:
+        return
+    multiple, why_multiple = length_multiple(cp, rows=rows_multiple(args)), f"2 x --context-parallel-size {cp}"
+    if multiple > 2 * cp:
+        why_multiple = f"{multiple // cp} tokens a rank for {asked(args)} x --context-parallel-size {cp}"
+    if seq_len % multiple == 0:
         return
     for attribute, is_on, why in _BESIDE_PADDING:
         if is_on(getattr(args, attribute, None)):
-            below = seq_len // (2 * cp) * 2 * cp
+            below = seq_len // multiple * multiple
             raise NotImplementedError(
-                f"--seq-length {seq_len} is not a multiple of {2 * cp} (2 x --context-parallel-size {cp}), so batches "
+                f"--seq-length {seq_len} is not a multiple of {multiple} ({why_multiple}), so batches "
                 f"would be padded, which does not work with {why}; the nearest that need none are "
-                f"{f'{below} and ' if below else ''}{below + 2 * cp}"
+                f"{f'{below} and ' if below else ''}{below + multiple}"
             )
-    args.encoder_seq_length, args.seq_length = seq_len, None
+    if seq_len % (2 * cp):
+        args.encoder_seq_length, args.seq_length = seq_len, None
 
 
 def _what_is_padded(state: Runtime, seq_len: int, missing: int) -> str:

@@ -46,7 +46,7 @@ class LoongOptions:
     planner's answer where the hardware is known, else `head_first`."""
 
     loong_kernel: str = "auto"
-    """A name of `kernels.registry`, or `auto`."""
+    """A name of `kernels.registry`, `auto`, or `auto-fp8`: the first whose forward is in fp8 (backward in bfloat16)."""
 
     loong_gradient_wire: str = "auto"
     """What gradients travel round the ring in: `float32`, `input` (q's dtype) or `auto` (bfloat16 for bfloat16)."""

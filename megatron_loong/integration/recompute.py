@@ -3,12 +3,14 @@
 `tensor_parallel.random.CheckpointFunction` is looked up at every call of `tensor_parallel.checkpoint`, through which
 uniform, block and MTP recomputation go. What stands in its place hands Megatron's own class a function that records
 in its first run and replays in its second; the class itself does the rest, RNG states and distribution included.
-(TransformerEngine's checkpoint is used for fp8 and fp4 only, which are refused as a whole.)
+Under fp8 and fp4 Megatron takes TransformerEngine's checkpoint (`te_checkpoint`), which runs a function twice in the
+same way and brings back its autocast for the second run; it is handed the same function.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,14 @@ class RecomputeState:
         self.offload_attention = options.loong_offload_attention
         self.offload_inputs = options.loong_offload_activations
 
+    def stashed(self, function: Callable[..., Any]) -> StashedFunction:
+        """A checkpointed function that records in its first run and replays in its second."""
+        return StashedFunction(function, *([self.attention_parking.lot().park] if self.offload_attention else []))
+
+    def saving(self, args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+        """Around a checkpoint of `args`: where it keeps them."""
+        return inputs_wait_in(self.input_parking.lot(), args) if self.offload_inputs else _AS_IT_IS
+
 
 def level_of_layer(options: LoongOptions, config: object, layer_number: int) -> Level:
     """How much of the attention of one layer a checkpoint keeps; `ValueError` when nothing is recomputed at all."""
@@ -50,13 +60,23 @@ def checkpoint_function(state: RecomputeState, original: Any) -> type:
 
         @classmethod
         def apply(cls, run_function: Callable[..., Any], distribute_saved_activations: Any, *args: Any) -> Any:
-            park = [state.attention_parking.lot().park] if state.offload_attention else []
-            stashed = StashedFunction(run_function, *park)
-            saving = inputs_wait_in(state.input_parking.lot(), args) if state.offload_inputs else _AS_IT_IS
-            with saving:
-                return original.apply(stashed, distribute_saved_activations, *args)
+            with state.saving(args):
+                return original.apply(state.stashed(run_function), distribute_saved_activations, *args)
 
     return LoongCheckpointFunction
+
+
+def te_checkpoint(state: RecomputeState, original: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands where `original` (Megatron's call of TransformerEngine's checkpoint) stood."""
+
+    @functools.wraps(original)
+    def checkpoint(
+        forward_func: Callable[..., Any], distribute: Any, rng_tracker: Any, tp_group: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        with state.saving(args):
+            return original(state.stashed(forward_func), distribute, rng_tracker, tp_group, *args, **kwargs)
+
+    return checkpoint
 
 
 _AS_IT_IS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -96,8 +96,6 @@ def _refuse_head(model: Any, head: Any, given: dict[str, Any]) -> None:
         reason = "a head that gathers the vocabulary"
     elif getattr(head, "bias", None) is not None:
         reason = "a head with a bias"
-    elif any(getattr(model.config, name, None) for name in ("fp8", "fp4")):
-        reason = "fp8 or fp4 training"
     if reason:
         raise NotImplementedError(
             f"--loong-tiled-loss does not work with {reason} yet; supported: a vocabulary-parallel head without bias "

@@ -20,7 +20,7 @@ __all__ = ["Stash", "StashedFunction", "checkpoint", "context_fn", "keeping", "k
 
 
 class StashedFunction:
-    """A function for a reentrant checkpoint (Megatron's `CheckpointFunction`): run once, and again before backward.
+    """A function for a reentrant checkpoint (Megatron's, TransformerEngine's): run once, and again before backward.
 
     The first call records, each later one replays. The stash lives and dies with this object, which lives on the
     checkpoint's `ctx`: pipeline schedules may interleave as they like, and a graph that is thrown away after an
@@ -32,10 +32,10 @@ class StashedFunction:
         self.stash = Stash(*park)
         self._ran = False
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.stash.replaying() if self._ran else self.stash.recording():
             self._ran = True
-            return self.function(*args)
+            return self.function(*args, **kwargs)
 
 
 def context_fn(*park: Park) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

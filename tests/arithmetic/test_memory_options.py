@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_loong.__main__ import main
-from megatron_loong.integration.memory_options import check_recompute, check_tiled_mlp
+from megatron_loong.integration.memory_options import check_recompute, check_tiled
 from megatron_loong.integration.options import LoongOptions
 from megatron_loong.planner.memory import MemoryPlan, longest_sequence, peak, state_bytes
 from megatron_loong.planner.model import MODELS
@@ -58,8 +58,8 @@ def test_recomputation_that_does_not_go_with_them(fields: dict[str, Any], holder
 @pytest.mark.parametrize("attribute", ["num_experts", "num_moe_experts", "add_bias_linear", "fp8"])
 def test_what_a_tiled_mlp_does_not_go_with(attribute: str) -> None:
     with pytest.raises(NotImplementedError, match="supported: dense MLPs"):
-        check_tiled_mlp(LoongOptions(loong_tiled_mlp=4), types.SimpleNamespace(**{attribute: 8}))
-    check_tiled_mlp(LoongOptions(), types.SimpleNamespace(**{attribute: 8}))
+        check_tiled(LoongOptions(loong_tiled_mlp=4), types.SimpleNamespace(**{attribute: 8}))
+    check_tiled(LoongOptions(), types.SimpleNamespace(**{attribute: 8}))
 
 
 def test_eighteen_bytes_a_parameter() -> None:

@@ -226,7 +226,7 @@ def test_every_parser_of_megatron_has_the_flags_once(
         ("--context-parallel-size 4 --cp-comm-type a2a", ValueError),
         ("--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2", ValueError),
         ("--context-parallel-size 4 --loong-kernel warp", ValueError),
-        ("--context-parallel-size 4 --fp8-format hybrid", NotImplementedError),
+        ("--context-parallel-size 4 --fp8-format hybrid --transformer-impl local", ValueError),
         ("--context-parallel-size 4 --reset-attention-mask --pipeline-model-parallel-size 2", NotImplementedError),
         ("--context-parallel-size 4 --hybrid-context-parallel", NotImplementedError),  # with Megatron's --eval-iters
         ("--context-parallel-size 4 --hybrid-context-parallel --eval-iters 0 --num-experts 4", NotImplementedError),
@@ -245,6 +245,18 @@ def test_a_bad_configuration_says_the_same_on_every_rank_before_anything_starts(
         messages.add(str(raised.value))
     assert len(messages) == 1
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("flags", ["--fp8-format hybrid --fp8-recipe tensorwise", "--fp4-format e2m1"])
+def test_fp8_and_fp4_are_accepted_where_transformer_engine_is(
+    arguments: types.ModuleType, monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    from megatron.core.extensions import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+    install()
+    args = parse(arguments, monkeypatch, f"--context-parallel-impl loong --context-parallel-size 4 {flags}")
+    assert args.fp8 == "hybrid" or args.fp4 == "e2m1"
 
 
 def test_numbers_that_a_checkpoint_will_replace_are_not_judged_yet(

@@ -48,7 +48,7 @@ def test_the_hook_installs_the_options_and_places_the_process() -> None:
         ({}, {"head_parallel_size": 3}, ValueError, "head_parallel_size=3 does not divide"),
         ({}, {"head_size": 2}, ValueError, "no option 'head_size'"),
         ({"cp_comm_type": "a2a"}, {}, ValueError, "--cp-comm-type a2a"),
-        ({"fp8": "hybrid"}, {}, NotImplementedError, "--fp8-format hybrid"),
+        ({"fp8_multi_head_attention": True}, {}, NotImplementedError, "fp8_multi_head_attention"),
     ],
 )
 def test_the_hook_refuses_what_the_flags_refuse(

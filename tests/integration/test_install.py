@@ -176,7 +176,7 @@ def test_context_parallel_size_1_is_native_beside_the_model_and_an_error_on_the_
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("fp8", "hybrid", "--fp8-format hybrid"),
+        ("fp8_multi_head_attention", True, "fp8_multi_head_attention .*supported: fp8_dot_product_attention"),
         ("dynamic_context_parallel", True, "--dynamic-context-parallel .*supported: --hybrid-context-parallel"),
         ("batch_invariant_mode", True, "--batch-invariant-mode"),
         ("experimental_attention_variant", "dsa", "--experimental-attention-variant dsa"),
