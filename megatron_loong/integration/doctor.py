@@ -181,7 +181,7 @@ def text_of(found: dict[str, Any]) -> str:
         f"GPUs        {', '.join(found['devices']) or 'none: --cpu trains on gloo, slowly'}",
         f"Megatron    {state}",
         "kernels     (bf16, head width 128, in order of preference)",
-        *(f"  {name:13s} {why}" for name, why in found["kernels"].items()),
+        *(f"  {name:16s} {why}" for name, why in found["kernels"].items()),
     ]
     if "flags" in found:
         judged = found["flags"]

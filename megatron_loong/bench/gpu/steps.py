@@ -42,6 +42,7 @@ STEPS = (
         "fp8",
         "kernels with a forward in fp8 stay within e4m3's error of float64, heads of unequal size and many keys too",
         60,
+        on_cpu=False,
     ),
     _check("passes over memory", "passes", "merging, adding up and packing agree with float64, by Triton", 60),
     _check(
