@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,6 +34,7 @@ from megatron_loong.integration.latent import check_latent
 from megatron_loong.integration.low_precision import kernel_of_layer, refuse_low_precision, rows_multiple
 from megatron_loong.kernels import registry
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
+from tests.integration import te_stand_in
 from tests.integration.test_lengths import batch, plugin
 
 LOONG = LoongOptions("loong")
@@ -183,33 +185,6 @@ def test_a_length_that_fp8_needs_padded_is_refused_beside_what_would_see_it() ->
 # ---- TransformerEngine's checkpoint ----
 
 
-class Reentrant(torch.autograd.Function):
-    """As TransformerEngine's: runs without a graph, keeps the inputs, and runs again within backward."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], kwargs: dict[str, Any], *inputs: Any) -> Any:
-        ctx.function, ctx.kwargs = function, kwargs
-        with torch.no_grad():
-            results = function(*inputs, **kwargs)
-        ctx.save_for_backward(*(x if torch.is_tensor(x) else None for x in inputs))
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        inputs = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            results = ctx.function(*inputs, **ctx.kwargs)
-        torch.autograd.backward(results[0], grads[0])
-        return None, None, *(None if x is None else x.grad for x in inputs)
-
-
-def te_distributed_checkpoint(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
-    """`transformer_engine.pytorch.distributed.checkpoint`."""
-    for name in ("distribute_saved_activations", "get_rng_state_tracker", "tp_group"):
-        del kwargs[name]
-    return Reentrant.apply(function, kwargs, *inputs)
-
-
 class CountingKernel(CpuFlashKernel):
     """How often the ring would have run."""
 
@@ -266,15 +241,12 @@ def recomputed_block(layers: list[Layer], hidden: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def te_checkpoint_plays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Megatron's `te_checkpoint`, where it is held by value too, with the stand-in behind it."""
-    from tests.one_process.test_kernel_packages import package
-
-    package(monkeypatch, "transformer_engine.pytorch.distributed", checkpoint=te_distributed_checkpoint)
+    for name, module in te_stand_in.modules():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(engine, "HAVE_TE", True)
     monkeypatch.setattr(engine, "is_te_min_version", lambda *_: True)
-    for name in ("megatron.core.transformer.transformer_block", "megatron.core.recompute"):
-        if importlib.util.find_spec(name) is not None:
-            holder = importlib.import_module(name)
-            monkeypatch.setattr(holder, "te_checkpoint", engine.te_checkpoint, raising=False)
+    for holder in te_stand_in.holders():
+        monkeypatch.setattr(holder, "te_checkpoint", engine.te_checkpoint, raising=False)
     yield
     uninstall()  # before the stand-ins go
 
