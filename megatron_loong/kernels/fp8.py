@@ -57,7 +57,9 @@ def rounded(x: torch.Tensor, kv_heads: int) -> Rounded:
     amax = amax.view(b, kv_heads, h // kv_heads).amax(-1)
     descale = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     per_head = descale[:, :, None].expand(b, kv_heads, h // kv_heads).reshape(b, 1, h, 1)
-    return Rounded((x / per_head).to(torch.float8_e4m3fn), descale)
+    values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    torch.div(x, per_head, out=values)  # in float32, and in one pass over memory
+    return Rounded(values, descale)
 
 
 class Fp8Forward(FlashAttnPackage):
