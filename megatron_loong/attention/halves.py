@@ -84,29 +84,34 @@ def _halves(call: Call) -> tuple[_Half, _Half]:
 
 
 class _Coming:
-    """q, k and v on their way: all of it is here once each has been asked for, once."""
+    """q, k and v on their way, in two messages: the second is packed at once, and begun when the first is here.
+
+    Begun together they would share the link, and the tile that needs only the first would wait for more.
+    """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
         first, second = _halves(call)
         self._kv = call.kv_form(k, v).empty(call.kv_rows(), k.device)
         self._keys = first.keys(self._kv), second.keys(self._kv)
-        now, later = (call.bundle("q, k and v") for _ in range(2))
-        q2 = second.inward([q], "q", now)
-        early = first.inward([k, v], "k and v", now, self._keys[0])
+        now, self._later = (call.bundle("q, k and v") for _ in range(2))
+        q2, early = second.inward([q], "q", now), first.inward([k, v], "k and v", now, self._keys[0])
         now.post()
-        q1 = first.inward([q], "q", later)
-        late = second.inward([k, v], "k and v", later, self._keys[1])
-        later.post()
-        self._queries, self._arrivals = (q1, q2), (early, late)
+        q1, late = first.inward([q], "q", self._later), second.inward([k, v], "k and v", self._later, self._keys[1])
+        self._opening, self._rest = (q2, early), (q1, late)
 
-    def queries(self, half: int) -> torch.Tensor:
-        """q of half 0 or 1."""
-        return self._queries[half]()[0]
+    def opening(self) -> tuple[torch.Tensor, Pair]:
+        """q of the second half, k and v of the first; to be asked for once, before the rest."""
+        q2, early = self._opening
+        here = q2()[0]
+        self._later.post()
+        early()
+        return here, self._keys[0]
 
-    def keys(self, half: int) -> Pair:
-        """k and v of half 0 or 1."""
-        self._arrivals[half]()
-        return self._keys[half]
+    def rest(self) -> tuple[torch.Tensor, Pair]:
+        """q of the first half, k and v of the second; to be asked for once."""
+        q1, late = self._rest
+        late()
+        return q1()[0], self._keys[1]
 
     def shares(self, q1: torch.Tensor, q2: torch.Tensor, ring1: Pair, ring2: Pair) -> list[Share]:
         """Of each half q, out and lse; the KV block is kept once."""
@@ -127,7 +132,7 @@ def forward_in_halves(
     else:
         coming = _Coming(q, k, v, call)
         if kept:
-            q2, _, q1, _ = coming.queries(1), coming.keys(0), coming.queries(0), coming.keys(1)
+            (q2, _), (q1, _) = coming.opening(), coming.rest()
             shares = coming.shares(q1, q2, kept[0].ring, kept[1].ring)
             under_way = [x.outward([share[2]], "the output") for x, share in zip(_halves(call), shares, strict=True)]
         else:
@@ -142,10 +147,10 @@ def _attend(coming: _Coming, call: Call, plan: RingPlan) -> tuple[list[Share], l
     """Attention of both halves; their outputs are on their way back."""
     first, second = _halves(call)
     full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
-    q2, early = coming.queries(1), coming.keys(0)
+    q2, early = coming.opening()
     every, result = slice(0, q2.shape[0]), Result(q2, plan.value_dim)
     result.take(every, tile_forward(q2, *early, full, plan), first_keys=True)
-    q1, late = coming.queries(0), coming.keys(1)
+    q1, late = coming.rest()
     ring1 = alone(tile_forward(q1, *early, causal, plan), q1.dtype, plan)
     under_way = [first.outward([ring1[0]], "the output")]
     result.take(every, tile_forward(q2, *late, causal, plan), first_keys=False)
@@ -161,13 +166,14 @@ def backward_in_halves(
     """dq, dk, dv of this rank's tokens, and dsink of its heads and tokens. `shares` is emptied as it is used."""
     (first, second), plan = _halves(call), call.plan(sink, None)
     full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
-    dout2_arrival, dout1_arrival = (x.inward([dout], "the output's gradient") for x in (second, first))
+    dout2_arrival = second.inward([dout], "the output's gradient")
     (q1, kv, out1, lse1), (q2, _, out2, lse2) = shares
     shares.clear()
     early, late = first.keys(kv), second.keys(kv)
     now, later = (call.bundle("dq, dk and dv") for _ in range(2))
 
     queries2 = dout2_arrival()[0], q2, out2, lse2
+    dout1_arrival = first.inward([dout], "the output's gradient")
     dq, *dkv = tile_backward(queries2, *late, causal, plan)
     dkv2_home = second.outward([x.to(dout.dtype) for x in dkv], "dk and dv", now)
     dq2 = dq.to(accumulator_dtype(dout.dtype))

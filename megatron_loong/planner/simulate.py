@@ -124,11 +124,13 @@ class _Run:
 
     def _halves(self, before: int, after: int) -> list[list[float]]:
         """The halves of the sequence: half of an all-to-all before each of the first two tiles, behind the last two."""
-        arrivals = [self._begin_exchange(before) for _ in range(2)]
         outward = []
+        arrival = self._begin_exchange(before)
         for index, seconds in enumerate(self.costs.halves()):
-            if arrivals:
-                self._end_exchange(before, arrivals.pop(0))
+            if index < 2:
+                self._end_exchange(before, arrival)
+            if index == 0:
+                arrival = self._begin_exchange(before)
             for rank in self.ranks:
                 self._compute(rank, seconds, "tile")
             if index:
