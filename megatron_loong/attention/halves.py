@@ -177,12 +177,13 @@ def backward_in_halves(
     dq, *dkv = tile_backward(queries2, *late, causal, plan)
     dkv2_home = second.outward([x.to(dout.dtype) for x in dkv], "dk and dv", now)
     dq2 = dq.to(accumulator_dtype(dout.dtype))
+    del dq, dkv
     queries1 = dout1_arrival()[0], q1, out1, lse1
     dq, *dkv1 = tile_backward(queries1, *early, causal, plan)
     dq1_home = first.outward([dq.to(dout.dtype)], "dq", now)
-    now.post()
     dsink = None if sink is None else _sink_gradient((queries1, queries2), sink, call.query_heads)
-    del q1, out1, lse1, queries1, dq, dkv
+    del q1, out1, lse1, queries1, dq  # before the message is put together
+    now.post()
 
     dq, *dkv = tile_backward(queries2, *early, full, plan)
     del kv, early, late, q2, out2, lse2, queries2

@@ -126,7 +126,7 @@ REFUSALS = (
 def refuse(holder: object) -> None:
     """Raise for the first feature of `REFUSALS` that `holder` (args or a config) asks for, and for unfit fp8.
 
-    `NotImplementedError`, but `ValueError` for fp8 that would not be in effect.
+    `NotImplementedError`, but `ValueError` for attention in fp8 that nothing would look at.
     """
     refuse_low_precision(holder)
     for refusal in REFUSALS:

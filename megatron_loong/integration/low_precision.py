@@ -29,7 +29,7 @@ def asked(holder: object) -> str | None:
 
 
 def refuse_low_precision(holder: object) -> None:
-    """Raise for fp8 that would not be in effect (`ValueError`), or that 2D-Attention lacks (`NotImplementedError`)."""
+    """Raise for fp8 that would not be in effect or that 2D-Attention lacks: `NotImplementedError`, or `ValueError`."""
     flag = asked(holder)
     if getattr(holder, "fp8_multi_head_attention", False):
         raise NotImplementedError(
@@ -47,9 +47,9 @@ def refuse_low_precision(holder: object) -> None:
     local = getattr(holder, "transformer_impl", None) == "local"
     if local or not compat.has_transformer_engine():
         missing = "--transformer-impl is local" if local else "transformer_engine is not installed"
-        raise ValueError(
+        raise NotImplementedError(
             f"{flag} is for TransformerEngine's layers, and {missing}: Megatron would train without it and not say so; "
-            "install transformer_engine and use its layers, or leave the flag out"
+            "supported: transformer_engine and its layers, or --bf16 without that flag"
         )
 
 
