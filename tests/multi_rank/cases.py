@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.attention.attention_2d import kernel_request
-from megatron_loong.attention.stash import Stash, keeping
+from megatron_loong.attention.stash import LEVELS, Level, Stash, keeping
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
 from megatron_loong.kernels.interface import TileRules
@@ -161,8 +161,9 @@ def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> 
         run_attention(inputs, groups, sequence_parts=parts, softmax_offset=offset, softcap=3.0) for parts in (1, 2)
     )
     assert_close(two, one, 1e-12, f"on rank {rank}, with a sink and a soft cap")
-    one, two = (_checkpointed(inputs, groups, parts) for parts in (1, 2))
-    assert_close(two, one, 1e-12, f"on rank {rank}, replayed from what a checkpoint kept")
+    for level in LEVELS:
+        one, two = (_checkpointed(inputs, groups, parts, level) for parts in (1, 2))
+        assert_close(two, one, 1e-12, f"on rank {rank}, replayed from what a checkpoint kept of the {level}")
     groups.destroy()
     return sent
 
@@ -195,15 +196,15 @@ def order_of_halves(rank: int) -> Any:
     return events
 
 
-def _checkpointed(inputs: Any, groups: Any, sequence_parts: int) -> dict[str, torch.Tensor]:
-    """out, dq, dk, dv of attention under Selective Checkpoint++ that keeps the all-to-alls' results as well."""
+def _checkpointed(inputs: Any, groups: Any, sequence_parts: int, level: Level) -> dict[str, torch.Tensor]:
+    """out, dq, dk, dv of attention under Selective Checkpoint++ that keeps the ring's result, or the exchanges' too."""
     q, k, v, dout = (shard_sequence(x, groups).detach().requires_grad_() for x in inputs)
     stash = Stash()
 
     def attend() -> torch.Tensor:
         return attention_2d(q, k, v, groups, causal=True, sequence_parts=sequence_parts)
 
-    with keeping("exchange"):
+    with keeping(level):
         with stash.recording():
             attend()
         with stash.replaying():
