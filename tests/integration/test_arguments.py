@@ -226,7 +226,7 @@ def test_every_parser_of_megatron_has_the_flags_once(
         ("--context-parallel-size 4 --cp-comm-type a2a", ValueError),
         ("--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2", ValueError),
         ("--context-parallel-size 4 --loong-kernel warp", ValueError),
-        ("--context-parallel-size 4 --fp8-format hybrid --transformer-impl local", ValueError),
+        ("--context-parallel-size 4 --fp8-format hybrid --transformer-impl local", NotImplementedError),
         ("--context-parallel-size 4 --reset-attention-mask --pipeline-model-parallel-size 2", NotImplementedError),
         ("--context-parallel-size 4 --hybrid-context-parallel", NotImplementedError),  # with Megatron's --eval-iters
         ("--context-parallel-size 4 --hybrid-context-parallel --eval-iters 0 --num-experts 4", NotImplementedError),
