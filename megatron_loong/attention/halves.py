@@ -90,7 +90,7 @@ class _Coming:
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
-        first, second = _halves(call)
+        self.halves = first, second = _halves(call)
         self._kv = call.kv_form(k, v).empty(call.kv_rows(), k.device)
         self._keys = first.keys(self._kv), second.keys(self._kv)
         now, self._later = (call.bundle("q, k and v") for _ in range(2))
@@ -134,18 +134,18 @@ def forward_in_halves(
         if kept:
             (q2, _), (q1, _) = coming.opening(), coming.rest()
             shares = coming.shares(q1, q2, kept[0].ring, kept[1].ring)
-            under_way = [x.outward([share[2]], "the output") for x, share in zip(_halves(call), shares, strict=True)]
+            under_way = [x.outward([share[2]], "the output") for x, share in zip(coming.halves, shares, strict=True)]
         else:
-            shares, under_way = _attend(coming, call, call.plan(sink, None))
+            shares, under_way = _attend(coming, call.plan(sink, None))
         outs = [finish()[0] for finish in under_way]
     for i, ((q_share, kv, out_share, lse), out) in enumerate(zip(shares, outs, strict=True)):
         stash.keep(*signature, i, ring=(out_share, lse), exchanged=(q_share, kv.flat, out))
     return torch.cat(outs), shares
 
 
-def _attend(coming: _Coming, call: Call, plan: RingPlan) -> tuple[list[Share], list[Arrival]]:
+def _attend(coming: _Coming, plan: RingPlan) -> tuple[list[Share], list[Arrival]]:
     """Attention of both halves; their outputs are on their way back."""
-    first, second = _halves(call)
+    first, second = coming.halves
     full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
     q2, early = coming.opening()
     every, result = slice(0, q2.shape[0]), Result(q2, plan.value_dim)

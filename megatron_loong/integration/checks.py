@@ -270,7 +270,7 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
 
 def check_kernel_name(name: str) -> None:
     """Raise `ValueError` when no kernel is called `name`; whether it can serve is known at the first attention."""
-    from megatron_loong.kernels.registry import AUTO, AUTO_FP8, KERNELS
+    from megatron_loong.kernels.registry import CHOICES, KERNELS
 
-    if name not in (AUTO, AUTO_FP8, *KERNELS):
-        raise ValueError(f"--loong-kernel {name} is unknown; use {AUTO}, {AUTO_FP8} or one of {', '.join(KERNELS)}")
+    if name not in (*CHOICES, *KERNELS):
+        raise ValueError(f"--loong-kernel {name} is unknown; use {', '.join(CHOICES)} or one of {', '.join(KERNELS)}")

@@ -34,7 +34,7 @@ KERNELS: dict[str, AttentionKernel] = {
 }
 
 #: What may stand for a name: the first kernel that computes in the inputs' dtype, or the first whose forward is in fp8.
-AUTO, AUTO_FP8 = "auto", "auto-fp8"
+CHOICES = AUTO, AUTO_FP8 = "auto", "auto-fp8"
 
 
 def in_fp8(name: str) -> bool:
@@ -96,7 +96,7 @@ def explain(request: KernelRequest, name: str = "auto") -> str:
     cpu_flash: taken
     """
     lines, taken = [], None
-    chosen = name in (AUTO, AUTO_FP8)
+    chosen = name in CHOICES
     for kernel_name, reason in _reasons(request, name).items():
         if reason is None and taken is None and (chosen or name == kernel_name):
             taken, reason = kernel_name, "taken"
@@ -119,13 +119,13 @@ def describe(request: KernelRequest) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _choose(request: KernelRequest, name: str) -> AttentionKernel:
-    if name not in (AUTO, AUTO_FP8, *KERNELS):
+    if name not in (*CHOICES, *KERNELS):
         raise ValueError(
-            f"--loong-kernel / kernel={name!r} is unknown; use {AUTO}, {AUTO_FP8} or one of {', '.join(KERNELS)}"
+            f"--loong-kernel / kernel={name!r} is unknown; use {', '.join(CHOICES)} or one of {', '.join(KERNELS)}"
         )
     reasons = _reasons(request, name)
     serving = [x for x, reason in reasons.items() if reason is None]
-    if name in (AUTO, AUTO_FP8):
+    if name in CHOICES:
         if serving:
             return KERNELS[serving[0]]
         lines = "".join(f"\n  {x}: {reason}" for x, reason in reasons.items())
