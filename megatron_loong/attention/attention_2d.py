@@ -84,9 +84,9 @@ def attention_2d(
         kernel, see docs/benchmarks.md), float32 or wider else.
     head_parts: parts in which the heads go through, one after another, so that the all-to-all of one runs under the
         ring of another; a divisor of each rank's KV heads. By default as many (up to 4) as leave each part large.
-    sequence_parts: 2 sends the two halves of the sequence through one after another, to the same end where a rank's
-        heads cannot be parted: causal self-attention of one document in zigzag, without a ring, a window, dropout,
-        ALiBi or latents. By default where the head group spans nodes and the halves are large.
+    sequence_parts: an even number sends the two halves of the sequence through in so many parts, to the same end where
+        a rank's heads cannot be parted: causal self-attention of one document in zigzag, without a ring, a window,
+        dropout, ALiBi or latents. By default where the head group spans nodes, and as many as leave each part large.
     all_to_all: `backend`, that of the process group; or `copy-engines`, copies between the GPUs of one node through
         PyTorch's symmetric memory, which take no multiprocessors (uneven pieces go by the backend). Not yet proven.
     kernel: a name of `kernels.registry`, "auto", "auto-fp8" (forward in fp8, backward in bfloat16; see `kernels.fp8`),
@@ -202,20 +202,25 @@ def _parts(
     heads, sequence = asked
     several, most = groups.config.head_parallel_size > 1, shares.most_parts
     if heads is None:
-        heads = parts_of_heads(most, queries) if several and sequence != 2 else 1
+        heads = parts_of_heads(most, queries) if several and sequence in (None, 1) else 1
     elif heads < 1 or most % heads:
         raise ValueError(f"head_parts={heads} does not divide the {most} KV heads of a rank that can be parted")
     fits = several and plain and heads == 1 and layouts[0] is layouts[1] and mask == Mask(right=0)
     fits = fits and layouts[0].ring_size == 1 and layouts[0].halves is not None
     if sequence is None:
-        return heads, parts_of_sequence(queries) if fits else 1
-    if sequence not in (1, 2):
-        raise ValueError(f"sequence_parts={sequence}: the sequence goes through in 1 part or in 2")
-    if sequence == 2 and not fits:
+        return heads, parts_of_sequence(queries, layouts[0].most_slices) if fits else 1
+    if sequence != 1 and (sequence < 2 or sequence % 2):
+        raise ValueError(f"sequence_parts={sequence}: the sequence goes through in 1 part or in an even number")
+    if sequence != 1 and not fits:
         raise ValueError(
-            "sequence_parts=2 is for causal self-attention of one document in zigzag, all of it in one head group "
-            f"of several ranks (here {layouts[0].ring_size} on the ring), with head_parts=1 and without a window, "
-            "dropout, ALiBi or latents; use sequence_parts=1"
+            f"sequence_parts={sequence} is for causal self-attention of one document in zigzag, all of it in one head "
+            f"group of several ranks (here {layouts[0].ring_size} on the ring), with head_parts=1 and without a "
+            "window, dropout, ALiBi or latents; use sequence_parts=1"
+        )
+    if sequence // 2 > (slices := layouts[0].most_slices):
+        raise ValueError(
+            f"sequence_parts={sequence} cuts each half of what a rank holds in {sequence // 2}, but some rank has no "
+            f"more than {slices} tokens of one; use sequence_parts={2 * slices} or fewer"
         )
     return heads, sequence
 

@@ -53,7 +53,7 @@ class Call:
     head_parts: int
     """Parts in which the heads go through (`HeadShares.part`)."""
     sequence_parts: int
-    """Parts in which the sequence does: 1, or 2 (`attention.halves`)."""
+    """Parts in which the sequence does: 1, or an even number (`attention.halves`)."""
     wire_dtype: torch.dtype
     """What gradients travel in on the rings."""
     copy_engines: bool

@@ -1,22 +1,25 @@
-"""The sequence in two halves, so that all-to-alls hide where the heads of a rank cannot be parted.
+"""The sequence in parts, so that all-to-alls hide where the heads of a rank cannot be parted.
 
 Without a ring nothing hides the all-to-all of Ulysses but the attention itself. In zigzag every rank holds as much of
 the first half of the sequence as of the second. Under a causal mask each half attends to itself, and the second to all
-of the first: a rectangle, half of the attention, which is computed where most has to come or to go. What stands in one
-box travels together:
+of the first: a square of queries and keys, half of the attention, of which any part can be computed as soon as its
+queries and keys are here. So what is needed for it comes first and goes last, in one slice of each half or in several
+(a, b, ...), each with its share of every rank; the square grows by a corner with each. What stands in one box travels
+together:
 
-    forward     q of 2, kv of 1 | q of 1, kv of 2 |
-                                | 2 with 1        | 1 with 1 | 2 with 2 |
-                                                             | out of 1 | out of 2
+    forward     q of 2a, kv of 1a | q of 2b, kv of 1b | q of 1             | kv of 2  |
+                                  | 2a with 1a        | 2b with 1, 2a with 1b         | 1 with 1 | 2 with 2 |
+                                                                                                 | out of 1 | out of 2
     backward    dout of 2 | dout of 1 |
-                          | 2 with 2  | 1 with 1  | 2 with 1          |
-                                                  | dq of 1, dkv of 2 | dq of 2, dkv of 1
+                          | 2 with 2  | 1 with 1 | 2b with 1, 2a with 1b | 2a with 1a         |
+                                                 | dq of 1, dkv of 2     | dq of 2b, dkv of 1b | dq of 2a, dkv of 1a
 
 The bytes are those of one exchange.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,7 +34,8 @@ from megatron_loong.attention.merge import sink_gradient
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.comm.all_to_all import Bundle
 from megatron_loong.config import CAUSAL, FULL
-from megatron_loong.kernels.folds import add_rows_
+from megatron_loong.kernels.folds import add_rows_, copy_rows_
+from megatron_loong.topology.tokens import TokenLayout
 
 if TYPE_CHECKING:
     from megatron_loong.attention.call import Call, Share
@@ -41,18 +45,22 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Half:
-    """One half of the sequence."""
+class _Part:
+    """Rows that travel together: one half of the sequence, or a slice of it."""
 
     call: Call
     exchange: HeadExchange
     local: slice
     """Rows of what a rank holds."""
     shared: slice
-    """Rows of what it has of its heads, after the all-to-all."""
+    """Rows of what it has of its heads, after the all-to-all: of all, or for a slice of its half slice after slice."""
 
     def inward(
-        self, tensors: Sequence[torch.Tensor], what: str, bundle: Bundle | None = None, into: Pair | None = None
+        self,
+        tensors: Sequence[torch.Tensor],
+        what: str,
+        bundle: Bundle | None = None,
+        into: Sequence[torch.Tensor] | None = None,
     ) -> Arrival:
         """Begin the all-to-all of q or dout, or of k and v."""
         return self.exchange.split([x[self.local] for x in tensors], self._heads(tensors), what, into, bundle)
@@ -61,61 +69,143 @@ class _Half:
         """Begin the all-to-all back of out or dq, or of dk and dv. The list is emptied."""
         return self.exchange.join(tensors, self._heads(tensors), what, bundle=bundle)
 
-    def keys(self, kv: Block) -> Pair:
-        """Its k and v."""
-        k, v = kv.parts
-        return k[self.shared], v[self.shared]
+    def of(self, tensors: Sequence[torch.Tensor]) -> Pair:
+        """Its rows of two tensors."""
+        first, second = tensors
+        return first[self.shared], second[self.shared]
 
     def _heads(self, tensors: Sequence[torch.Tensor]) -> list[tuple[range, ...]]:
         shares = self.call.shares
         return [shares.query] if len(tensors) == 1 else [shares.kv, shares.kv]
 
 
+class _Half(_Part):
+    """One half of the sequence, and the slices of it."""
+
+    @functools.cached_property
+    def slices(self) -> list[_Part]:
+        """As many as the call asks for."""
+        count = self.call.sequence_parts // 2
+        rows = slice(0, self.shared.stop - self.shared.start)
+        if count == 1:
+            return [_Part(self.call, self.exchange, self.local, rows)]
+        return _parts(self.call, _slices(self.exchange.layout, count), self.local.start)
+
+    def apart(self, x: torch.Tensor) -> torch.Tensor:
+        """Its rows slice after slice."""
+        if len(self.slices) == 1:
+            return x
+        found = torch.empty_like(x)
+        copy_rows_([(found, x)], source_rows=self._rows(x.device))
+        return found
+
+    def together(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Its rows in the order of the sequence, from slice after slice."""
+        if len(self.slices) == 1:
+            return x
+        found = torch.empty_like(x) if into is None else into
+        copy_rows_([(found, x)], target_rows=self._rows(x.device))
+        return found
+
+    def _rows(self, device: torch.device) -> torch.Tensor:
+        return _slice_rows(self.exchange.layout, len(self.slices), device)
+
+
+_slices = functools.lru_cache(maxsize=64)(TokenLayout.slices)
+
+
+@functools.lru_cache(maxsize=64)
+def _slice_rows(half: TokenLayout, count: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(half.slice_rows(count), device=device)
+
+
 def _halves(call: Call) -> tuple[_Half, _Half]:
     layouts = call.layouts[0].halves
     assert layouts is not None
-    found, local, shared = [], 0, 0
+    first, second = (
+        _Half(part.call, part.exchange, part.local, part.shared) for part in _parts(call, layouts, first_row=0)
+    )
+    return first, second
+
+
+def _parts(call: Call, layouts: Sequence[TokenLayout], first_row: int) -> list[_Part]:
+    """One after another, from a local row on."""
+    found, local, shared = [], first_row, 0
     for layout in layouts:
         tokens = layout.tokens_of(call.groups.logical_rank)
         rows = slice(local, local + tokens), slice(shared, shared + layout.seq_len)
-        found.append(_Half(call, call.exchange(layout), *rows))
+        found.append(_Part(call, call.exchange(layout), *rows))
         local, shared = rows[0].stop, rows[1].stop
-    return found[0], found[1]
+    return found
 
 
 class _Coming:
-    """q, k and v on their way, in two messages: the second is packed at once, and begun when the first is here.
+    """q, k and v on their way: all packed at once, begun in order, the next two messages when one is here.
 
-    Begun together they would share the link, and the tile that needs only the first would wait for more.
+    Begun together they would share the link, and the tile that needs only the first would wait for more; begun one by
+    one, the link would be idle while a tile is computed.
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
         self.halves = first, second = _halves(call)
         self._kv = call.kv_form(k, v).empty(call.kv_rows(), k.device)
-        self._keys = first.keys(self._kv), second.keys(self._kv)
-        now, self._later = (call.bundle("q, k and v") for _ in range(2))
-        q2, early = second.inward([q], "q", now), first.inward([k, v], "k and v", now, self._keys[0])
-        now.post()
-        q1, late = first.inward([q], "q", self._later), second.inward([k, v], "k and v", self._later, self._keys[1])
-        self._opening, self._rest = (q2, early), (q1, late)
+        k_rows, v_rows = first.of(self._kv.parts)
+        sliced = len(first.slices) > 1
+        self.early = (torch.empty_like(k_rows), torch.empty_like(v_rows)) if sliced else (k_rows, v_rows)
+        """k and v of the first half, slice after slice."""
+        heads = call.query_heads
+        rows = second.shared.stop - second.shared.start
+        self.q2 = q.new_empty(rows, q.shape[1], heads.stop - heads.start, q.shape[3])
+        """q of the second half, slice after slice."""
+        self._messages: list[Bundle] = []
+        self._begun = 0
+        self._corners = [
+            (
+                two.inward([q], "q", now, [self.q2[two.shared]]),
+                one.inward([k, v], "k and v", now, one.of(self.early)),
+            )
+            for one, two in zip(first.slices, second.slices, strict=True)
+            for now in [self._message("q, k and v")]
+        ]
+        self._q1 = first.inward([q], "q", self._message("q"))
+        self._late = second.inward([k, v], "k and v", self._message("k and v"), second.of(self._kv.parts))
+        self._begin(1)
 
-    def opening(self) -> tuple[torch.Tensor, Pair]:
-        """q of the second half, k and v of the first; to be asked for once, before the rest."""
-        q2, early = self._opening
-        here = q2()[0]
-        self._later.post()
+    def corner(self, index: int) -> None:
+        """Wait for a slice of `q2` and of `early`; each once, in order."""
+        q2, early = self._corners[index]
+        q2()
+        self._begin(index + 3)
         early()
-        return here, self._keys[0]
 
-    def rest(self) -> tuple[torch.Tensor, Pair]:
-        """q of the first half, k and v of the second; to be asked for once."""
-        q1, late = self._rest
-        late()
-        return q1()[0], self._keys[1]
+    def first(self) -> tuple[torch.Tensor, Pair]:
+        """q, k and v of the first half; once, after the corners."""
+        here = self._q1()[0]
+        self._begin(len(self._messages))
+        keys = self.halves[0].of(self._kv.parts)
+        for x, kept in zip(self.early, keys, strict=True):
+            self.halves[0].together(x, kept)
+        del self.early
+        return here, keys
+
+    def late(self) -> Pair:
+        """k and v of the second half; once, after the first."""
+        self._late()
+        return self.halves[1].of(self._kv.parts)
 
     def shares(self, q1: torch.Tensor, q2: torch.Tensor, ring1: Pair, ring2: Pair) -> list[Share]:
         """Of each half q, out and lse; the KV block is kept once."""
         return [(q1, self._kv, *ring1), (q2, Block(self._kv.form, self._kv.flat.new_empty(0)), *ring2)]
+
+    def _message(self, what: str) -> Bundle:
+        self._messages.append(self.halves[0].call.bundle(what))
+        return self._messages[-1]
+
+    def _begin(self, count: int) -> None:
+        """Have so many messages begun."""
+        for message in self._messages[self._begun : count]:
+            message.post()
+            self._begun += 1
 
 
 def forward_in_halves(
@@ -132,7 +222,9 @@ def forward_in_halves(
     else:
         coming = _Coming(q, k, v, call)
         if kept:
-            (q2, _), (q1, _) = coming.opening(), coming.rest()
+            for index in range(len(coming.halves[1].slices)):
+                coming.corner(index)
+            q2, (q1, _), _ = coming.halves[1].together(coming.q2), coming.first(), coming.late()
             shares = coming.shares(q1, q2, kept[0].ring, kept[1].ring)
             under_way = [x.outward([share[2]], "the output") for x, share in zip(coming.halves, shares, strict=True)]
         else:
@@ -146,59 +238,111 @@ def forward_in_halves(
 def _attend(coming: _Coming, plan: RingPlan) -> tuple[list[Share], list[Arrival]]:
     """Attention of both halves; their outputs are on their way back."""
     first, second = coming.halves
-    full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
-    q2, early = coming.opening()
-    every, result = slice(0, q2.shape[0]), Result(q2, plan.value_dim)
-    result.take(every, tile_forward(q2, *early, full, plan), first_keys=True)
-    q1, late = coming.rest()
+    causal = plan.rules_between(CAUSAL)
+    q2, result = _square(coming, plan)
+    q1, early = coming.first()
     ring1 = alone(tile_forward(q1, *early, causal, plan), q1.dtype, plan)
     under_way = [first.outward([ring1[0]], "the output")]
-    result.take(every, tile_forward(q2, *late, causal, plan), first_keys=False)
+    late = coming.late()
+    result.take(slice(0, q2.shape[0]), tile_forward(q2, *late, causal, plan), first_keys=False)
     ring2 = result.finish(plan.sink)
     del result
     under_way.append(second.outward([ring2[0]], "the output"))
     return coming.shares(q1, q2, ring1, ring2), under_way
 
 
+def _square(coming: _Coming, plan: RingPlan) -> tuple[torch.Tensor, Result]:
+    """q of the second half, and what it got from the keys of the first; both in the order of the sequence."""
+    (first, second), full = coming.halves, plan.rules_between(FULL)
+    q2, result = coming.q2, Result(coming.q2, plan.value_dim)
+    del coming.q2
+    for index, (one, two) in enumerate(zip(first.slices, second.slices, strict=True)):
+        coming.corner(index)
+        for rows, keys in _corner(one, two):
+            k, v = (x[keys] for x in coming.early)
+            result.take(rows, tile_forward(q2[rows], k, v, full, plan), first_keys=rows == two.shared)
+    result.out, result.lse, q2 = (second.together(x) for x in (result.out, result.lse, q2))
+    return q2, result
+
+
+def _corner(one: _Part, two: _Part) -> list[tuple[slice, slice]]:
+    """Queries and keys of the tiles by which slices of both halves make the square grow: the new queries first."""
+    tiles = [(two.shared, slice(0, one.shared.stop))]
+    return [*tiles, (slice(0, two.shared.start), one.shared)] if two.shared.start else tiles
+
+
 def backward_in_halves(
     dout: torch.Tensor, shares: list[Share], sink: torch.Tensor | None, call: Call
 ) -> tuple[torch.Tensor | None, ...]:
     """dq, dk, dv of this rank's tokens, and dsink of its heads and tokens. `shares` is emptied as it is used."""
-    (first, second), plan = _halves(call), call.plan(sink, None)
-    full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
+    halves, plan = _halves(call), call.plan(sink, None)
+    (first, second), causal = halves, plan.rules_between(CAUSAL)
     dout2_arrival = second.inward([dout], "the output's gradient")
     (q1, kv, out1, lse1), (q2, _, out2, lse2) = shares
     shares.clear()
-    early, late = first.keys(kv), second.keys(kv)
-    now, later = (call.bundle("dq, dk and dv") for _ in range(2))
+    early, late = (half.of(kv.parts) for half in halves)
+    within = call.bundle("dq, dk and dv")
 
     queries2 = dout2_arrival()[0], q2, out2, lse2
     dout1_arrival = first.inward([dout], "the output's gradient")
-    dq, *dkv = tile_backward(queries2, *late, causal, plan)
-    dkv2_home = second.outward([x.to(dout.dtype) for x in dkv], "dk and dv", now)
-    dq2 = dq.to(accumulator_dtype(dout.dtype))
-    del dq, dkv
+    dq2, *dkv = tile_backward(queries2, *late, causal, plan)
+    dkv2_home = second.outward([x.to(dout.dtype) for x in dkv], "dk and dv", within)
+    dq2 = dq2.to(accumulator_dtype(dout.dtype))
+    del dkv
     queries1 = dout1_arrival()[0], q1, out1, lse1
     dq, *dkv1 = tile_backward(queries1, *early, causal, plan)
-    dq1_home = first.outward([dq.to(dout.dtype)], "dq", now)
+    dq1_home = first.outward([dq.to(dout.dtype)], "dq", within)
     dsink = None if sink is None else _sink_gradient((queries1, queries2), sink, call.query_heads)
     del q1, out1, lse1, queries1, dq  # before the message is put together
-    now.post()
+    within.post()
 
-    dq, *dkv = tile_backward(queries2, *early, full, plan)
-    del kv, early, late, q2, out2, lse2, queries2
-    add_rows_([(dq2, dq)])
-    del dq
-    for i, part in enumerate(dkv):
-        dkv[i] = dkv1[i].to(dq2.dtype).add_(part).to(dout.dtype)
-        del part
-    dkv1_home = first.outward(dkv, "dk and dv", later)
-    dq2_home = second.outward([dq2.to(dout.dtype)], "dq", later)
-    del dkv1, dq2
-    later.post()
-    dq = torch.cat([dq1_home()[0], dq2_home()[0]])
-    dk, dv = (torch.cat(x) for x in zip(dkv1_home(), dkv2_home(), strict=True))
+    operands = [*queries2, *early, dq2]
+    del kv, early, late, q2, out2, lse2, queries2, dq2
+    dq2_home, dkv1_home = _square_backward(operands, dkv1, halves, plan)
+    dq = torch.cat([dq1_home()[0], *(arrival()[0] for arrival in dq2_home)])
+    dkv_home = [*(arrival() for arrival in dkv1_home), dkv2_home()]
+    dk, dv = (torch.cat(x) for x in zip(*dkv_home, strict=True))
     return dq, dk, dv, dsink, None
+
+
+def _square_backward(
+    operands: list[torch.Tensor], dkv: list[torch.Tensor], halves: tuple[_Half, _Half], plan: RingPlan
+) -> tuple[list[Arrival], list[Arrival]]:
+    """Gradients of the square, on their way home with those so far: dq of the second half, dkv of the first, by slice.
+
+    operands: dout, q, out, lse of the second half, k, v of the first, dq so far, wide. dkv: so far. Both are emptied.
+    The last corner of the forward pass comes first, after which its slices want no more.
+    """
+    (first, second), full, dtype = halves, plan.rules_between(FULL), dkv[0].dtype
+    for tensors, owners in ((operands, [*[second] * 4, first, first, second]), (dkv, [first, first])):
+        for index, half in enumerate(owners):
+            tensors[index] = half.apart(tensors[index])
+    *queries, k, v, dq_sum = operands
+    operands.clear()
+    home: list[tuple[Arrival, Arrival]] = []
+    for one, two in reversed(list(zip(first.slices, second.slices, strict=True))):
+        last = two is second.slices[0]
+        for rows, keys in _corner(one, two):
+            dq, *grads = tile_backward(tuple(x[rows] for x in queries), k[keys], v[keys], full, plan)
+            if last:
+                del queries, k, v
+            add_rows_([(dq_sum[rows], dq)])
+            del dq
+            for index, part in enumerate(grads):  # one after the other, for they are wide
+                total = dkv[index].to(dq_sum.dtype)
+                add_rows_([(total[keys], part)])
+                dkv[index] = total[keys].to(dtype) if last else total
+            del grads, part, total
+        bundle = first.call.bundle("dq, dk and dv")
+        gone = dkv if last else [x[one.shared].to(dtype) for x in dkv]
+        dkv_arrival = one.outward(gone, "dk and dv", bundle)
+        gone = [dq_sum[two.shared].to(dtype)]
+        if last:
+            del dq_sum
+        home.append((two.outward(gone, "dq", bundle), dkv_arrival))
+        bundle.post()
+    home.reverse()
+    return [x for x, _ in home], [x for _, x in home]
 
 
 def _sink_gradient(halves: Sequence[Queries], sink: torch.Tensor, heads: slice) -> torch.Tensor:

@@ -76,12 +76,12 @@ def all_to_all(
 class Bundle:
     """Exchanges of a head group that travel as one, a message per peer: added one by one, begun by `post`.
 
-    Messages cost by number as well as by size; here, one more pass over memory at either end.
+    Messages cost by number as well as by size; here, one more pass over memory at either end, if there are several.
     """
 
     def __init__(self, handle: GroupHandle, what: str, copy_engines: bool = False) -> None:
         self._handle, self._what, self._copy_engines = handle, what, copy_engines
-        self._sends: list[tuple[torch.Tensor, ...]] = []
+        self._sends: list[tuple[torch.Tensor, Sequence[int]]] = []
         self._receive_lengths: list[Sequence[int]] = []
         self._wait: Callable[[], torch.Tensor] | None = None
         self._received: list[list[torch.Tensor]] = []
@@ -90,25 +90,33 @@ class Bundle:
         self, send: torch.Tensor, send_lengths: Sequence[int], receive_lengths: Sequence[int]
     ) -> Callable[[], torch.Tensor]:
         """One more exchange, as of `all_to_all`; what is returned waits for all of them."""
-        self._sends.append(send.split(list(send_lengths)))
+        self._sends.append((send, send_lengths))
         self._receive_lengths.append(receive_lengths)
         index = len(self._sends) - 1
         return lambda: self._result(index)
 
     def post(self) -> None:
         """Begin what was added."""
-        send = torch.cat([piece for to_peer in zip(*self._sends, strict=True) for piece in to_peer])
-        given = [sum(piece.numel() for piece in to_peer) for to_peer in zip(*self._sends, strict=True)]
+        send, given = self._sends.pop() if len(self._sends) == 1 else self._packed()
         lengths = [sum(from_peer) for from_peer in zip(*self._receive_lengths, strict=True)]
-        self._sends.clear()
         self._wait = all_to_all(send, given, lengths, self._handle, self._what, self._copy_engines)
 
+    def _packed(self) -> tuple[torch.Tensor, list[int]]:
+        """One buffer for all, what goes to one peer together; and by peer how much that is."""
+        pieces = [send.split(list(lengths)) for send, lengths in self._sends]
+        given = [sum(to_peer) for to_peer in zip(*(lengths for _, lengths in self._sends), strict=True)]
+        self._sends.clear()
+        return torch.cat([piece for to_peer in zip(*pieces, strict=True) for piece in to_peer]), given
+
     def _result(self, index: int) -> torch.Tensor:
+        exchanges = len(self._receive_lengths)
         if self._wait is not None:
-            lengths = [n for from_peer in zip(*self._receive_lengths, strict=True) for n in from_peer]
-            pieces = self._wait().split(lengths)
-            self._received = [list(pieces[i :: len(self._receive_lengths)]) for i in range(len(self._receive_lengths))]
+            received = self._wait()
             self._wait = None
+            if exchanges == 1:
+                return received
+            pieces = received.split([n for from_peer in zip(*self._receive_lengths, strict=True) for n in from_peer])
+            self._received = [list(pieces[i::exchanges]) for i in range(exchanges)]
         result = torch.cat(self._received[index])
         self._received[index].clear()
         return result

@@ -1,7 +1,7 @@
 """In how many parts an attention goes through, so that all-to-alls hide behind its computing: for running and costing.
 
 Heads in parts, each with KV heads of its own; or, where there is no ring and a rank's heads cannot be parted, the two
-halves of the sequence (`attention.halves`).
+halves of the sequence and slices of them (`attention.halves`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.traffic import AttentionShape
 
-#: Beyond these parts there is little left to hide; below these sizes of a part's share of q, messages and kernel calls
-#: cost more than they hide: inside a node, and between nodes. On a GPU a part must also fill it: query rows x heads of
-#: one kernel call, 128 to a block.
-MOST_PARTS, LEAST_BYTES_IN_NODE, LEAST_BYTES_BETWEEN_NODES, LEAST_ROWS_ON_GPU = 4, 2**21, 2**18, 2**16
+#: Beyond these parts of the heads, of the sequence, there is little left to hide.
+MOST_HEAD_PARTS, MOST_SEQUENCE_PARTS = 4, 8
+#: Below these sizes of a part's share of q, messages and kernel calls cost more than they hide: inside a node, and
+#: between nodes. On a GPU a part must also fill it: query rows x heads of one kernel call, 128 to a block.
+LEAST_BYTES_IN_NODE, LEAST_BYTES_BETWEEN_NODES, LEAST_ROWS_ON_GPU = 2**21, 2**18, 2**16
 
 
 class Queries(NamedTuple):
@@ -42,12 +43,19 @@ def parts_of_heads(most: int, queries: Queries) -> int:
     >>> parts_of_heads(8, Queries(2**15, 256, gpu=False, between_nodes=False))
     4
     """
-    return max(n for n in range(1, MOST_PARTS + 1) if n == 1 or (most % n == 0 and queries.fill(n)))
+    return max(n for n in range(1, MOST_HEAD_PARTS + 1) if n == 1 or (most % n == 0 and queries.fill(n)))
 
 
-def parts_of_sequence(queries: Queries) -> int:
-    """Parts of the sequence by size and place, where it can be parted: inside a node its halves do not pay."""
-    return 2 if queries.between_nodes and queries.fill(2) else 1
+def parts_of_sequence(queries: Queries, most_slices: int) -> int:
+    """Parts of the sequence by size and place, where it can be parted: inside a node its halves do not pay.
+
+    most_slices: of a half (`TokenLayout.most_slices`).
+
+    >>> parts_of_sequence(Queries(2**14, 128, gpu=False, between_nodes=True), most_slices=1024)
+    8
+    """
+    even = range(2, min(MOST_SEQUENCE_PARTS, 2 * most_slices) + 1, 2)
+    return max((n for n in even if queries.between_nodes and queries.fill(n)), default=1)
 
 
 class Parts(NamedTuple):
@@ -77,4 +85,4 @@ def parts_of(config: LoongConfig, shape: AttentionShape, site: Site) -> Parts:
     queries = Queries(rows, row_bytes, gpu=not site.hardware.message_busy_s, between_nodes=between)
     heads = parts_of_heads(shape.kv_heads // hp, queries) if shape.kv_heads % hp == 0 else 1
     halved = heads == 1 and config.ring_size == 1 and shape.causal and config.sequence_layout == "zigzag"
-    return Parts(heads, parts_of_sequence(queries) if halved else 1)
+    return Parts(heads, parts_of_sequence(queries, shape.seq_len // config.sequence_multiple) if halved else 1)

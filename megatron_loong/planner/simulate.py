@@ -102,11 +102,13 @@ class _Run:
 
     def run(self) -> PassTime:
         """All parts, and what the rank that takes longest takes."""
-        qkv, out = (n // self.parts.sequence for n in exchange_bytes(self.config, self.shape))
-        before, after = (out, qkv) if self.backward else (qkv, out)
-        outward = (self._parts_of_heads if self.parts.sequence == 1 else self._halves)(before, after)
-        for arrival in outward:
-            self._end_exchange(after, arrival)
+        if self.parts.sequence > 1:
+            self._in_halves()
+        else:
+            qkv, out = exchange_bytes(self.config, self.shape)
+            before, after = (out, qkv) if self.backward else (qkv, out)
+            for arrival in self._parts_of_heads(before, after):
+                self._end_exchange(after, arrival)
         seconds, compute_s = max(self.now), max(self.busy)
         return PassTime(seconds, compute_s, self.sent_bytes, self.links.sent_bytes, self.spans)
 
@@ -122,20 +124,42 @@ class _Run:
             outward.append(self._begin_exchange(after))
         return outward
 
-    def _halves(self, before: int, after: int) -> list[list[float]]:
-        """The halves of the sequence: half of an all-to-all before each of the first two tiles, behind the last two."""
-        outward = []
-        arrival = self._begin_exchange(before)
-        for index, seconds in enumerate(self.costs.halves()):
-            if index < 2:
-                self._end_exchange(before, arrival)
-            if index == 0:
-                arrival = self._begin_exchange(before)
-            for rank in self.ranks:
-                self._compute(rank, seconds, "tile")
-            if index:
-                outward.append(self._begin_exchange(after))
-        return outward
+    def _in_halves(self) -> None:
+        """Parts of the sequence, in the order of `attention.halves`."""
+        qkv, out = exchange_bytes(self.config, self.shape)
+        q, slices = out * self.shape.head_dim // self.shape.value_dim, self.parts.sequence // 2
+        corner, corners_s, halves_s = qkv // self.parts.sequence, self.costs.corners(slices), self.costs.halves()
+        outward: list[tuple[int, list[float]]] = []
+
+        def send(rank_bytes: int) -> None:
+            outward.append((rank_bytes, self._begin_exchange(rank_bytes)))
+
+        if self.backward:
+            arrival = self._begin_exchange(out // 2)
+            for index, seconds in enumerate(halves_s):
+                self._end_exchange(out // 2, arrival)
+                if not index:
+                    arrival = self._begin_exchange(out // 2)
+                self._compute_alike(seconds)
+            send(qkv // 2)
+            for seconds in reversed(corners_s):
+                self._compute_alike(seconds)
+                send(corner)
+        else:
+            inward = [*[corner] * slices, q // 2, (qkv - q) // 2]
+            arrivals = [self._begin_exchange(inward[0])]
+            for index, (rank_bytes, seconds) in enumerate(zip(inward, [*corners_s, *halves_s], strict=True)):
+                self._end_exchange(rank_bytes, arrivals[index])
+                arrivals += [self._begin_exchange(n) for n in inward[len(arrivals) : index + 3]]
+                self._compute_alike(seconds)
+                if index >= slices:
+                    send(out // 2)
+        for rank_bytes, arrival in outward:
+            self._end_exchange(rank_bytes, arrival)
+
+    def _compute_alike(self, seconds: float) -> None:
+        for rank in self.ranks:
+            self._compute(rank, seconds, "tile")
 
     def _ring(self) -> None:
         outer, inner = self.config.outer_ring_size, self.config.ring_size // self.config.outer_ring_size

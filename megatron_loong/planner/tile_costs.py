@@ -59,18 +59,26 @@ class TileCosts:
             self._known[key] = kernel_s, merge_s
         return self._known[key]
 
-    def halves(self) -> tuple[float, float, float]:
-        """What is computed of the sequence in two halves, in order (`attention.halves`), on a rank of a ring of one.
+    def corners(self, slices: int) -> list[float]:
+        """The square between the halves of the sequence, cut in slices of both: what it grows by with each more.
 
-        Forward the second half with the first, the first, the second; backward the second, the first, both.
+        On a rank of a ring of one (`attention.halves`).
         """
+        part = self.shape.seq_len // (2 * slices)
+        seconds = []
+        for index in range(slices):
+            tiles = [(part, (index + 1) * part), *([(index * part, part)] if index else [])]
+            kernels_s = sum(self._kernel_s(*tile, causal=False) for tile in tiles)
+            merges_s = sum(self._merge_s(rows, own=not self.backward and rows == part) for rows, _ in tiles)
+            folds_s = self.fold_s * sum(keys for _, keys in tiles) / self.shape.seq_len if self.backward else 0.0
+            seconds.append(kernels_s + merges_s + folds_s)
+        return seconds
+
+    def halves(self) -> tuple[float, float]:
+        """What each half of the sequence takes with itself: forward the second is folded into the result."""
         half = self.shape.seq_len // 2
-        between_s = self._kernel_s(half, half, causal=False)
         within_s = self._kernel_s(half, half, causal=True)
-        merge_s = self._merge_s(half, own=self.backward)
-        if self.backward:
-            return within_s, within_s, between_s + merge_s + self.fold_s / 2
-        return between_s, within_s, within_s + merge_s
+        return within_s, within_s + (0.0 if self.backward else self._merge_s(half, own=False))
 
     def pass_s(self, ring_rank: int) -> float:
         """Kernels, merges and gradient sums of one rank over all blocks: compute that no layout of the ring avoids."""

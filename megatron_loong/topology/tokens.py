@@ -95,6 +95,42 @@ class TokenLayout:
         first, second = (self._clipped(begin, end) for begin, end in ((0, middle), (middle, self.seq_len)))
         return (first, second) if all(first.rank_runs) and all(second.rank_runs) else None
 
+    @property
+    def most_slices(self) -> int:
+        """Into how many slices every rank's share of a half can be cut; 1 where that is not one run.
+
+        >>> zigzag_or_contiguous(LoongConfig(2, 2), 13).most_slices
+        3
+        """
+        runs = [runs for half in self.halves or () for runs in half.rank_runs]
+        return min((x[0][1] - x[0][0] if len(x) == 1 else 1 for x in runs), default=1)
+
+    def slices(self, count: int) -> tuple[TokenLayout, ...]:
+        """Layouts of `count` parts of a half: of each rank's run as many slices, each part counted from 0.
+
+        Every rank must hold one run, of `count` tokens at least.
+
+        >>> [part.rank_runs for part in TokenLayout((0, 9), (((0, 4),), ((4, 9),)), 2).slices(2)]
+        [(((0, 2),), ((2, 4),)), (((0, 2),), ((2, 5),))]
+        """
+        layouts = []
+        for index in range(count):
+            runs = [_slice(run, index, count) for (run,) in self.rank_runs]
+            starts = starts_of(stop - start for start, stop in sorted(runs))
+            places = dict(zip(sorted(runs), itertools.pairwise(starts), strict=True))
+            counted = tuple((places[run],) for run in runs)
+            layouts.append(TokenLayout((0, starts[-1]), counted, self.head_parallel_size))
+        return tuple(layouts)
+
+    def slice_rows(self, count: int) -> tuple[int, ...]:
+        """Where in this half the rows of its `slices` stand, slice after slice.
+
+        >>> TokenLayout((0, 8), (((0, 4),), ((4, 8),)), 2).slice_rows(2)
+        (0, 1, 4, 5, 2, 3, 6, 7)
+        """
+        runs = [sorted(_slice(run, i, count) for (run,) in self.rank_runs) for i in range(count)]
+        return tuple(row for part in runs for start, stop in part for row in range(start, stop))
+
     def _clipped(self, begin: int, end: int) -> TokenLayout:
         """What the ranks hold of [begin, end), counted from `begin`."""
         clipped = tuple(
@@ -134,6 +170,11 @@ def _chunks_of(config: LoongConfig, logical_rank: int) -> list[int]:
     if config.sequence_layout == "contiguous":
         return [logical_rank]
     return [logical_rank, 2 * config.context_parallel_size - 1 - logical_rank]
+
+
+def _slice(run: Run, index: int, count: int) -> Run:
+    start, tokens = run[0], run[1] - run[0]
+    return start + index * tokens // count, start + (index + 1) * tokens // count
 
 
 def _length(runs: Iterable[Run]) -> int:

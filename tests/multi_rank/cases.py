@@ -143,7 +143,7 @@ def heads_in_parts(rank: int, config: LoongConfig) -> Any:
 
 
 def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> Any:
-    """Halves of the sequence against all at once: exact, as many bytes, and under a stash, a sink and a cap too."""
+    """Parts of the sequence against all at once: exact, as many bytes, and under a stash, a sink and a cap too."""
     groups = build_groups(LoongConfig(hp, hp), range(hp))
     if groups.cp_rank is None:
         return None
@@ -151,24 +151,26 @@ def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> 
     inputs = random_inputs(batch, seq_len, heads, kv_heads, 8, torch.float64, v_dim=4)
     expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
     sent = []
-    for parts in (1, 2):
+    for parts in (1, 2, 4, 6):
         with count_bytes() as ledger:
             results = run_attention(inputs, groups, sequence_parts=parts)
         assert_close(results, expected, 1e-12, f"on rank {rank} in {parts} parts")
         sent.append(dict(ledger.sent_bytes))
     offset = torch.linspace(-1, 1, heads, dtype=torch.float64)
-    one, two = (
-        run_attention(inputs, groups, sequence_parts=parts, softmax_offset=offset, softcap=3.0) for parts in (1, 2)
+    one, *parted = (
+        run_attention(inputs, groups, sequence_parts=parts, softmax_offset=offset, softcap=3.0) for parts in (1, 2, 4)
     )
-    assert_close(two, one, 1e-12, f"on rank {rank}, with a sink and a soft cap")
+    for found in parted:
+        assert_close(found, one, 1e-12, f"on rank {rank}, with a sink and a soft cap")
     for level in LEVELS:
-        one, two = (_checkpointed(inputs, groups, parts, level) for parts in (1, 2))
-        assert_close(two, one, 1e-12, f"on rank {rank}, replayed from what a checkpoint kept of the {level}")
+        one, *parted = (_checkpointed(inputs, groups, parts, level) for parts in (1, 2, 4))
+        for found in parted:
+            assert_close(found, one, 1e-12, f"on rank {rank}, replayed from what a checkpoint kept of the {level}")
     groups.destroy()
     return sent
 
 
-def order_of_halves(rank: int) -> Any:
+def order_of_halves(rank: int, sequence_parts: int) -> Any:
     """What this rank does, in order: exchanges begun, by elements given, and tiles, by rows, keys and window."""
     groups = build_groups(LoongConfig(4, 4), range(4))
     if groups.cp_rank is None:
@@ -191,7 +193,7 @@ def order_of_halves(rank: int) -> Any:
         return begin(received, sent, *rest, **options)
 
     with mock.patch.object(dist, "all_to_all_single", counted):
-        run_attention(inputs, groups, kernel=Kernel(), sequence_parts=2, seq_len=64)
+        run_attention(inputs, groups, kernel=Kernel(), sequence_parts=sequence_parts, seq_len=64)
     groups.destroy()
     return events
 
@@ -223,8 +225,12 @@ def halves_refused(rank: int) -> None:
         run_attention(inputs, groups, sequence_parts=2)
     with pytest.raises(ValueError, match="without a window"):
         run_attention(inputs, without_ring, sequence_parts=2, window_size=(5, 0))
-    with pytest.raises(ValueError, match="in 1 part or in 2"):
+    with pytest.raises(ValueError, match="in 1 part or in an even number"):
         run_attention(inputs, groups, sequence_parts=3)
+    with pytest.raises(
+        ValueError, match="holds in 5, but some rank has no more than 4 .* use sequence_parts=8 or fewer"
+    ):
+        run_attention(inputs, without_ring, sequence_parts=10)
     without_ring.destroy()
     groups.destroy()
 

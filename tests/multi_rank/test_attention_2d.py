@@ -47,19 +47,34 @@ def test_heads_in_parts(pool: WorkerPool, config: LoongConfig) -> None:
     ids=["many heads", "shared KV heads", "uneven tokens and heads"],
 )
 def test_sequence_in_halves(pool: WorkerPool, hp: int, shape: tuple[int, int, int, int]) -> None:
-    """The all-to-all of one half of the sequence under the attention of the other: the same numbers and bytes."""
+    """The all-to-all of one part of the sequence under the attention of others: the same numbers and bytes."""
     counted = [sent for sent in pool.run(cases.sequence_in_halves, hp, shape) if sent]
-    assert len(counted) == hp and all(whole == halved for whole, halved in counted)
+    assert len(counted) == hp and all(sent == whole for whole, *parted in counted for sent in parted)
 
 
 def test_what_halves_begin_before_they_compute(pool: WorkerPool) -> None:
-    """Half of q, k and v comes before the first tile, and half of the gradients goes after the last."""
+    """q of the second half and keys of the first come before the first tile, and their gradients go after the last."""
     half = 8 * 4 * 8  # elements that a rank holds of half of a tensor: tokens, heads, width
     full, causal = (32, 32, (-1, -1)), (32, 32, (-1, 0))
-    forward = [3 * half, 3 * half, ("forward", *full), ("forward", *causal), half, ("forward", *causal), half]
-    tiles = [("backward", *causal), ("backward", *causal), 3 * half, ("backward", *full), 3 * half]
-    for events in pool.run(cases.order_of_halves):
+    q, kv = half, 2 * half
+    forward = [q + kv, q, kv, ("forward", *full), ("forward", *causal), half, ("forward", *causal), half]
+    tiles = [("backward", *causal), ("backward", *causal), q + kv, ("backward", *full), q + kv]
+    for events in pool.run(cases.order_of_halves, 2):
         assert events in (None, [*forward, half, half, *tiles])
+
+
+def test_what_slices_begin_before_they_compute(pool: WorkerPool) -> None:
+    """In four parts the square between the halves grows by a corner with each message, and shrinks by one."""
+    half = 8 * 4 * 8
+    causal = 32, 32, (-1, 0)
+    square = [(16, 16, (-1, -1)), (16, 32, (-1, -1)), (16, 16, (-1, -1))]
+    slices = 3 * half // 2  # q of the second half and k, v of the first, or their gradients
+    first, new, old = (("forward", *tile) for tile in square)
+    forward = [slices, slices, half, first, 2 * half, new, old, ("forward", *causal), half, ("forward", *causal), half]
+    last, new, old = (("backward", *tile) for tile in square)
+    backward = [half, half, ("backward", *causal), ("backward", *causal), 3 * half, new, old, slices, last, slices]
+    for events in pool.run(cases.order_of_halves, 4):
+        assert events in (None, [*forward, *backward])
 
 
 def test_halves_are_refused_where_they_cannot_be(pool: WorkerPool) -> None:

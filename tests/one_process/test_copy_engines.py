@@ -61,22 +61,22 @@ def run(config: LoongConfig, heads: tuple[int, int], all_to_all: str, **options:
 
 
 @pytest.mark.parametrize(
-    ("config", "options"),
+    ("config", "options", "exchanges"),
     [
-        (LoongConfig(4, 4), {}),
-        (LoongConfig(4, 4), {"sequence_parts": 2}),
-        (LoongConfig(8, 4, 2), {"head_parts": 2}),
+        (LoongConfig(4, 4), {}, 2 + 2),
+        (LoongConfig(4, 4), {"sequence_parts": 2}, (1 + 2 + 2) + (2 + 1 + 1)),
+        (LoongConfig(4, 4), {"sequence_parts": 4}, (2 + 2 + 2) + (2 + 1 + 2)),
+        (LoongConfig(8, 4, 2), {"head_parts": 2}, 4 + 4),
     ],
-    ids=["at once", "halves", "heads in parts, a ring"],
+    ids=["at once", "halves", "slices of halves", "heads in parts, a ring"],
 )
-def test_the_same_bits_as_by_the_backend(config: LoongConfig, options: dict[str, int]) -> None:
-    """Two exchanges forward and two backward for each part, all of them over the shared memory."""
+def test_the_same_bits_as_by_the_backend(config: LoongConfig, options: dict[str, int], exchanges: int) -> None:
+    """As many exchanges, forward and backward, as there are messages, all of them over the shared memory."""
     expected, unused = run(config, (8, 8), "backend", **options)
     found, used = run(config, (8, 8), "copy-engines", **options)
     for theirs, ours in zip(expected, found, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(theirs, ours, strict=True))
-    parts = max(options.values(), default=1)
-    assert not unused and used["barriers"] == 2 * 4 * parts * config.context_parallel_size
+    assert not unused and used["barriers"] == 2 * exchanges * config.context_parallel_size
 
 
 def test_uneven_pieces_go_by_the_backend() -> None:

@@ -28,6 +28,8 @@ CPU = dataclasses.replace(PROFILES["a100"], message_busy_s=1e-3)  # processors t
         (LoongConfig(8, 8), (4096, 8, 2), 2, Parts(1, 2)),
         (LoongConfig(8, 8), (4096, 8, 8), 1, Parts(1, 1)),
         (LoongConfig(8, 8), (2048, 8, 8), 2, Parts(1, 1)),
+        (LoongConfig(8, 8), (8192, 8, 8), 2, Parts(1, 4)),
+        (LoongConfig(8, 8), (16384, 8, 8), 2, Parts(1, 8)),
         (LoongConfig(8, 8, sequence_layout="contiguous"), (4096, 8, 8), 2, Parts(1, 1)),
         (LoongConfig(8, 2, 4), (4096, 8, 2), 2, Parts(1, 1)),
         (LoongConfig(8, 2, 4), (16384, 16, 16), 1, Parts(2, 1)),
