@@ -95,7 +95,7 @@ class TokenLayout:
         first, second = (self._clipped(begin, end) for begin, end in ((0, middle), (middle, self.seq_len)))
         return (first, second) if all(first.rank_runs) and all(second.rank_runs) else None
 
-    @property
+    @functools.cached_property
     def most_slices(self) -> int:
         """Into how many slices every rank's share of a half can be cut; 1 where that is not one run.
 
