@@ -78,13 +78,9 @@ class _Part:
         shares = self.call.shares
         return [shares.query] if len(tensors) == 1 else [shares.kv, shares.kv]
 
-
-class _Half(_Part):
-    """One half of the sequence, and the slices of it."""
-
     @functools.cached_property
     def slices(self) -> list[_Part]:
-        """As many as the call asks for."""
+        """Of a half: as many as the call asks for."""
         count = self.call.sequence_parts // 2
         rows = slice(0, self.shared.stop - self.shared.start)
         if count == 1:
@@ -92,7 +88,7 @@ class _Half(_Part):
         return _parts(self.call, _slices(self.exchange.layout, count), self.local.start)
 
     def apart(self, x: torch.Tensor) -> torch.Tensor:
-        """Its rows slice after slice."""
+        """The rows of a half slice after slice."""
         if len(self.slices) == 1:
             return x
         found = torch.empty_like(x)
@@ -100,7 +96,7 @@ class _Half(_Part):
         return found
 
     def together(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Its rows in the order of the sequence, from slice after slice."""
+        """The rows of a half in the order of the sequence, from slice after slice."""
         if len(self.slices) == 1:
             return x
         found = torch.empty_like(x) if into is None else into
@@ -119,12 +115,10 @@ def _slice_rows(half: TokenLayout, count: int, device: torch.device) -> torch.Te
     return torch.tensor(half.slice_rows(count), device=device)
 
 
-def _halves(call: Call) -> tuple[_Half, _Half]:
+def _halves(call: Call) -> tuple[_Part, _Part]:
     layouts = call.layouts[0].halves
     assert layouts is not None
-    first, second = (
-        _Half(part.call, part.exchange, part.local, part.shared) for part in _parts(call, layouts, first_row=0)
-    )
+    first, second = _parts(call, layouts, first_row=0)
     return first, second
 
 
@@ -306,7 +300,7 @@ def backward_in_halves(
 
 
 def _square_backward(
-    operands: list[torch.Tensor], dkv: list[torch.Tensor], halves: tuple[_Half, _Half], plan: RingPlan
+    operands: list[torch.Tensor], dkv: list[torch.Tensor], halves: tuple[_Part, _Part], plan: RingPlan
 ) -> tuple[list[Arrival], list[Arrival]]:
     """Gradients of the square, on their way home with those so far: dq of the second half, dkv of the first, by slice.
 

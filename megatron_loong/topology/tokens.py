@@ -114,8 +114,7 @@ class TokenLayout:
         [(((0, 2),), ((2, 4),)), (((0, 2),), ((2, 5),))]
         """
         layouts = []
-        for index in range(count):
-            runs = [_slice(run, index, count) for (run,) in self.rank_runs]
+        for runs in self._sliced_runs(count):
             starts = starts_of(stop - start for start, stop in sorted(runs))
             places = dict(zip(sorted(runs), itertools.pairwise(starts), strict=True))
             counted = tuple((places[run],) for run in runs)
@@ -128,8 +127,13 @@ class TokenLayout:
         >>> TokenLayout((0, 8), (((0, 4),), ((4, 8),)), 2).slice_rows(2)
         (0, 1, 4, 5, 2, 3, 6, 7)
         """
-        runs = [sorted(_slice(run, i, count) for (run,) in self.rank_runs) for i in range(count)]
-        return tuple(row for part in runs for start, stop in part for row in range(start, stop))
+        return tuple(
+            row for runs in self._sliced_runs(count) for start, stop in sorted(runs) for row in range(start, stop)
+        )
+
+    def _sliced_runs(self, count: int) -> list[list[Run]]:
+        """By slice: the run of every rank in this half."""
+        return [[_slice(run, index, count) for (run,) in self.rank_runs] for index in range(count)]
 
     def _clipped(self, begin: int, end: int) -> TokenLayout:
         """What the ranks hold of [begin, end), counted from `begin`."""
@@ -153,7 +157,7 @@ def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:
     (((0, 2), (7, 10)), ((2, 5), (5, 7)))
     """
     n = config.sequence_multiple
-    chunks = [(c * seq_len // n, (c + 1) * seq_len // n) for c in range(n)]
+    chunks = [_slice((0, seq_len), c, n) for c in range(n)]
     rank_runs = tuple(
         tuple(chunks[c] for c in _chunks_of(config, rank) if chunks[c][0] < chunks[c][1])
         for rank in range(config.context_parallel_size)
@@ -173,6 +177,11 @@ def _chunks_of(config: LoongConfig, logical_rank: int) -> list[int]:
 
 
 def _slice(run: Run, index: int, count: int) -> Run:
+    """Slice `index` of `count` as equal ones.
+
+    >>> [_slice((10, 15), i, 2) for i in range(2)]
+    [(10, 12), (12, 15)]
+    """
     start, tokens = run[0], run[1] - run[0]
     return start + index * tokens // count, start + (index + 1) * tokens // count
 
