@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.schedule import RingSchedule
-from megatron_loong.planner.tiles import Mask, Tile, held_segments, tiles
+from megatron_loong.planner.tiles import LEAST_ROWS_TO_CUT, Mask, Tile, held_segments, tiles
 from megatron_loong.planner.visits import OWN, Visit
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
@@ -47,9 +47,12 @@ def backward_program(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ..
 
 
 def _program(outer_ring_size: int, inner_ring_size: int, backward: bool) -> tuple[Op, ...]:
-    """The passage of any one rank: with one causal document in zigzag, all ranks do the same."""
+    """The passage of any one rank: with one causal document in zigzag, all ranks do the same.
+
+    It is that of a long one. Of a short one nothing is computed in the opening, which then takes no time.
+    """
     ring = outer_ring_size * inner_ring_size
-    layout = zigzag_or_contiguous(LoongConfig(ring), 2 * ring)
+    layout = zigzag_or_contiguous(LoongConfig(ring), LEAST_ROWS_TO_CUT * ring)
     passage = RingSchedule(layout, layout, Mask(right=0), inner_ring_size).passage(0, backward)
     ops: list[Op] = []
     under_way: dict[Visit, str] = {}

@@ -55,7 +55,7 @@ class Passage:
 
     visits: tuple[Visit, ...]
     opening: tuple[Tile, ...]
-    """About half of the own block's tiles, to be computed in step -1: they hide the first hops."""
+    """About half of the own block's tiles, to be computed in step -1: they hide the first hops. None of a short one."""
     tiles: Mapping[Visit, tuple[Tile, ...]]
     """Tiles of each visit, without the opening; on the moving side slices count rows of `rows`."""
     rows: Mapping[Visit, Rows]

@@ -17,6 +17,9 @@ from typing import NamedTuple
 from megatron_loong.config import CAUSAL, FULL, UNBOUNDED
 from megatron_loong.topology.tokens import Run, TokenLayout
 
+#: Fewer rows are not cut for the sake of overlap: more calls on smaller tiles cost more than a hop of so few takes.
+LEAST_ROWS_TO_CUT = 2048
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -89,12 +92,14 @@ def squared(tile: Tile) -> list[Tile]:
 
 
 def halved(found: Sequence[Tile]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
-    """Tiles in two parts of about as many pairs each; at most one tile is cut.
+    """Tiles in two parts of about as many pairs each; at most one tile is cut, if it is large enough.
 
     A causal square is cut into the square below its diagonal and two triangles: sizes that kernels like.
 
-    >>> [(tile.q, tile.kv) for tile in halved([Tile(slice(0, 100), slice(0, 100), CAUSAL)])[0]]
-    [(slice(50, 100, None), slice(0, 50, None))]
+    >>> [(tile.q, tile.kv) for tile in halved([Tile(slice(0, 4096), slice(0, 4096), CAUSAL)])[0]]
+    [(slice(2048, 4096, None), slice(0, 2048, None))]
+    >>> halved([Tile(slice(0, 100), slice(0, 100), CAUSAL)])[0]
+    ()
     """
     first: list[Tile] = []
     missing = sum(map(_pairs_of, found)) / 2
@@ -113,8 +118,10 @@ def _pairs_of(tile: Tile) -> int:
 
 
 def _cut(tile: Tile, share: float) -> tuple[list[Tile], list[Tile]]:
-    """A full or causal tile in two parts, the first with about `share` of its pairs; any other tile as it is."""
+    """A full or causal tile in two parts, the first with about `share` of its pairs; others, and short ones, whole."""
     rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+    if rows < LEAST_ROWS_TO_CUT:
+        return [], [tile]
     if tile.window == CAUSAL and rows == keys > 1:
         middle, key = tile.q.start + rows // 2, tile.kv.start + rows // 2
         above = Tile(slice(tile.q.start, middle), slice(tile.kv.start, key), CAUSAL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,14 @@ from megatron_loong.planner.tiles import Mask
 from megatron_loong.planner.visits import OWN
 from megatron_loong.sequence.packing import packed_layout
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_tiles_are_cut() -> Iterator[None]:
+    """As long ones are in use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_loong.planner.tiles.LEAST_ROWS_TO_CUT", 4)
+        yield
 
 
 @st.composite
