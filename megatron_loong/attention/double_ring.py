@@ -158,11 +158,12 @@ class Result:
             merge_(out, lse, *part)
         self._last_rows = rows
 
-    def finish(self, sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """out in q's dtype and lse, once everything has been taken."""
+    def finish(self, sink: torch.Tensor | None, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """out in q's dtype and lse of some rows, once everything has been taken that is for them."""
+        out, lse = self.out[rows], self.lse[rows]
         if sink is not None:
-            add_sink_(_bshd(self.out), _bshd(self.lse), sink)
-        return self.out.to(self._dtype), self.lse
+            add_sink_(_bshd(out), _bshd(lse), sink)
+        return out.to(self._dtype), lse
 
 
 def _merge(total: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) -> None:

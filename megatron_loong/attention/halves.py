@@ -3,16 +3,16 @@
 Without a ring nothing hides the all-to-all of Ulysses but the attention itself. In zigzag every rank holds as much of
 the first half of the sequence as of the second. Under a causal mask each half attends to itself, and the second to all
 of the first: a square of queries and keys, half of the attention, of which any part can be computed as soon as its
-queries and keys are here. So what is needed for it comes first and goes last, in one slice of each half or in several
-(a, b, ...), each with its share of every rank; the square grows by a corner with each. What stands in one box travels
-together:
+queries and keys are here. In slices of both halves (a, b, ...), each with its share of every rank, it grows by a
+corner as they come, and of what is left of it at last every tile completes a slice, which goes. What stands in one box
+travels together:
 
-    forward     q of 2a, kv of 1a | q of 2b, kv of 1b | q of 1             | kv of 2  |
-                                  | 2a with 1a        | 2b with 1, 2a with 1b         | 1 with 1 | 2 with 2 |
-                                                                                                 | out of 1 | out of 2
-    backward    dout of 2 | dout of 1 |
-                          | 2 with 2  | 1 with 1 | 2b with 1, 2a with 1b | 2a with 1a         |
-                                                 | dq of 1, dkv of 2     | dq of 2b, dkv of 1b | dq of 2a, dkv of 1a
+    forward     q of 2a, kv of 1a | q of 2b, kv of 1b | q of 1    | kv of 2  |
+                                  | 2a with 1a        | 2b with 1 | 1 with 1 | 2 with 2 | 2a with 1b |
+                                                                             | out of 1 | out of 2b  | out of 2a
+    backward    dout of 2a | dout of 2b | dout of 1 |
+                           | 2a with 1b | 2 with 2  | 1 with 1 | 2b with 1         | 2a with 1a          |
+                                                               | dq of 1, dkv of 2 | dq of 2b, dkv of 1b | dq of 2a, ...
 
 The bytes are those of one exchange.
 """
@@ -28,7 +28,7 @@ import torch
 
 from megatron_loong.attention import stash
 from megatron_loong.attention.blocks import Block, accumulator_dtype
-from megatron_loong.attention.double_ring import Queries, Result, alone, tile_backward, tile_forward
+from megatron_loong.attention.double_ring import Result, alone, tile_backward, tile_forward
 from megatron_loong.attention.head_exchange import Arrival, HeadExchange
 from megatron_loong.attention.merge import sink_gradient
 from megatron_loong.attention.plan import RingPlan
@@ -103,6 +103,11 @@ class _Part:
         copy_rows_([(found, x)], target_rows=self._rows(x.device))
         return found
 
+    def last_slice(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The rows of the last slice of tensors that have the rows of a half in the order of the sequence."""
+        rows = self._rows(tensors[0].device)[self.slices[-1].shared]
+        return [x.index_select(0, rows) for x in tensors]
+
     def _rows(self, device: torch.device) -> torch.Tensor:
         return _slice_rows(self.exchange.layout, len(self.slices), device)
 
@@ -150,7 +155,7 @@ class _Coming:
         heads = call.query_heads
         rows = second.shared.stop - second.shared.start
         self.q2 = q.new_empty(rows, q.shape[1], heads.stop - heads.start, q.shape[3])
-        """q of the second half, slice after slice."""
+        """q of the second half, slice after slice; ours to the end."""
         self._messages: list[Bundle] = []
         self._begun = 0
         self._corners = [
@@ -187,9 +192,9 @@ class _Coming:
         self._late()
         return self.halves[1].of(self._kv.parts)
 
-    def shares(self, q1: torch.Tensor, q2: torch.Tensor, ring1: Pair, ring2: Pair) -> list[Share]:
-        """Of each half q, out and lse; the KV block is kept once."""
-        return [(q1, self._kv, *ring1), (q2, Block(self._kv.form, self._kv.flat.new_empty(0)), *ring2)]
+    def shares(self, q1: torch.Tensor, ring1: Pair, ring2: Pair) -> list[Share]:
+        """Of each half q, out and lse, of the second slice after slice; the KV block is kept once."""
+        return [(q1, self._kv, *ring1), (self.q2, Block(self._kv.form, self._kv.flat.new_empty(0)), *ring2)]
 
     def _message(self, what: str) -> Bundle:
         self._messages.append(self.halves[0].call.bundle(what))
@@ -216,53 +221,67 @@ def forward_in_halves(
     else:
         coming = _Coming(q, k, v, call)
         if kept:
-            for index in range(len(coming.halves[1].slices)):
+            first, second = coming.halves
+            for index in range(len(second.slices)):
                 coming.corner(index)
-            q2, (q1, _), _ = coming.halves[1].together(coming.q2), coming.first(), coming.late()
-            shares = coming.shares(q1, q2, kept[0].ring, kept[1].ring)
-            under_way = [x.outward([share[2]], "the output") for x, share in zip(coming.halves, shares, strict=True)]
+            (q1, _), _ = coming.first(), coming.late()
+            shares = coming.shares(q1, kept[0].ring, kept[1].ring)
+            under_way = [first.outward([shares[0][2]], "the output")]
+            under_way += [two.outward([shares[1][2][two.shared]], "the output") for two in second.slices]
         else:
             shares, under_way = _attend(coming, call.plan(sink, None))
         outs = [finish()[0] for finish in under_way]
-    for i, ((q_share, kv, out_share, lse), out) in enumerate(zip(shares, outs, strict=True)):
-        stash.keep(*signature, i, ring=(out_share, lse), exchanged=(q_share, kv.flat, out))
-    return torch.cat(outs), shares
+    out = torch.cat(outs)
+    for i, ((q_share, kv, out_share, lse), half) in enumerate(zip(shares, _halves(call), strict=True)):
+        stash.keep(*signature, i, ring=(out_share, lse), exchanged=(q_share, kv.flat, out[half.local]))
+    return out, shares
 
 
 def _attend(coming: _Coming, plan: RingPlan) -> tuple[list[Share], list[Arrival]]:
-    """Attention of both halves; their outputs are on their way back."""
+    """Attention of both halves; their outputs are on their way back, in the order of this rank's tokens."""
     first, second = coming.halves
-    causal = plan.rules_between(CAUSAL)
-    q2, result = _square(coming, plan)
+    full, causal = plan.rules_between(FULL), plan.rules_between(CAUSAL)
+    result = _square(coming, plan)
     q1, early = coming.first()
     ring1 = alone(tile_forward(q1, *early, causal, plan), q1.dtype, plan)
-    under_way = [first.outward([ring1[0]], "the output")]
+    home1 = first.outward([ring1[0]], "the output")
     late = coming.late()
-    result.take(slice(0, q2.shape[0]), tile_forward(q2, *late, causal, plan), first_keys=False)
-    ring2 = result.finish(plan.sink)
-    del result
-    under_way.append(second.outward([ring2[0]], "the output"))
-    return coming.shares(q1, q2, ring1, ring2), under_way
+    part = [x.transpose(0, 1) for x in tile_forward(second.together(coming.q2), *late, causal, plan)]
+    out, lse = (second.apart(x).transpose(0, 1) for x in part)
+    result.take(slice(0, coming.q2.shape[0]), (out, lse), first_keys=False)
+    del part, out, lse
+    out2 = torch.empty_like(result.out, dtype=q1.dtype)
+    home2: list[Arrival] = []
+    *strips, last = second.slices
+    k, v = first.last_slice(early) if strips else early
+    for two in (last, *strips):
+        if two is not last:
+            result.take(two.shared, tile_forward(coming.q2[two.shared], k, v, full, plan), first_keys=False)
+        out2[two.shared] = result.finish(plan.sink, two.shared)[0]
+        home2.append(two.outward([out2[two.shared]], "the output"))
+    return coming.shares(q1, ring1, (out2, result.lse)), [home1, *home2[1:], home2[0]]
 
 
-def _square(coming: _Coming, plan: RingPlan) -> tuple[torch.Tensor, Result]:
-    """q of the second half, and what it got from the keys of the first; both in the order of the sequence."""
-    (first, second), full = coming.halves, plan.rules_between(FULL)
-    q2, result = coming.q2, Result(coming.q2, plan.value_dim)
-    del coming.q2
-    for index, (one, two) in enumerate(zip(first.slices, second.slices, strict=True)):
+def _square(coming: _Coming, plan: RingPlan) -> Result:
+    """What q of the second half gets from the keys of the first as they come; slice after slice."""
+    halves, full = coming.halves, plan.rules_between(FULL)
+    result = Result(coming.q2, plan.value_dim)
+    for index, two in enumerate(halves[1].slices):
         coming.corner(index)
-        for rows, keys in _corner(one, two):
+        for rows, keys in _corner(halves, index):
             k, v = (x[keys] for x in coming.early)
-            result.take(rows, tile_forward(q2[rows], k, v, full, plan), first_keys=rows == two.shared)
-    result.out, result.lse, q2 = (second.together(x) for x in (result.out, result.lse, q2))
-    return q2, result
+            result.take(rows, tile_forward(coming.q2[rows], k, v, full, plan), first_keys=rows == two.shared)
+    return result
 
 
-def _corner(one: _Part, two: _Part) -> list[tuple[slice, slice]]:
-    """Queries and keys of the tiles by which slices of both halves make the square grow: the new queries first."""
-    tiles = [(two.shared, slice(0, one.shared.stop))]
-    return [*tiles, (slice(0, two.shared.start), one.shared)] if two.shared.start else tiles
+def _corner(halves: tuple[_Part, _Part], index: int) -> list[tuple[slice, slice]]:
+    """Queries and keys of the tiles by which another slice of both halves makes the square grow: the new queries first.
+
+    Earlier queries with the keys of the last slice are left to the end, for they complete a slice with each tile.
+    """
+    one, two = (half.slices[index] for half in halves)
+    tiles = [(two.shared, slice(0, one.shared.stop)), (slice(0, two.shared.start), one.shared)]
+    return tiles if 0 < index < len(halves[0].slices) - 1 else tiles[:1]
 
 
 def backward_in_halves(
@@ -270,19 +289,26 @@ def backward_in_halves(
 ) -> tuple[torch.Tensor | None, ...]:
     """dq, dk, dv of this rank's tokens, and dsink of its heads and tokens. `shares` is emptied as it is used."""
     halves, plan = _halves(call), call.plan(sink, None)
-    (first, second), causal = halves, plan.rules_between(CAUSAL)
-    dout2_arrival = second.inward([dout], "the output's gradient")
+    (first, second), causal, wide = halves, plan.rules_between(CAUSAL), accumulator_dtype(dout.dtype)
     (q1, kv, out1, lse1), (q2, _, out2, lse2) = shares
     shares.clear()
     early, late = (half.of(kv.parts) for half in halves)
-    within = call.bundle("dq, dk and dv")
+    queries2 = [q2.new_empty(out2.shape), q2, out2, lse2]
+    del q2, out2, lse2
+    dout1_arrival, dq2, column = _strips_backward(dout, queries2, early, halves, plan)
 
-    queries2 = dout2_arrival()[0], q2, out2, lse2
-    dout1_arrival = first.inward([dout], "the output's gradient")
-    dq2, *dkv = tile_backward(queries2, *late, causal, plan)
+    for index, x in enumerate(queries2):
+        queries2[index] = second.together(x)
+        del x
+    within = call.bundle("dq, dk and dv")
+    part, *dkv = tile_backward(tuple(queries2), *late, causal, plan)
     dkv2_home = second.outward([x.to(dout.dtype) for x in dkv], "dk and dv", within)
-    dq2 = dq2.to(accumulator_dtype(dout.dtype))
-    del dkv
+    part = second.apart(part)
+    if dq2 is None:
+        dq2 = part.to(wide)
+    else:
+        add_rows_([(dq2, part)])
+    del part, dkv
     queries1 = dout1_arrival()[0], q1, out1, lse1
     dq, *dkv1 = tile_backward(queries1, *early, causal, plan)
     dq1_home = first.outward([dq.to(dout.dtype)], "dq", within)
@@ -291,47 +317,83 @@ def backward_in_halves(
     within.post()
 
     operands = [*queries2, *early, dq2]
-    del kv, early, late, q2, out2, lse2, queries2, dq2
-    dq2_home, dkv1_home = _square_backward(operands, dkv1, halves, plan)
+    del kv, early, late, queries2, dq2
+    dq2_home, dkv1_home = _square_backward(operands, dkv1, column, halves, plan)
     dq = torch.cat([dq1_home()[0], *(arrival()[0] for arrival in dq2_home)])
     dkv_home = [*(arrival() for arrival in dkv1_home), dkv2_home()]
     dk, dv = (torch.cat(x) for x in zip(*dkv_home, strict=True))
     return dq, dk, dv, dsink, None
 
 
+def _strips_backward(
+    dout: torch.Tensor, queries: list[torch.Tensor], keys: Pair, halves: tuple[_Part, _Part], plan: RingPlan
+) -> tuple[Arrival, torch.Tensor | None, list[torch.Tensor]]:
+    """Gradients of what ended the forward pass, as dout of the second half comes: it is written to `queries`.
+
+    queries: dout, q, out, lse of the second half, slice after slice; keys: k, v of the first. Returns what waits for
+    dout of the first half, and so far dq of the second and dk, dv of the last slice of the first, wide.
+    """
+    (first, second), full, what = halves, plan.rules_between(FULL), "the output's gradient"
+    coming = [functools.partial(two.inward, [dout], what, None, [queries[0][two.shared]]) for two in second.slices]
+    coming.append(functools.partial(first.inward, [dout], what))
+    arrivals = [coming[0]()]
+    *strips, last = second.slices
+    dq = torch.zeros_like(queries[1], dtype=accumulator_dtype(dout.dtype)) if strips else None
+    column: list[torch.Tensor] = []
+    k, v = first.last_slice(keys) if strips else keys
+    for index, two in enumerate(second.slices):
+        arrivals[index]()
+        arrivals += [begin() for begin in coming[len(arrivals) : index + 3]]  # two messages ahead, as in `_Coming`
+        if dq is None or two is last:
+            continue
+        part, *grads = tile_backward(tuple(x[two.shared] for x in queries), k, v, full, plan)
+        add_rows_([(dq[two.shared], part)])
+        column = column or [torch.zeros_like(x, dtype=dq.dtype) for x in grads]
+        add_rows_(tuple(zip(column, grads, strict=True)))
+    return arrivals[-1], dq, column
+
+
 def _square_backward(
-    operands: list[torch.Tensor], dkv: list[torch.Tensor], halves: tuple[_Part, _Part], plan: RingPlan
+    operands: list[torch.Tensor],
+    dkv: list[torch.Tensor],
+    column: list[torch.Tensor],
+    halves: tuple[_Part, _Part],
+    plan: RingPlan,
 ) -> tuple[list[Arrival], list[Arrival]]:
     """Gradients of the square, on their way home with those so far: dq of the second half, dkv of the first, by slice.
 
-    operands: dout, q, out, lse of the second half, k, v of the first, dq so far, wide. dkv: so far. Both are emptied.
-    The last corner of the forward pass comes first, after which its slices want no more.
+    operands: dout, q, out, lse of the second half, k, v of the first, dq so far, wide and slice after slice. dkv: so
+    far; column: more of its last slice. All three are emptied. The last corner of the forward pass comes first, after
+    which its slices want no more.
     """
     (first, second), full, dtype = halves, plan.rules_between(FULL), dkv[0].dtype
-    for tensors, owners in ((operands, [*[second] * 4, first, first, second]), (dkv, [first, first])):
+    for tensors, owners in ((operands, [*[second] * 4, first, first]), (dkv, [first, first])):
         for index, half in enumerate(owners):
             tensors[index] = half.apart(tensors[index])
     *queries, k, v, dq_sum = operands
     operands.clear()
+    for index, part in enumerate(column):
+        dkv[index] = dkv[index].to(part.dtype)
+        add_rows_([(dkv[index][first.slices[-1].shared], part)])
+    column.clear()
     home: list[tuple[Arrival, Arrival]] = []
-    for one, two in reversed(list(zip(first.slices, second.slices, strict=True))):
-        last = two is second.slices[0]
-        for rows, keys in _corner(one, two):
+    for corner, (one, two) in reversed(list(enumerate(zip(first.slices, second.slices, strict=True)))):
+        for rows, keys in _corner(halves, corner):
             dq, *grads = tile_backward(tuple(x[rows] for x in queries), k[keys], v[keys], full, plan)
-            if last:
+            if not corner:
                 del queries, k, v
             add_rows_([(dq_sum[rows], dq)])
             del dq
             for index, part in enumerate(grads):  # one after the other, for they are wide
                 total = dkv[index].to(dq_sum.dtype)
                 add_rows_([(total[keys], part)])
-                dkv[index] = total[keys].to(dtype) if last else total
+                dkv[index] = total if corner else total[keys].to(dtype)
             del grads, part, total
         bundle = first.call.bundle("dq, dk and dv")
-        gone = dkv if last else [x[one.shared].to(dtype) for x in dkv]
+        gone = [x[one.shared].to(dtype) for x in dkv] if corner else dkv
         dkv_arrival = one.outward(gone, "dk and dv", bundle)
         gone = [dq_sum[two.shared].to(dtype)]
-        if last:
+        if not corner:
             del dq_sum
         home.append((two.outward(gone, "dq", bundle), dkv_arrival))
         bundle.post()
@@ -339,7 +401,7 @@ def _square_backward(
     return [x for x, _ in home], [x for _, x in home]
 
 
-def _sink_gradient(halves: Sequence[Queries], sink: torch.Tensor, heads: slice) -> torch.Tensor:
+def _sink_gradient(halves: Sequence[Sequence[torch.Tensor]], sink: torch.Tensor, heads: slice) -> torch.Tensor:
     dsink = torch.zeros_like(sink)
     for dout, _, out, lse in halves:
         dsink[heads] += sink_gradient(dout, out, lse, sink[heads])

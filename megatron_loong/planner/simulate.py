@@ -128,32 +128,29 @@ class _Run:
         """Parts of the sequence, in the order of `attention.halves`."""
         qkv, out = exchange_bytes(self.config, self.shape)
         q, slices = out * self.shape.head_dim // self.shape.value_dim, self.parts.sequence // 2
-        corner, corners_s, halves_s = qkv // self.parts.sequence, self.costs.corners(slices), self.costs.halves()
+        corner, (corners_s, strip_s), halves_s = qkv // (2 * slices), self.costs.square(slices), self.costs.halves()
+        strips_s = [strip_s] * (slices - 1)
+        out_slice = out // (2 * slices)
         outward: list[tuple[int, list[float]]] = []
 
         def send(rank_bytes: int) -> None:
             outward.append((rank_bytes, self._begin_exchange(rank_bytes)))
 
+        inward = [*[out_slice] * slices, out // 2] if self.backward else [*[corner] * slices, q // 2, (qkv - q) // 2]
+        # What is computed when a message is here: backward the slices of the second half come before that half.
+        then_s = [*strips_s, *halves_s] if self.backward else [*corners_s, *halves_s]
+        arrivals = [self._begin_exchange(inward[0])]
+        for index, (rank_bytes, seconds) in enumerate(zip(inward, then_s, strict=True)):
+            self._end_exchange(rank_bytes, arrivals[index])
+            arrivals += [self._begin_exchange(n) for n in inward[len(arrivals) : index + 3]]
+            self._compute_alike(seconds)
+            if not self.backward and index >= slices:
+                send(out // 2 if index == slices else out_slice)
         if self.backward:
-            arrival = self._begin_exchange(out // 2)
-            for index, seconds in enumerate(halves_s):
-                self._end_exchange(out // 2, arrival)
-                if not index:
-                    arrival = self._begin_exchange(out // 2)
-                self._compute_alike(seconds)
             send(qkv // 2)
-            for seconds in reversed(corners_s):
-                self._compute_alike(seconds)
-                send(corner)
-        else:
-            inward = [*[corner] * slices, q // 2, (qkv - q) // 2]
-            arrivals = [self._begin_exchange(inward[0])]
-            for index, (rank_bytes, seconds) in enumerate(zip(inward, [*corners_s, *halves_s], strict=True)):
-                self._end_exchange(rank_bytes, arrivals[index])
-                arrivals += [self._begin_exchange(n) for n in inward[len(arrivals) : index + 3]]
-                self._compute_alike(seconds)
-                if index >= slices:
-                    send(out // 2)
+        for seconds in reversed(corners_s) if self.backward else strips_s:
+            self._compute_alike(seconds)
+            send(corner if self.backward else out_slice)
         for rank_bytes, arrival in outward:
             self._end_exchange(rank_bytes, arrival)
 

@@ -59,20 +59,24 @@ class TileCosts:
             self._known[key] = kernel_s, merge_s
         return self._known[key]
 
-    def corners(self, slices: int) -> list[float]:
+    def square(self, slices: int) -> tuple[list[float], float]:
         """The square between the halves of the sequence, cut in slices of both: what it grows by with each more.
 
-        On a rank of a ring of one (`attention.halves`).
+        And what each slice but the last takes at the end. On a rank of a ring of one (`attention.halves`).
         """
         part = self.shape.seq_len // (2 * slices)
-        seconds = []
+        corners = []
         for index in range(slices):
-            tiles = [(part, (index + 1) * part), *([(index * part, part)] if index else [])]
-            kernels_s = sum(self._kernel_s(*tile, causal=False) for tile in tiles)
-            merges_s = sum(self._merge_s(rows, own=not self.backward and rows == part) for rows, _ in tiles)
-            folds_s = self.fold_s * sum(keys for _, keys in tiles) / self.shape.seq_len if self.backward else 0.0
-            seconds.append(kernels_s + merges_s + folds_s)
-        return seconds
+            corners.append(self._full_tile_s(part, (index + 1) * part, first=True))
+            if 0 < index < slices - 1:
+                corners[-1] += self._full_tile_s(index * part, part, first=False)
+        return corners, self._full_tile_s(part, part, first=False)
+
+    def _full_tile_s(self, query_len: int, kv_len: int, first: bool) -> float:
+        """A tile of the square; `first`: whether its queries meet their first keys in the forward pass."""
+        fold_s = self.fold_s * kv_len / self.shape.seq_len if self.backward else 0.0
+        merge_s = self._merge_s(query_len, own=first and not self.backward)
+        return self._kernel_s(query_len, kv_len, causal=False) + merge_s + fold_s
 
     def halves(self) -> tuple[float, float]:
         """What each half of the sequence takes with itself: forward the second is folded into the result."""

@@ -64,15 +64,16 @@ def test_what_halves_begin_before_they_compute(pool: WorkerPool) -> None:
 
 
 def test_what_slices_begin_before_they_compute(pool: WorkerPool) -> None:
-    """In four parts the square between the halves grows by a corner with each message, and shrinks by one."""
+    """In four parts the square between the halves grows as they come and shrinks as they go, at either end."""
     half = 8 * 4 * 8
-    causal = 32, 32, (-1, 0)
-    square = [(16, 16, (-1, -1)), (16, 32, (-1, -1)), (16, 16, (-1, -1))]
-    slices = 3 * half // 2  # q of the second half and k, v of the first, or their gradients
-    first, new, old = (("forward", *tile) for tile in square)
-    forward = [slices, slices, half, first, 2 * half, new, old, ("forward", *causal), half, ("forward", *causal), half]
-    last, new, old = (("backward", *tile) for tile in square)
-    backward = [half, half, ("backward", *causal), ("backward", *causal), 3 * half, new, old, slices, last, slices]
+    quarter, slices = half // 2, 3 * half // 2  # q (out) of the second half; with k, v of the first, or gradients
+    tiles = [(16, 16, (-1, -1)), (16, 32, (-1, -1)), (32, 32, (-1, 0))]
+    small, row, causal = (("forward", *tile) for tile in tiles)
+    inward = [slices, slices, half, small, 2 * half, row, causal]
+    forward = [*inward, half, causal, quarter, small, quarter]
+    small, row, causal = (("backward", *tile) for tile in tiles)
+    inward = [quarter, quarter, half, small, causal, causal]
+    backward = [*inward, 3 * half, row, slices, small, slices]
     for events in pool.run(cases.order_of_halves, 4):
         assert events in (None, [*forward, *backward])
 
