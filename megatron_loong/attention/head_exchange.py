@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -55,25 +56,22 @@ class HeadExchange:
         if self.handle.size == 1:
             results = [x if out is None else out.copy_(x) for x, out in zip(tensors, into, strict=True)]
             return lambda: results
-        tokens, me = self._tokens(), self.handle.rank
-        widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
-        send = self._buffer(tensors[0], [tokens[me] * sum(w) for w in widths])
+        tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
+        given, lengths = [tokens[me] * width for width in row.widths], [n * row.widths[me] for n in tokens]
+        send = tensors[0].new_empty(sum(given))
         copy_rows_(
             [
                 pair
                 for index, (x, heads) in enumerate(zip(tensors, shares, strict=True))
-                for pair in _given_out(x, heads, send, widths, index)
+                for pair in _given_out(x, heads, send, row, index)
             ]
         )
-        lengths = [n * sum(widths[me]) for n in tokens]
-        given = [tokens[me] * sum(w) for w in widths]
         arrival = self._begin(send, given, lengths, what, bundle)
-        order, columns = _order(self.layout, self.ring_rank, send.device), starts_of(widths[me])
+        order = _order(self.layout, self.ring_rank, send.device)
         forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
         def finish() -> list[torch.Tensor]:
-            rows = arrival().view(sum(tokens), sum(widths[me]))
-            parts = [rows[:, a:b] for a, b in itertools.pairwise(columns)]
+            parts = row.columns_of(arrival().view(sum(tokens), row.widths[me]), me)
             results = [
                 part.new_empty(sum(tokens), shape[1], len(heads[me]), shape[3], dtype=dtype) if out is None else out
                 for part, (shape, dtype), heads, out in zip(parts, forms, shares, into, strict=True)
@@ -101,17 +99,14 @@ class HeadExchange:
             results = tensors.copy()
             tensors.clear()
             return lambda: results
-        tokens, me = self._tokens(), self.handle.rank
-        widths = [[_row(x, heads[peer]) for x, heads in zip(tensors, shares, strict=True)] for peer in self._peers]
-        send = self._buffer(tensors[0], [n * sum(widths[me]) for n in tokens])
-        rows, columns = send.view(sum(tokens), sum(widths[me])), starts_of(widths[me])
+        tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
+        given, lengths = [n * row.widths[me] for n in tokens], [tokens[me] * width for width in row.widths]
+        send = tensors[0].new_empty(sum(given))
+        parts = row.columns_of(send.view(sum(tokens), row.widths[me]), me)
         order = _order(self.layout, self.ring_rank, send.device)
-        parts = [rows[:, a:b] for a, b in itertools.pairwise(columns)]
         copy_rows_([(part, x.reshape(part.shape)) for x, part in zip(tensors, parts, strict=True)], target_rows=order)
         forms = [(x.shape, x.dtype) for x in tensors]
         tensors.clear()
-        lengths = [tokens[me] * sum(w) for w in widths]
-        given = [n * sum(widths[me]) for n in tokens]
         arrival = self._begin(send, given, lengths, what, bundle)
 
         def finish() -> list[torch.Tensor]:
@@ -119,9 +114,9 @@ class HeadExchange:
             results = []
             for index, ((shape, dtype), heads) in enumerate(zip(forms, shares, strict=True)):
                 if into is None:
-                    results.append(_put_together(shape, dtype, heads, received, widths, index, tokens[me]))
+                    results.append(_put_together(shape, dtype, heads, received, row, index, tokens[me]))
                     continue
-                for share, view in zip(heads, _views(shape, heads, received, widths, index, tokens[me]), strict=True):
+                for share, view in zip(heads, _views(shape, heads, received, row, index, tokens[me]), strict=True):
                     into[index][:, :, share.start : share.stop].copy_(view)
                 results.append(into[index])
             return results
@@ -136,21 +131,42 @@ class HeadExchange:
         return all_to_all(send, given, lengths, self.handle, what, self.copy_engines)
 
     @property
-    def _peers(self) -> range:
-        return range(self.handle.size)
-
-    def _tokens(self) -> list[int]:
+    def _tokens(self) -> tuple[int, ...]:
         """Tokens of each rank of the head group."""
-        return [self.layout.tokens_of(self.ring_rank * self.handle.size + peer) for peer in self._peers]
-
-    @staticmethod
-    def _buffer(like: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        return torch.empty(sum(lengths), dtype=like.dtype, device=like.device)
+        first = self.ring_rank * self.handle.size
+        return self.layout.rank_tokens[first : first + self.handle.size]
 
 
-def _row(x: torch.Tensor, heads: range) -> int:
-    """Elements that one token has of `heads` of x [s, b, heads, d]."""
-    return x.shape[1] * len(heads) * x.shape[3]
+class _Row(NamedTuple):
+    """What a message has of one token, in elements."""
+
+    starts: tuple[tuple[int, ...], ...]
+    """By peer: where in its row each tensor begins, and the end."""
+    widths: tuple[int, ...]
+    """By peer: of all tensors."""
+    alike: tuple[bool, ...]
+    """By tensor: whether the peers' shares are equal pieces of all the heads, in order, and rows of one form."""
+
+    def columns_of(self, rows: torch.Tensor, peer: int) -> list[torch.Tensor]:
+        """Each tensor's columns of rows as `peer` gets them."""
+        return [rows[:, a:b] for a, b in itertools.pairwise(self.starts[peer])]
+
+
+def _row_of(tensors: Sequence[torch.Tensor], shares: Sequence[Shares]) -> _Row:
+    """Of tensors [s, b, heads, d]."""
+    return _row(tuple(x.shape[1] * x.shape[3] for x in tensors), tuple(shares))
+
+
+@functools.lru_cache(maxsize=256)
+def _row(head_sizes: tuple[int, ...], shares: tuple[Shares, ...]) -> _Row:
+    """head_sizes: elements that one token has of a head of each tensor."""
+    peers = zip(*shares, strict=True)
+    starts = [
+        tuple(starts_of(n * len(heads) for n, heads in zip(head_sizes, of_peer, strict=True))) for of_peer in peers
+    ]
+    one_form = len(set(starts)) == 1
+    alike = tuple(one_form and _in_order_and_equal(x) for x in shares)
+    return _Row(tuple(starts), tuple(x[-1] for x in starts), alike)
 
 
 def _in_order_and_equal(shares: Shares) -> bool:
@@ -160,35 +176,34 @@ def _in_order_and_equal(shares: Shares) -> bool:
 
 
 def _views(
-    shape: torch.Size, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
+    shape: torch.Size, shares: Shares, buffer: torch.Tensor, row: _Row, index: int, tokens: int
 ) -> list[torch.Tensor]:
     """By peer: the view [tokens, b, heads, d] of what tensor `index` has in a buffer of rows."""
-    totals = [sum(w) for w in widths]
     views = []
-    for heads, width, piece in zip(shares, widths, buffer.split([tokens * n for n in totals]), strict=True):
-        column = sum(width[:index])
-        part = piece.view(tokens, sum(width))[:, column : column + width[index]]
+    pieces = buffer.split([tokens * n for n in row.widths])
+    for heads, starts, width, piece in zip(shares, row.starts, row.widths, pieces, strict=True):
+        part = piece.view(tokens, width)[:, starts[index] : starts[index + 1]]
         views.append(part.unflatten(1, (shape[1], len(heads), shape[3])))
     return views
 
 
 def _one_view(
-    shape: torch.Size, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int, tokens: int
+    shape: torch.Size, shares: Shares, buffer: torch.Tensor, row: _Row, index: int, tokens: int
 ) -> torch.Tensor:
     """As `_views` for equal shares, in one: [tokens, b, peer, heads of a peer, d]."""
-    column, width = sum(widths[0][:index]), widths[0][index]
-    rows = buffer.view(len(shares), tokens, sum(widths[0]))[:, :, column : column + width]
+    start, stop = row.starts[0][index : index + 2]
+    rows = buffer.view(len(shares), tokens, row.widths[0])[:, :, start:stop]
     return rows.unflatten(2, (shape[1], len(shares[0]), shape[3])).permute(1, 2, 0, 3, 4)
 
 
 def _given_out(
-    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, widths: list[list[int]], index: int
+    x: torch.Tensor, shares: Shares, buffer: torch.Tensor, row: _Row, index: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Where each peer's heads of x go in a buffer of rows, and the heads."""
-    if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
-        view = _one_view(x.shape, shares, buffer, widths, index, x.shape[0])
+    if row.alike[index]:
+        view = _one_view(x.shape, shares, buffer, row, index, x.shape[0])
         return [(view, x.unflatten(2, (len(shares), len(shares[0]))))]
-    views = _views(x.shape, shares, buffer, widths, index, x.shape[0])
+    views = _views(x.shape, shares, buffer, row, index, x.shape[0])
     return [(view, x[:, :, heads.start : heads.stop]) for heads, view in zip(shares, views, strict=True)]
 
 
@@ -197,15 +212,15 @@ def _put_together(
     dtype: torch.dtype,
     shares: Shares,
     buffer: torch.Tensor,
-    widths: list[list[int]],
+    row: _Row,
     index: int,
     tokens: int,
 ) -> torch.Tensor:
-    if _in_order_and_equal(shares) and all(w == widths[0] for w in widths):
-        return _one_view(shape, shares, buffer, widths, index, tokens).flatten(2, 3)
+    if row.alike[index]:
+        return _one_view(shape, shares, buffer, row, index, tokens).flatten(2, 3)
     wide = torch.promote_types(dtype, torch.float32)
     total = torch.zeros(tokens, shape[1], shares[-1].stop, shape[3], dtype=wide, device=buffer.device)
-    for heads, view in zip(shares, _views(shape, shares, buffer, widths, index, tokens), strict=True):
+    for heads, view in zip(shares, _views(shape, shares, buffer, row, index, tokens), strict=True):
         total[:, :, heads.start : heads.stop] += view
     return total.to(dtype)
 

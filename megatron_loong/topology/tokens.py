@@ -45,7 +45,12 @@ class TokenLayout:
 
     def tokens_of(self, logical_rank: int) -> int:
         """Number of tokens that a logical rank holds."""
-        return _length(self.rank_runs[logical_rank])
+        return self.rank_tokens[logical_rank]
+
+    @functools.cached_property
+    def rank_tokens(self) -> tuple[int, ...]:
+        """`tokens_of` every logical rank."""
+        return tuple(map(_length, self.rank_runs))
 
     def ring_runs(self, ring_rank: int) -> tuple[Run, ...]:
         """The runs that a ring rank holds after the all-to-all, in its order; neighbouring runs are joined.
