@@ -11,8 +11,8 @@ travels together:
                                   | 2a with 1a        | 2b with 1 | 1 with 1 | 2 with 2 | 2a with 1b |
                                                                              | out of 1 | out of 2b  | out of 2a
     backward    dout of 2a | dout of 2b | dout of 1 |
-                           | 2a with 1b | 2 with 2  | 1 with 1 | 2b with 1         | 2a with 1a          |
-                                                               | dq of 1, dkv of 2 | dq of 2b, dkv of 1b | dq of 2a, ...
+                           | 2a with 1b | 2 with 2  | 1 with 1 | 2b with 1 | 2a with 1a          |
+                                                    | dkv of 2 | dq of 1   | dq of 2b, dkv of 1b | dq of 2a, dkv of 1a
 
 The bytes are those of one exchange.
 """
@@ -300,7 +300,8 @@ def backward_in_halves(
     for index, x in enumerate(queries2):
         queries2[index] = second.together(x)
         del x
-    within = call.bundle("dq, dk and dv")
+    # In slices dkv has the link to itself while the other half is computed; else one message costs less than two.
+    within = call.bundle("dq, dk and dv") if dq2 is None else None
     part, *dkv = tile_backward(tuple(queries2), *late, causal, plan)
     dkv2_home = second.outward([x.to(dout.dtype) for x in dkv], "dk and dv", within)
     part = second.apart(part)
@@ -314,7 +315,8 @@ def backward_in_halves(
     dq1_home = first.outward([dq.to(dout.dtype)], "dq", within)
     dsink = None if sink is None else _sink_gradient((queries1, queries2), sink, call.query_heads)
     del q1, out1, lse1, queries1, dq  # before the message is put together
-    within.post()
+    if within is not None:
+        within.post()
 
     operands = [*queries2, *early, dq2]
     del kv, early, late, queries2, dq2

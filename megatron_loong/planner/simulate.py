@@ -146,7 +146,9 @@ class _Run:
             self._compute_alike(seconds)
             if not self.backward and index >= slices:
                 send(out // 2 if index == slices else out_slice)
-        if self.backward:
+            elif self.backward and index >= slices - 1 and slices > 1:
+                send(q // 2 if index == slices else (qkv - q) // 2)
+        if self.backward and slices == 1:
             send(qkv // 2)
         for seconds in reversed(corners_s) if self.backward else strips_s:
             self._compute_alike(seconds)

@@ -72,8 +72,8 @@ def test_what_slices_begin_before_they_compute(pool: WorkerPool) -> None:
     inward = [slices, slices, half, small, 2 * half, row, causal]
     forward = [*inward, half, causal, quarter, small, quarter]
     small, row, causal = (("backward", *tile) for tile in tiles)
-    inward = [quarter, quarter, half, small, causal, causal]
-    backward = [*inward, 3 * half, row, slices, small, slices]
+    inward = [quarter, quarter, half, small]
+    backward = [*inward, causal, 2 * half, causal, half, row, slices, small, slices]
     for events in pool.run(cases.order_of_halves, 4):
         assert events in (None, [*forward, *backward])
 

@@ -65,7 +65,7 @@ def run(config: LoongConfig, heads: tuple[int, int], all_to_all: str, **options:
     [
         (LoongConfig(4, 4), {}, 2 + 2),
         (LoongConfig(4, 4), {"sequence_parts": 2}, (1 + 2 + 2) + (2 + 1 + 1)),
-        (LoongConfig(4, 4), {"sequence_parts": 4}, (2 + 2 + 3) + (3 + 1 + 2)),
+        (LoongConfig(4, 4), {"sequence_parts": 4}, (2 + 2 + 3) + (3 + 2 + 2)),
         (LoongConfig(8, 4, 2), {"head_parts": 2}, 4 + 4),
     ],
     ids=["at once", "halves", "slices of halves", "heads in parts, a ring"],
