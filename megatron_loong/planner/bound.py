@@ -46,9 +46,7 @@ def _ring_and_copies_s(costs: TileCosts, parts: Parts) -> tuple[float, float]:
     if config.head_parallel_size > 1:
         copies_s = 2 * sum(costs.copy_s(part) for part in exchange_bytes(config, costs.shape))
     if parts.sequence > 1:
-        slices = parts.sequence // 2
-        corners_s, strip_s = costs.square(slices)
-        return sum(corners_s) + (slices - 1) * strip_s + sum(costs.halves()), copies_s
+        return sum(map(sum, (*costs.square(parts.sequence // 2), costs.halves()))), copies_s
     return costs.pass_s(config.ring_size - 1), copies_s
 
 

@@ -128,31 +128,28 @@ class _Run:
         """Parts of the sequence, in the order of `attention.halves`."""
         qkv, out = exchange_bytes(self.config, self.shape)
         q, slices = out * self.shape.head_dim // self.shape.value_dim, self.parts.sequence // 2
-        corner, (corners_s, strip_s), halves_s = qkv // (2 * slices), self.costs.square(slices), self.costs.halves()
-        strips_s = [strip_s] * (slices - 1)
-        out_slice = out // (2 * slices)
+        out_slice, corner, kv = out // (2 * slices), qkv // (2 * slices), (qkv - q) // 2
+        (corners_s, strips_s), halves_s = self.costs.square(slices), self.costs.halves()
+        # What comes, what is computed when it is here, what goes then; what is computed last, and goes each time.
+        if self.backward:
+            inward, then_s = [*[out_slice] * slices, out // 2], [*strips_s, *halves_s]
+            gone = [*[0] * (slices - 1), kv, q // 2] if slices > 1 else [0, qkv // 2]
+            last_s, last = corners_s[::-1], corner
+        else:
+            inward, then_s = [*[corner] * slices, q // 2, kv], [*corners_s, *halves_s]
+            gone = [*[0] * slices, out // 2, out_slice]
+            last_s, last = strips_s, out_slice
         outward: list[tuple[int, list[float]]] = []
-
-        def send(rank_bytes: int) -> None:
-            outward.append((rank_bytes, self._begin_exchange(rank_bytes)))
-
-        inward = [*[out_slice] * slices, out // 2] if self.backward else [*[corner] * slices, q // 2, (qkv - q) // 2]
-        # What is computed when a message is here: backward the slices of the second half come before that half.
-        then_s = [*strips_s, *halves_s] if self.backward else [*corners_s, *halves_s]
         arrivals = [self._begin_exchange(inward[0])]
-        for index, (rank_bytes, seconds) in enumerate(zip(inward, then_s, strict=True)):
+        for index, (rank_bytes, seconds, sent) in enumerate(zip(inward, then_s, gone, strict=True)):
             self._end_exchange(rank_bytes, arrivals[index])
             arrivals += [self._begin_exchange(n) for n in inward[len(arrivals) : index + 3]]
             self._compute_alike(seconds)
-            if not self.backward and index >= slices:
-                send(out // 2 if index == slices else out_slice)
-            elif self.backward and index >= slices - 1 and slices > 1:
-                send(q // 2 if index == slices else (qkv - q) // 2)
-        if self.backward and slices == 1:
-            send(qkv // 2)
-        for seconds in reversed(corners_s) if self.backward else strips_s:
+            if sent:
+                outward.append((sent, self._begin_exchange(sent)))
+        for seconds in last_s:
             self._compute_alike(seconds)
-            send(corner if self.backward else out_slice)
+            outward.append((last, self._begin_exchange(last)))
         for rank_bytes, arrival in outward:
             self._end_exchange(rank_bytes, arrival)
 

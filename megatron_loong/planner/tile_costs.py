@@ -59,10 +59,10 @@ class TileCosts:
             self._known[key] = kernel_s, merge_s
         return self._known[key]
 
-    def square(self, slices: int) -> tuple[list[float], float]:
+    def square(self, slices: int) -> tuple[list[float], list[float]]:
         """The square between the halves of the sequence, cut in slices of both: what it grows by with each more.
 
-        And what each slice but the last takes at the end. On a rank of a ring of one (`attention.halves`).
+        And what each slice but the last takes apart from that. On a rank of a ring of one (`attention.halves`).
         """
         part = self.shape.seq_len // (2 * slices)
         corners = []
@@ -70,7 +70,7 @@ class TileCosts:
             corners.append(self._full_tile_s(part, (index + 1) * part, first=True))
             if 0 < index < slices - 1:
                 corners[-1] += self._full_tile_s(index * part, part, first=False)
-        return corners, self._full_tile_s(part, part, first=False)
+        return corners, [self._full_tile_s(part, part, first=False)] * (slices - 1)
 
     def _full_tile_s(self, query_len: int, kv_len: int, first: bool) -> float:
         """A tile of the square; `first`: whether its queries meet their first keys in the forward pass."""
