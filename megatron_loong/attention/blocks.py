@@ -62,13 +62,11 @@ class Block:
     flat: torch.Tensor
     """uint8."""
 
-    @classmethod
-    def packed(cls, *tensors: torch.Tensor) -> Block:
-        """A copy of tensors [s, ...] of as many rows."""
-        block = Form.like(*tensors).empty(tensors[0].shape[0], tensors[0].device)
-        for part, x in zip(block.parts, tensors, strict=True):
+    def fill(self, tensors: Iterable[torch.Tensor]) -> Block:
+        """Copy tensors [s, ...] into it, of whatever dtypes; returns itself."""
+        for part, x in zip(self.parts, tensors, strict=True):
             part.copy_(x)
-        return block
+        return self
 
     @property
     def rows(self) -> int:
@@ -94,15 +92,6 @@ class Block:
         places = [slice_within(held, run) for run in wanted]
         rows = [piece.view(self.rows, width) for piece, width in zip(self._pieces, self.form.widths, strict=True)]
         return torch.cat([x[place].reshape(-1) for x in rows for place in places])
-
-    def cast(self, form: Form) -> Block:
-        """The same rows in a form of other dtypes."""
-        if form == self.form:
-            return self
-        other = form.empty(self.rows, self.flat.device)
-        for mine, theirs in zip(self.parts, other.parts, strict=True):
-            theirs.copy_(mine)
-        return other
 
     @property
     def _pieces(self) -> list[torch.Tensor]:

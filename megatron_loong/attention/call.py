@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_loong.attention import stash
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
+from megatron_loong.attention.circulation import own_block
 from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.expansion import LatentHeads, PlainHeads
 from megatron_loong.attention.halves import backward_in_halves, forward_in_halves
@@ -82,6 +83,12 @@ class Call:
         """For exchanges that travel together."""
         return Bundle(self.groups.handle("head"), what, self.copy_engines)
 
+    @property
+    def rings(self) -> dict[str, Ring]:
+        """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
+        handles = [self.groups.handle(name) for name in ("inner", "outer", "inner_dkv", "outer_dkv")]
+        return {handle.name: Ring(handle) for handle in handles if handle.process_group is not None}
+
     def kv_form(self, k: torch.Tensor, v: torch.Tensor) -> Form:
         """A row of the KV block of this rank's heads."""
         heads = len(self.shares.kv[self.groups.handle("head").rank])
@@ -106,14 +113,13 @@ class Call:
     def plan(self, sink: torch.Tensor | None, up_weight: torch.Tensor | None, moving: Moving = "kv") -> RingPlan:
         """What the ring does; `moving` says which side does in the backward pass."""
         config, heads = self.groups.config, self.query_heads
-        handles = [self.groups.handle(name) for name in ("inner", "outer", "inner_dkv", "outer_dkv")]
         assert config.inner_ring_size is not None
         narrow = self.wire_dtype.itemsize < torch.float32.itemsize
         return RingPlan(
             forward=ring_schedule(*self.layouts, self.mask, config.inner_ring_size),
             backward=ring_schedule(*self.layouts, self.mask, config.inner_ring_size, moving, narrow),
             ring_rank=self.groups.ring_rank,
-            rings={handle.name: Ring(handle) for handle in handles if handle.process_group is not None},
+            rings=self.rings,
             kernel=self.kernel,
             rules=TileRules(
                 softmax_scale=self.softmax_scale,
@@ -214,7 +220,7 @@ def _forward(
 def _inward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Callable[[], tuple[torch.Tensor, Block]]:
     """Begin the all-to-all of q, k and v; the wait gives q and the KV block of this rank's heads."""
     shares = call.shares
-    kv = call.kv_form(k, v).empty(call.kv_rows(), k.device)
+    kv = own_block(call.rings, call.kv_form(k, v), call.kv_rows(), k.device)
     q_exchange, kv_exchange = (call.exchange(layout) for layout in call.layouts)
     if call.layouts[0] is call.layouts[1]:
         arrival = q_exchange.split([q, k, v], [shares.query, shares.kv, shares.kv], "q, k and v", [None, *kv.parts])

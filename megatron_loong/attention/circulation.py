@@ -17,12 +17,25 @@ Rings = Mapping[str, Ring]
 """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
 
 
+def own_block(rings: Rings, form: Form, rows: int, device: torch.device) -> Block:
+    """An uninitialised block of this rank's own, where it can be sent from."""
+    size = rows * sum(form.widths)
+    ring = next(iter(rings.values()), None)
+    return Block(
+        form, torch.empty(size, dtype=torch.uint8, device=device) if ring is None else ring.buffer(size, device)
+    )
+
+
 class Traffic:
     """Messages under way on a pair of rings: posted together by step, waited for when they are due."""
 
     def __init__(self, rings: Rings, suffix: str, what: str) -> None:
         self._rings, self._suffix, self._what = rings, suffix, what
-        self._sent: defaultdict[int, list[tuple[Wait, torch.Tensor]]] = defaultdict(list)
+        self._sent: defaultdict[int, list[Wait]] = defaultdict(list)
+
+    def buffer(self, hop: Hop, form: Form, device: torch.device) -> torch.Tensor:
+        """Where a hop's rows arrive."""
+        return self._rings[hop.ring + self._suffix].buffer(row_count(hop.rows) * sum(form.widths), device)
 
     def post(self, hops: list[tuple[Hop, torch.Tensor]]) -> list[tuple[Hop, torch.Tensor, Wait]]:
         """Begin the hops of one step; returns those that receive, each with its wait."""
@@ -35,14 +48,14 @@ class Traffic:
             waits = self._rings[ring + self._suffix].post(messages)
             for (hop, block), wait in zip(ends, waits, strict=True):
                 if hop.send:
-                    self._sent[hop.due].append((wait, block))
+                    self._sent[hop.due].append(wait)
                 else:
                     arriving.append((hop, block, wait))
         return arriving
 
     def finish_sends(self, step: int) -> None:
-        """Wait for what was sent and is wanted by now at the other end, and let go of its memory."""
-        for wait, _ in self._sent.pop(step, ()):
+        """Wait for what was sent and is wanted by now at the other end."""
+        for wait in self._sent.pop(step, ()):
             wait()
 
 
@@ -85,7 +98,7 @@ class Circulation:
     def _buffer(self, hop: Hop) -> torch.Tensor:
         if hop.send:
             return self.block(hop.visit).chosen(self._work.rows[hop.visit], hop.rows)
-        return self._own.form.buffer(row_count(hop.rows), self._own.flat.device)
+        return self._traffic.buffer(hop, self._own.form, self._own.flat.device)
 
 
 Fold = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], None]
@@ -140,9 +153,12 @@ class Returns:
         for hop in self._work.return_hops.get(step, ()):
             if hop.send:
                 self._sum(hop.visit)  # of nothing, where nothing was computed or came
-                buffer = self._sums.pop(hop.visit).cast(self._wire).flat
+                total = self._sums.pop(hop.visit)
+                buffer = total.flat if self._wire == self._form else self._traffic.buffer(hop, self._wire, self._device)
+                if self._wire != self._form:
+                    Block(self._wire, buffer).fill(total.parts)
             else:
-                buffer = self._wire.buffer(row_count(hop.rows), self._device)
+                buffer = self._traffic.buffer(hop, self._wire, self._device)
             hops.append((hop, buffer))
         for hop, buffer, wait in self._traffic.post(hops):
             self._arriving[hop.due].append((hop, buffer, wait))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
-from megatron_loong.attention.circulation import Circulation, Returns
+from megatron_loong.attention.circulation import Circulation, Returns, own_block
 from megatron_loong.attention.merge import add_sink_, merge_
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.kernels.folds import add_rows_
@@ -95,7 +95,7 @@ class _ForwardLeg(_Leg):
     """Forward: the results of one's own queries stay here, those of queries that have come go home."""
 
     def __init__(self, schedule: RingSchedule, q: torch.Tensor, kv: Block, result: Result, plan: RingPlan) -> None:
-        super().__init__(schedule, False, kv if schedule.moving == "kv" else Block.packed(q), plan)
+        super().__init__(schedule, False, kv if schedule.moving == "kv" else _own_block((q,), plan), plan)
         self._q, self._kv, self._result = q, kv, result
         if not self._keys_move:
             home = result.lse, result.out
@@ -185,7 +185,7 @@ class _BackwardLeg(_Leg):
     def __init__(
         self, schedule: RingSchedule, queries: Queries, kv: Block, grads: tuple[torch.Tensor, ...], plan: RingPlan
     ) -> None:
-        super().__init__(schedule, True, kv if schedule.moving == "kv" else _travelling(queries), plan)
+        super().__init__(schedule, True, kv if schedule.moving == "kv" else _travelling(queries, plan), plan)
         self._queries, self._kv = queries, kv
         dq, dkv = grads[:1], grads[1:]
         home, self._here = (dkv, dq) if self._keys_move else (dq, dkv)
@@ -222,11 +222,16 @@ class _BackwardLeg(_Leg):
         return tile_backward(queries, k, v, rules, self._plan)
 
 
-def _travelling(queries: Queries) -> Block:
+def _own_block(tensors: tuple[torch.Tensor, ...], plan: RingPlan) -> Block:
+    """A copy of tensors [s, ...] that goes round."""
+    return own_block(plan.rings, Form.like(*tensors), tensors[0].shape[0], tensors[0].device).fill(tensors)
+
+
+def _travelling(queries: Queries, plan: RingPlan) -> Block:
     """What of the queries travels backward: lse, delta [s, b, h], q and dout."""
     dout, q, out, lse = queries
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    return Block.packed(lse, delta, q, dout)
+    return _own_block((lse, delta, q, dout), plan)
 
 
 def out_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_loong.comm.all_to_all import Bundle, all_to_all
+from megatron_loong.comm.all_to_all import Bundle, all_to_all, send_buffer
 from megatron_loong.kernels.folds import copy_rows_
 from megatron_loong.topology.groups import GroupHandle
 from megatron_loong.topology.tokens import TokenLayout, starts_of
@@ -58,7 +58,7 @@ class HeadExchange:
             return lambda: results
         tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
         given, lengths = [tokens[me] * width for width in row.widths], [n * row.widths[me] for n in tokens]
-        send = tensors[0].new_empty(sum(given))
+        send = self._buffer(tensors[0], sum(given), bundle)
         copy_rows_(
             [
                 pair
@@ -101,7 +101,7 @@ class HeadExchange:
             return lambda: results
         tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
         given, lengths = [n * row.widths[me] for n in tokens], [tokens[me] * width for width in row.widths]
-        send = tensors[0].new_empty(sum(given))
+        send = self._buffer(tensors[0], sum(given), bundle)
         parts = row.columns_of(send.view(sum(tokens), row.widths[me]), me)
         order = _order(self.layout, self.ring_rank, send.device)
         copy_rows_([(part, x.reshape(part.shape)) for x, part in zip(tensors, parts, strict=True)], target_rows=order)
@@ -122,6 +122,9 @@ class HeadExchange:
             return results
 
         return finish
+
+    def _buffer(self, like: torch.Tensor, numel: int, bundle: Bundle | None) -> torch.Tensor:
+        return like.new_empty(numel) if bundle is not None else send_buffer(self.handle, like, numel)
 
     def _begin(
         self, send: torch.Tensor, given: list[int], lengths: list[int], what: str, bundle: Bundle | None

@@ -9,8 +9,15 @@ import torch
 from megatron_loong.comm import ledger
 from megatron_loong.comm.copy_engines import CopyEngines, SymmetricMemory
 from megatron_loong.comm.errors import CommunicationError
-from megatron_loong.comm.transport import transport_for
+from megatron_loong.comm.routes import transport_for
 from megatron_loong.topology.groups import GroupHandle
+
+
+def send_buffer(handle: GroupHandle, like: torch.Tensor, numel: int) -> torch.Tensor:
+    """Uninitialised, of the dtype and on the device of `like`: for what goes to `all_to_all` next, whole."""
+    if not handle.in_order:
+        return like.new_empty(numel)
+    return transport_for(handle, like.device).buffer(numel * like.element_size(), like.device).view(like.dtype)
 
 
 def all_to_all(
@@ -32,9 +39,7 @@ def all_to_all(
     width = send.element_size()
     ledger.record(handle.name, (send.numel() - send_lengths[handle.rank]) * width)
     # Pieces travel in the group's own order (ascending global ranks), which may differ from the coordinates'.
-    slots = handle.slots
-    order = sorted(range(handle.size), key=slots.__getitem__)
-    in_order = order == list(range(handle.size))
+    order, in_order, slots = handle.order, handle.in_order, handle.slots
     received = torch.empty(sum(receive_lengths), dtype=send.dtype, device=send.device)
     outgoing = send if in_order else _reordered(send, send_lengths, order)
 
@@ -44,7 +49,7 @@ def all_to_all(
             f"processes is gone, or did not get here within the group's timeout. Cause: {error}"
         )
 
-    transport = transport_for(group, send.device)
+    transport = transport_for(handle, send.device)
     if copy_engines:
         device, place = send.device, slots[handle.rank]
         transport = CopyEngines(transport, place, handle.kept, lambda size: SymmetricMemory(group, size, device))
@@ -106,7 +111,8 @@ class Bundle:
         pieces = [send.split(list(lengths)) for send, lengths in self._sends]
         given = [sum(to_peer) for to_peer in zip(*(lengths for _, lengths in self._sends), strict=True)]
         self._sends.clear()
-        return torch.cat([piece for to_peer in zip(*pieces, strict=True) for piece in to_peer]), given
+        send = send_buffer(self._handle, pieces[0][0], sum(given))
+        return torch.cat([piece for to_peer in zip(*pieces, strict=True) for piece in to_peer], out=send), given
 
     def _result(self, index: int) -> torch.Tensor:
         exchanges = len(self._receive_lengths)

@@ -9,7 +9,8 @@ import torch
 
 from megatron_loong.comm import ledger
 from megatron_loong.comm.errors import CommunicationError
-from megatron_loong.comm.transport import End, Pending, transport_for
+from megatron_loong.comm.routes import transport_for
+from megatron_loong.comm.transport import End, Pending
 from megatron_loong.topology.groups import GroupHandle
 
 Wait = Callable[[], None]
@@ -27,11 +28,18 @@ class Message(NamedTuple):
     """Says in errors where in the schedule this hop belongs."""
 
 
+_NOTHING = torch.empty(0)
+
+
 class Ring:
     """Point-to-point messages between the members of one communicator."""
 
     def __init__(self, handle: GroupHandle) -> None:
         self.handle = handle
+
+    def buffer(self, size: int, device: torch.device) -> torch.Tensor:
+        """Uninitialised uint8 [size]: to receive into, and send on."""
+        return transport_for(self.handle, device).buffer(size, device)
 
     def post(self, messages: Sequence[Message]) -> list[Wait]:
         """Begin all messages of one step; returns, for each, the function that waits for it (once).
@@ -41,12 +49,10 @@ class Ring:
         arrive in the group's timeout raises `CommunicationError` from the wait or from here, naming group, message
         and peer.
         """
-        group = self.handle.process_group
-        assert group is not None, f"a ring of size 1 has nobody to talk to ({self.handle.name})"
         for message in messages:
             if message.send:
                 ledger.record(self.handle.name, message.block.numel() * message.block.element_size())
-        transport = transport_for(group, messages[0].block.device)
+        transport = transport_for(self.handle, messages[0].block.device)
         pending: list[Pending] = []
         try:
             for one in transport.post([End(x.send, self._global_rank(x), x.block) for x in messages]):
@@ -54,9 +60,10 @@ class Ring:
         except (RuntimeError, ValueError) as error:
             failed = messages if transport.batched else messages[len(pending) : len(pending) + 1]
             raise self._failure(failed, error) from error
+        described = [x._replace(block=_NOTHING) for x in messages]  # how long blocks are kept is for the transport
         if transport.batched:
-            return [self._waiting(messages, pending)] * len(messages)
-        return [self._waiting([message], [one]) for message, one in zip(messages, pending, strict=True)]
+            return [self._waiting(described, pending)] * len(messages)
+        return [self._waiting([message], [one]) for message, one in zip(described, pending, strict=True)]
 
     def _waiting(self, messages: Sequence[Message], pending: Sequence[Pending]) -> Wait:
         remaining = list(pending)

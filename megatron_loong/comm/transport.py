@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_loong.comm.streams import side_stream
 
 Pending = Callable[[timedelta], object]
-"""Waits for what was posted, at most so long; to be called once."""
+"""Waits for what was posted, at most so long; to be called once. Holds what must not go before."""
 
 
 class End(NamedTuple):
@@ -51,6 +51,10 @@ class Transport(ABC):
     ) -> Pending:
         """Begin to exchange pieces of flat buffers, in the group's own order of ranks; lengths in elements."""
 
+    def buffer(self, size: int, device: torch.device) -> torch.Tensor:
+        """Uninitialised uint8 [size]: for what is to be sent, and then not written any more."""
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
 
 class Direct(Transport):
     """By a backend that takes the blocks as they are."""
@@ -66,13 +70,12 @@ class Direct(Transport):
                 function = dist.isend if end.send else dist.irecv
                 work = function(end.block, end.peer, group=self._group)
                 assert work is not None
-                # gloo's wait() without an argument ignores the timeout of the group.
-                yield work.wait
+                yield functools.partial(_wait_for, work, end.block)
             return
         operations = [dist.P2POp(dist.isend if x.send else dist.irecv, x.block, x.peer, self._group) for x in ends]
         works = dist.batch_isend_irecv(operations)
 
-        def wait(timeout: timedelta) -> None:
+        def wait(timeout: timedelta, blocks: Sequence[End] = ends) -> None:
             # Given a timeout, NCCL's wait() blocks the host until the message is here; without one it makes the
             # current stream wait, and NCCL's watchdog ends the process after the group's own timeout.
             for work in works:
@@ -93,6 +96,11 @@ class Direct(Transport):
         )
         assert work is not None
         return (lambda timeout: work.wait()) if self.batched else work.wait
+
+
+def _wait_for(work: dist.Work, block: torch.Tensor, timeout: timedelta) -> None:
+    # gloo's wait() without an argument ignores the timeout of the group.
+    work.wait(timeout)
 
 
 class HostMemory(Protocol):
@@ -143,8 +151,8 @@ class Staged(Transport):
 
     batched = False
 
-    def __init__(self, group: dist.ProcessGroup, memory: HostMemory) -> None:
-        self._wire, self._memory = Direct(group, "gloo"), memory
+    def __init__(self, wire: Transport, memory: HostMemory) -> None:
+        self._wire, self._memory = wire, memory
 
     def post(self, ends: Sequence[End]) -> Iterator[Pending]:
         """Copies out all that is to be sent, then posts one by one; blocks to receive into are filled at their wait."""
@@ -176,25 +184,3 @@ class Staged(Transport):
         wait_for_copy()
         arrival = self._wire.all_to_all(incoming, outgoing, received_lengths, sent_lengths)
         return functools.partial(self._arrive, arrival, incoming, received)
-
-
-def transport_for(group: dist.ProcessGroup | Transport, device: torch.device) -> Transport:
-    """How blocks on `device` travel in `group`."""
-    if isinstance(group, Transport):
-        return group
-    # Such as "cpu:gloo,cuda:nccl": a group may have a backend for each kind of device.
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    backend = backends.get(device.type, "gloo")
-    if _must_be_staged(backend, device):
-        return Staged(group, _host_memory(device))
-    return Direct(group, backend)
-
-
-def _must_be_staged(backend: str, device: torch.device) -> bool:
-    return backend == "gloo" and device.type != "cpu"
-
-
-def _host_memory(device: torch.device) -> HostMemory:
-    if device.type != "cuda":
-        raise NotImplementedError(f"gloo cannot send tensors on {device.type}; staging is written for CUDA")
-    return PinnedMemory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from unittest import mock
 
@@ -172,7 +173,8 @@ def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> 
 
 def order_of_halves(rank: int, sequence_parts: int) -> Any:
     """What this rank does, in order: exchanges begun, by elements given, and tiles, by rows, keys and window."""
-    groups = build_groups(LoongConfig(4, 4), range(4))
+    with mock.patch.dict(os.environ, {"LOONG_SHM_DISABLE": "1"}):
+        groups = build_groups(LoongConfig(4, 4), range(4))
     if groups.cp_rank is None:
         return None
     inputs = random_inputs(1, 64, 4, 4, 8, torch.float64)
@@ -317,7 +319,7 @@ def groups_of_one() -> LoongGroups:
     return LoongGroups(LoongConfig(), (0,), 0, handles)
 
 
-def kv_blocks_held(rank: int) -> tuple[int, int]:
+def kv_blocks_held(rank: int, shared_memory: bool) -> tuple[int, int]:
     """Most KV buffers alive at any tile besides the rank's own, in a single and in a double ring."""
     import gc
 
@@ -326,7 +328,8 @@ def kv_blocks_held(rank: int) -> tuple[int, int]:
     counts = []
     block_bytes = 8 * 2 * (64 // 8) * 2 * 24
     for w in (8, 4):
-        groups = build_groups(LoongConfig(8, 1, w), range(8))
+        with mock.patch.dict(os.environ, {"LOONG_SHM_DISABLE": str(int(not shared_memory))}):
+            groups = build_groups(LoongConfig(8, 1, w), range(8))
         inputs = random_inputs(1, 64, 2, 2, 24, torch.float64)
         most = 0
 
@@ -414,7 +417,6 @@ def fails_on_rank_one(rank: int) -> float:
 def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> str:
     """Rank 2 dies or hangs at its second tile; the others report what they were told and after how long."""
     import datetime
-    import os
     import signal
     import time
 

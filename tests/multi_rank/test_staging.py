@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_loong.comm import transport
+from megatron_loong.comm import routes
 from megatron_loong.config import LoongConfig
 from tests.multi_rank import cases
 from tests.multi_rank.pool import WorkerPool
@@ -41,8 +41,8 @@ def staged_attention(rank: int, config: LoongConfig, forgets_to_wait: bool) -> i
     """Attention on blocks that must be staged, against dense attention; returns the number of copies in."""
     memory = LateCopies(forgets_to_wait)
     with (
-        mock.patch.object(transport, "_must_be_staged", lambda backend, device: True),
-        mock.patch.object(transport, "_host_memory", lambda device: memory),
+        mock.patch.object(routes, "_must_be_staged", lambda backend, device: True),
+        mock.patch.object(routes, "_host_memory", lambda device: memory),
     ):
         cp = config.context_parallel_size
         cases.float64_layout(rank, cp, config.head_parallel_size, config.inner_ring_size, ["head_first"], 8, ["sbhd"])

@@ -11,14 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_loong.comm import transport
+from megatron_loong.comm import routes
 from megatron_loong.comm.errors import CommunicationError
 from megatron_loong.comm.ring import Message, Ring
-from megatron_loong.comm.transport import Direct, End, PinnedMemory, Staged, transport_for
+from megatron_loong.comm.routes import transport_for
+from megatron_loong.comm.transport import Direct, End, PinnedMemory, Staged
 from megatron_loong.topology.groups import GroupHandle
 
 GROUP: Any = object()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def handle_of_two(group: Any) -> GroupHandle:
+    return GroupHandle("inner", (0, 1), 0, group, timedelta(seconds=7))
 
 
 @pytest.mark.parametrize(
@@ -34,14 +39,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 )
 def test_the_backend_for_the_device_decides(backends: str, device: torch.device, kind: type, batched: bool) -> None:
     with mock.patch.object(dist, "get_backend_config", lambda group: backends):
-        chosen = transport_for(GROUP, device)
+        chosen = transport_for(handle_of_two(GROUP), device)
     assert type(chosen) is kind and chosen.batched is batched
 
 
 def test_gloo_and_a_device_without_staging_is_refused() -> None:
     with mock.patch.object(dist, "get_backend_config", lambda group: "cpu:gloo,xpu:gloo"):
         with pytest.raises(NotImplementedError, match="xpu"):
-            transport_for(GROUP, torch.device("xpu"))
+            transport_for(handle_of_two(GROUP), torch.device("xpu"))
 
 
 class FakeWork:
@@ -56,7 +61,7 @@ class FakeWork:
 
 
 def ring_of_two(group: Any) -> Ring:
-    return Ring(GroupHandle("inner", (0, 1), 0, group, timedelta(seconds=7)))
+    return Ring(handle_of_two(group))
 
 
 def exchange(ring: Ring) -> list[Callable[[], None]]:
@@ -136,7 +141,7 @@ def test_all_copies_out_begin_before_the_first_is_waited_for() -> None:
         return lambda *args, **kwargs: log.events.append(kind) or FakeWork()
 
     with mock.patch.object(dist, "isend", post("send")), mock.patch.object(dist, "irecv", post("receive")):
-        staged = Staged(GROUP, log)
+        staged = Staged(Direct(GROUP, "gloo"), log)
         pending = list(staged.post([End(True, 1, block), End(False, 1, block), End(True, 1, block)]))
     assert log.events == ["copy out", "copy out", "wait for copy", "send", "receive", "wait for copy", "send"]
     log.events.clear()
@@ -158,4 +163,4 @@ def test_pinned_copies_see_what_the_stream_did_before_and_not_after() -> None:
     target = torch.empty_like(block)
     memory.copy_in(host, target)
     assert (target == 3).all()
-    assert isinstance(transport._host_memory(block.device), PinnedMemory)
+    assert isinstance(routes._host_memory(block.device), PinnedMemory)
