@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
-import os
-import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch.distributed as dist
@@ -20,7 +17,6 @@ import torch.distributed.distributed_c10d as c10d
 from torch.distributed.constants import default_pg_timeout
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology import shared_memory
 from megatron_loong.topology.layout import (
     Coordinates,
     coordinates_of,
@@ -28,8 +24,8 @@ from megatron_loong.topology.layout import (
     logical_rank_of,
     ring_rank_of,
 )
-from megatron_loong.topology.shared_memory import Address, Inbox, Neighbours, Outbox, Region, Slots
-from megatron_loong.topology.tokens import starts_of
+from megatron_loong.topology.nodes import introduce
+from megatron_loong.topology.shared_memory import Neighbours
 
 # Inner and outer rings, and the rings that carry dKV home, need communicators of their own: on one, sends pair up
 # wrongly, because the order in which two neighbours post them differs.
@@ -238,74 +234,8 @@ def build_groups(
         _make_communicators(groups, list(wanted), timeout, members_alone=False)
     _wait_until_connected(groups)
     if cp_rank is not None:
-        _introduce(groups, cp_rank)
+        introduce(groups, cp_rank)
     return groups
-
-
-class _Member(NamedTuple):
-    node: str
-    """As the launcher calls it."""
-    memory: Address | None
-
-
-def _introduce(groups: LoongGroups, me: int) -> None:
-    """Let the members know their nodes, and those of one node reach each other's memory."""
-    launched = (os.environ.get(name) for name in ("GROUP_RANK", "SLURM_NODEID"))
-    node = next((one for one in launched if one), socket.gethostname())
-    boxes = starts_of(groups.handles[name].size for name in COMMUNICATORS)
-    own = None
-    if _shares_memory(groups):
-        with contextlib.suppress(OSError):  # a limit on memory files or on addresses
-            own = Region.make(boxes[-1])
-    members = _told(groups, me, _Member(node, own.address if own else None))
-    nodes = {rank: member.node for rank, member in members.items()}
-    groups.nodes = len(set(nodes.values()))
-    groups.head_group_nodes = max(len({nodes[i] for i in head}) for head in group_members(groups.config, "head"))
-    nobody = len(set(nodes.values())) == len(nodes)
-    if own is None or nobody or not all(member.memory for member in members.values()):
-        return
-    reached: dict[int, Region] = {}
-    for rank, member in members.items():
-        if member.memory and member.node == node and rank != me and (region := Region.of(member.memory)):
-            reached[rank] = region
-    told = _told(groups, me, frozenset(reached))
-    slots = Slots(own, boxes[-1])
-    for name, first in zip(COMMUNICATORS, boxes, strict=False):
-        handle = groups.handles[name]
-        ranks = [groups.cp_global_ranks.index(x) for x in handle.global_ranks]
-        # All members must take the same way, and all know this of each other.
-        if len(ranks) == 1 or any(x not in told[y] for x, y in itertools.permutations(ranks, 2)):
-            continue
-        pairs = {
-            handle.global_ranks[peer]: (
-                Outbox(reached[rank], first + handle.rank, slots),
-                Inbox(own, first + peer, reached[rank]),
-            )
-            for peer, rank in enumerate(ranks)
-            if rank != me
-        }
-        groups.handles[name] = dataclasses.replace(handle, neighbours=Neighbours(slots, pairs))
-
-
-def _shares_memory(groups: LoongGroups) -> bool:
-    """Whether messages of these groups are those of CPUs, or of GPUs by way of their hosts, and can be shared."""
-    made = [x.process_group for x in groups.handles.values() if x.process_group is not None]
-    return bool(made) and "gloo" in dist.get_backend_config(made[0]) and shared_memory.why_not() is None
-
-
-_Told = TypeVar("_Told")
-
-
-def _told(groups: LoongGroups, me: int, mine: _Told) -> dict[int, _Told]:
-    """By cp_rank: what each member says. Along one axis after another, everyone hears of everyone."""
-    known = {me: mine}
-    for axis in ("head", "inner", "outer"):
-        handle = groups.handles[axis]
-        if handle.process_group is not None:
-            theirs: list[Any] = [None] * handle.size
-            dist.all_gather_object(theirs, known, group=handle.process_group)
-            known = {cp_rank: said for one in theirs for cp_rank, said in one.items()}
-    return known
 
 
 def _wait_until_connected(groups: LoongGroups) -> None:
