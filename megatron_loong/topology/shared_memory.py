@@ -28,7 +28,7 @@ _RECEIPT = struct.Struct("=q")
 _LETTERS = 64
 """That can lie in a box unread."""
 _BOX_BYTES = 3 * _SEMAPHORE_BYTES + _LETTERS * (_LETTER.size + _RECEIPT.size)
-_LARGEST_BYTES = 64 << 30
+_LARGEST_BYTES = 256 << 30
 _PATIENCE_S = 0.5
 """After which somebody who waits looks whether the other still lives."""
 _MONOTONIC = 1
@@ -58,7 +58,7 @@ class Address(NamedTuple):
 class Region:
     """The memory of one process that its neighbours can read and write: boxes, then what they are told of.
 
-    Pages are taken when they are first written: the size costs nothing.
+    Pages are taken when they are first written: the size costs nothing, and is more than the machine could hold.
     """
 
     def __init__(self, fd: int, address: Address) -> None:
@@ -72,8 +72,8 @@ class Region:
     def make(cls, boxes: int) -> Region:
         """This process's own, with so many boxes for others to put letters into."""
         fd = os.memfd_create("megatron_loong")
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        size = min(_LARGEST_BYTES, memory) // mmap.PAGESIZE * mmap.PAGESIZE
+        # Pieces are powers of two, less than twice what they hold, and some of each size may lie idle.
+        size = min(_LARGEST_BYTES, 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         os.ftruncate(fd, size)
         region = cls(fd, Address(os.getpid(), fd, size, secrets.token_bytes(_TOKEN_BYTES)))
         weakref.finalize(region, os.close, fd)
@@ -265,7 +265,8 @@ class Slots:
         else:
             start, self._next = self._next, self._next + rounded
             if self._next > self.region.address.size:
-                raise RuntimeError(f"{self._next >> 30} GiB lie unread between processes of this node")
+                gib = self.region.address.size >> 30
+                raise RuntimeError(f"the {gib} GiB that this process shares are full; LOONG_SHM_DISABLE=1 does without")
         self.taken.add(start)
         return start
 
