@@ -45,9 +45,13 @@ class Form:
         """Bytes of a row, by tensor."""
         return [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts]
 
+    def size(self, rows: int) -> int:
+        """Bytes of so many rows."""
+        return rows * sum(self.widths)
+
     def buffer(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Uninitialised bytes [rows * width] for so many rows."""
-        return torch.empty(rows * sum(self.widths), dtype=torch.uint8, device=device)
+        """Uninitialised bytes for so many rows."""
+        return torch.empty(self.size(rows), dtype=torch.uint8, device=device)
 
     def empty(self, rows: int, device: torch.device) -> Block:
         """An uninitialised block."""

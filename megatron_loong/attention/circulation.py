@@ -19,11 +19,8 @@ Rings = Mapping[str, Ring]
 
 def own_block(rings: Rings, form: Form, rows: int, device: torch.device) -> Block:
     """An uninitialised block of this rank's own, where it can be sent from."""
-    size = rows * sum(form.widths)
     ring = next(iter(rings.values()), None)
-    return Block(
-        form, torch.empty(size, dtype=torch.uint8, device=device) if ring is None else ring.buffer(size, device)
-    )
+    return form.empty(rows, device) if ring is None else Block(form, ring.buffer(form.size(rows), device))
 
 
 class Traffic:
@@ -35,7 +32,7 @@ class Traffic:
 
     def buffer(self, hop: Hop, form: Form, device: torch.device) -> torch.Tensor:
         """Where a hop's rows arrive."""
-        return self._rings[hop.ring + self._suffix].buffer(row_count(hop.rows) * sum(form.widths), device)
+        return self._rings[hop.ring + self._suffix].buffer(form.size(row_count(hop.rows)), device)
 
     def post(self, hops: list[tuple[Hop, torch.Tensor]]) -> list[tuple[Hop, torch.Tensor, Wait]]:
         """Begin the hops of one step; returns those that receive, each with its wait."""
@@ -154,9 +151,9 @@ class Returns:
             if hop.send:
                 self._sum(hop.visit)  # of nothing, where nothing was computed or came
                 total = self._sums.pop(hop.visit)
-                buffer = total.flat if self._wire == self._form else self._traffic.buffer(hop, self._wire, self._device)
                 if self._wire != self._form:
-                    Block(self._wire, buffer).fill(total.parts)
+                    total = Block(self._wire, self._traffic.buffer(hop, self._wire, self._device)).fill(total.parts)
+                buffer = total.flat
             else:
                 buffer = self._traffic.buffer(hop, self._wire, self._device)
             hops.append((hop, buffer))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -51,6 +50,15 @@ class _Tiles(TorchDispatchMode):
         return result
 
 
+def _waited(wait: Callable[[], Any], label: str, posted_s: float, events: list[Event]) -> Any:
+    """Wait, and note for how long and since when the message was under way."""
+    started = time.perf_counter()
+    result = wait()
+    ended = time.perf_counter()
+    events += [Event("wait", label, started, ended), Event("under way", label, posted_s, ended)]
+    return result
+
+
 class _Watched:
     """A `dist.Work` whose waits are noted."""
 
@@ -59,14 +67,7 @@ class _Watched:
 
     def wait(self, *args: Any) -> Any:
         """Wait, and note for how long and since when the message was under way."""
-        started = time.perf_counter()
-        result = self._work.wait(*args)
-        ended = time.perf_counter()
-        self._events += [
-            Event("wait", self._label, started, ended),
-            Event("under way", self._label, self._posted_s, ended),
-        ]
-        return result
+        return _waited(lambda: self._work.wait(*args), self._label, self._posted_s, self._events)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -84,13 +85,7 @@ def record_timeline() -> Iterator[list[Event]]:
     def noted(pending: Pending, label: str) -> Pending:
         posted = time.perf_counter()
 
-        def wait(timeout: timedelta) -> None:
-            started = time.perf_counter()
-            pending(timeout)
-            ended = time.perf_counter()
-            events.extend([Event("wait", label, started, ended), Event("under way", label, posted, ended)])
-
-        return wait
+        return lambda timeout: _waited(lambda: pending(timeout), label, posted, events)
 
     post, all_to_all = SharedMemory.post, SharedMemory.all_to_all
 
