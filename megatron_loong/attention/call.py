@@ -6,6 +6,7 @@ the all-to-all back of this one under the ring of the next.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,7 +84,7 @@ class Call:
         """For exchanges that travel together."""
         return Bundle(self.groups.handle("head"), what, self.copy_engines)
 
-    @property
+    @functools.cached_property
     def rings(self) -> dict[str, Ring]:
         """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
         handles = [self.groups.handle(name) for name in ("inner", "outer", "inner_dkv", "outer_dkv")]

@@ -72,6 +72,7 @@ def _row(entry: Entry, cluster: dict[str, Any] | None) -> dict[str, Any]:
         "quartiles_s": timing.spread_s,
         "cpu_s": timing.cpu_s,
         "main_cpu_s": timing.main_cpu_s,
+        "idle_share": timing.idle_share,
         "attention_cpu_s": statistics.median(one.attention_cpu_s for one in entry.counts),
         "rounds_s": whole_s(entry.rounds),
         "forward_sent_bytes": max(sum(one.forward_sent_bytes) for one in entry.counts),
@@ -132,7 +133,8 @@ def _version(package: str) -> str:
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table, fastest first, then who was left out and why."""
     networked = any("busiest_nic_s" in row for row in record["results"])
-    head = ["implementation", "forward ms", "f+b ms", "quartiles", "CPU ms", "sent MiB f+b", "live MiB", "balance"]
+    head = ["implementation", "forward ms", "f+b ms", "quartiles", "CPU ms", "idle %"]
+    head += ["sent MiB f+b", "live MiB", "balance"]
     head += ["busiest NIC ms"] if networked else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in record["results"]:
@@ -144,6 +146,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"{row['forward_backward_s'] * 1e3:.0f}",
             f"{low * 1e3:.0f}-{high * 1e3:.0f}",
             f"{row['cpu_s'] * 1e3:.0f}",
+            f"{row['idle_share'] * 100:.0f}",
             f"{forward / 2**20:.2f}+{(total - forward) / 2**20:.2f}",
             f"{row['peak_live_bytes'] / 2**20:.1f}",
             f"{row['flops_balance']:.2f}",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -18,6 +20,8 @@ class Phases(NamedTuple):
     """CPU time of all its threads."""
     main_cpu_s: float
     """CPU time of the thread that computes; the rest is gloo's."""
+    idle_share: float
+    """Of the time of all cores of this rank's machine, what nobody used."""
 
     @property
     def whole_s(self) -> float:
@@ -39,14 +43,16 @@ class Timing:
     """Median of the CPU time of the rank that used most: what is left when the machine has cores for all."""
     main_cpu_s: float
     """The computing thread's part of it."""
+    idle_share: float
+    """Mean of the slowest rank's: whoever computes as much and never waits takes (1 - this) of the time."""
     rounds: int
 
 
 def summarise(rounds: Sequence[Sequence[Phases]]) -> Timing:
     """`rounds[i][rank]` of one contestant as one `Timing`; `ValueError` when there are no rounds.
 
-    >>> one = [Phases(1.0, 2.0, 2.5, 2.0), Phases(1.5, 2.0, 3.0, 2.5)]
-    >>> other = [Phases(2.0, 2.0, 3.0, 2.0), Phases(1.0, 1.0, 2.0, 1.5)]
+    >>> one = [Phases(1.0, 2.0, 2.5, 2.0, 0.1), Phases(1.5, 2.0, 3.0, 2.5, 0.1)]
+    >>> other = [Phases(2.0, 2.0, 3.0, 2.0, 0.1), Phases(1.0, 1.0, 2.0, 1.5, 0.1)]
     >>> summarise([one, other]).forward_backward_s
     3.75
     """
@@ -54,6 +60,7 @@ def summarise(rounds: Sequence[Sequence[Phases]]) -> Timing:
         raise ValueError("no rounds were run, so there is nothing to summarise")
     whole = whole_s(rounds)
     busiest = [max(ranks, key=lambda rank: rank.cpu_s) for ranks in rounds]
+    slowest = [max(ranks, key=lambda rank: rank.whole_s) for ranks in rounds]
     low, _, high = statistics.quantiles(whole, n=4, method="inclusive") if len(whole) > 1 else whole * 3
     return Timing(
         forward_s=statistics.median(max(rank.forward_s for rank in ranks) for ranks in rounds),
@@ -61,6 +68,7 @@ def summarise(rounds: Sequence[Sequence[Phases]]) -> Timing:
         spread_s=(low, high),
         cpu_s=statistics.median(rank.cpu_s for rank in busiest),
         main_cpu_s=statistics.median(rank.main_cpu_s for rank in busiest),
+        idle_share=sum(rank.idle_share * rank.whole_s for rank in slowest) / sum(whole),
         rounds=len(rounds),
     )
 
@@ -81,12 +89,23 @@ def interleaved(
         first = index % len(names)
         for name in names[first:] + names[:first]:
             barrier()
-            cpu, main_cpu, started = time.process_time(), time.thread_time(), time.perf_counter()
+            idle, cpu, main_cpu, started = _idle_s(), time.process_time(), time.thread_time(), time.perf_counter()
             forward_end, backward_end = contestants[name]()
             if index >= warmups:
-                used, main_used = time.process_time() - cpu, time.thread_time() - main_cpu
-                taken[name].append(Phases(forward_end - started, backward_end - forward_end, used, main_used))
+                used, main_used, unused = time.process_time() - cpu, time.thread_time() - main_cpu, _idle_s() - idle
+                whole = (os.cpu_count() or 1) * (time.perf_counter() - started)
+                phases = forward_end - started, backward_end - forward_end
+                taken[name].append(Phases(*phases, used, main_used, unused / whole))
     return taken
+
+
+def _idle_s() -> float:
+    """Time that the cores of this machine have been idle since it started, added up; NaN where Linux does not tell."""
+    try:
+        _, _, _, _, idle, waiting, *_ = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return float("nan")
+    return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
 
 
 def whole_s(rounds: Sequence[Sequence[Phases]]) -> list[float]:

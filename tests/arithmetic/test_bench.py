@@ -24,13 +24,19 @@ def entry(name: str, package: str, times_s: list[float], sent: int) -> Entry:
     for rank in range(4):
         to_peers = [sent if peer == (rank + 1) % 4 else 0 for peer in range(4)]
         counts.append(Counts(100, 4, 0.1, 2**20, [0] * 4, to_peers))
-    rounds = [[Phases(t / 8, t / 8, 0.2, 0.1)] * 3 + [Phases(t / 2, t / 2, 0.1, 0.1)] for t in times_s]
+    others = [[Phases(t / 8, t / 8, 0.2, 0.1, 0.0)] * 3 for t in times_s]
+    rounds = [[*three, Phases(t / 2, t / 2, 0.1, 0.1, 0.1 * t)] for three, t in zip(others, times_s, strict=True)]
     return Entry(name, package, None, 1.0, counts, rounds)
 
 
 def test_a_round_lasts_as_long_as_its_slowest_rank() -> None:
     timing = summarise(entry("a", "x", [1.0, 9.0, 2.0], 0).rounds)
     assert (timing.forward_s, timing.forward_backward_s, timing.rounds) == (1.0, 2.0, 3)
+
+
+def test_idle_time_is_that_of_the_slowest_rank_in_all_rounds() -> None:
+    """0.1, 0.9 and 0.2 of 1, 9 and 2 s."""
+    assert summarise(entry("a", "x", [1.0, 9.0, 2.0], 0).rounds).idle_share == pytest.approx((0.1 + 8.1 + 0.4) / 12)
 
 
 def test_no_rounds_are_no_result() -> None:
