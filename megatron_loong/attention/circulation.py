@@ -75,9 +75,9 @@ class Circulation:
         if step >= 0 and self._work.visits[step] in self._arriving:
             self.block(self._work.visits[step])
         hops = [(hop, self._buffer(hop)) for hop in self._work.hops.get(step, ())]
-        self._traffic.finish_sends(step)
         for hop, buffer, wait in self._traffic.post(hops):
             self._arriving[hop.visit] = buffer, wait
+        self._traffic.finish_sends(step)
 
     def block(self, visit: Visit) -> Block:
         """The block of a visit, here."""

@@ -16,6 +16,7 @@ from megatron_loong.planner.traffic import AttentionShape, moving_bytes
 from megatron_loong.planner.visits import Visit, forward_visits
 
 Program = Callable[[int, int], tuple[Op, ...]]
+BackwardProgram = Callable[[int, int, bool], tuple[Op, ...]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Method:
 
     name: str
     forward_program: Program = programs.forward_program
-    backward_program: Program = programs.backward_program
+    backward_program: BackwardProgram = programs.backward_program
     merge_bytes_per_element: int = 18
     """Memory traffic of folding one element of a block's output in: block read 2, widened copy written and read 4 + 4,
     running sum read and written 4 + 4 (`attention/merge.py`; ring-flash-attention's fused update is the same)."""
@@ -64,9 +65,10 @@ class Method:
 
 
 @functools.lru_cache(maxsize=256)
-def forward_order_backward(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...]:
+def forward_order_backward(outer_ring_size: int, inner_ring_size: int, short: bool = False) -> tuple[Op, ...]:
     """The backward of LoongTrain's public code and of ring-flash-attention: visits in the order of the forward, so
-    that dKV needs ring_size hops to be home, and the hop to the next outer round is waited for where it is made.
+    that dKV needs ring_size hops to be home, and the hop to the next outer round is waited for where it is made; the
+    same for blocks of any length.
     """
     ops: list[Op] = []
     for op in programs.forward_program(outer_ring_size, inner_ring_size):

@@ -41,18 +41,18 @@ def forward_program(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...
 
 
 @functools.lru_cache(maxsize=256)
-def backward_program(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...]:
-    """Operations of `ring_backward`: KV goes round again, and the gradient of each block goes home behind it."""
-    return _program(outer_ring_size, inner_ring_size, backward=True)
+def backward_program(outer_ring_size: int, inner_ring_size: int, short: bool = False) -> tuple[Op, ...]:
+    """Operations of `ring_backward`: KV goes round again, and the gradient of each block goes home behind it.
 
-
-def _program(outer_ring_size: int, inner_ring_size: int, backward: bool) -> tuple[Op, ...]:
-    """The passage of any one rank: with one causal document in zigzag, all ranks do the same.
-
-    It is that of a long one. Of a short one nothing is computed in the opening, which then takes no time.
+    `short`: of blocks that are not begun in an opening.
     """
+    return _program(outer_ring_size, inner_ring_size, backward=True, short=short)
+
+
+def _program(outer_ring_size: int, inner_ring_size: int, backward: bool, short: bool = False) -> tuple[Op, ...]:
+    """The passage of any one rank: with one causal document in zigzag, all ranks do the same."""
     ring = outer_ring_size * inner_ring_size
-    layout = zigzag_or_contiguous(LoongConfig(ring), LEAST_ROWS_TO_CUT * ring)
+    layout = zigzag_or_contiguous(LoongConfig(ring), (2 if short else LEAST_ROWS_TO_CUT) * ring)
     passage = RingSchedule(layout, layout, Mask(right=0), inner_ring_size).passage(0, backward)
     ops: list[Op] = []
     under_way: dict[Visit, str] = {}
@@ -78,6 +78,7 @@ def _program(outer_ring_size: int, inner_ring_size: int, backward: bool) -> tupl
     for step, visit in enumerate(passage.visits):
         fetch(visit)
         begin(step)
+        fetch(visit)  # posted just now
         ops.append(Op("rest" if passage.opening and visit == OWN else "tile", visit))
         if backward:
             ops += gradients.pop(visit, [])

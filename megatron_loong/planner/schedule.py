@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 
 from megatron_loong.planner.rotation import Moving
 from megatron_loong.planner.rows import Rows, original_rows, row_count, running_unions, slice_within, union
-from megatron_loong.planner.tiles import Held, Mask, Tile, halved, held_segments, seen_rows, tiles
+from megatron_loong.planner.tiles import Held, Mask, Tile, halved, held_segments, seen_rows, tiles, worth_cutting
 from megatron_loong.planner.visits import OWN, Route, Visit, backward_visits, forward_visits
 from megatron_loong.topology.tokens import TokenLayout
 
@@ -238,7 +238,9 @@ class RingSchedule:
         """The step in which the hop to `child` is posted.
 
         Where the own block comes last, an inner round begins with the second place of the ring (the first comes last),
-        so what the first place hands on is posted a step ahead of that.
+        so what the first place hands on is posted a step ahead of that. In inner rings of two that is the first step of
+        all for the first outer hop, which nothing but the opening would hide: without one the inner hop, the faster
+        one, is posted in the step that wants it.
         """
         if child in route.direct:
             return step[child] - 1
@@ -246,8 +248,15 @@ class RingSchedule:
         if not own_last or sender.inner_shift:
             return step[sender]
         if self.inner_ring_size > 1:
-            return step[Visit(sender.outer_shift, 1)] - 1
+            with_it = self.inner_ring_size == 2 and sender.outer_shift == 1 and self._uncut
+            return step[Visit(sender.outer_shift, 1)] - (0 if with_it else 1)
         return -1 if sender == OWN else step[sender]
+
+    @functools.cached_property
+    def _uncut(self) -> bool:
+        """Whether own blocks are too short to be begun in an opening (`tiles.halved`)."""
+        rows = [sum(stop - start for start, stop in self.q.ring_runs(rank)) for rank in range(self.ring_size)]
+        return not worth_cutting(max(rows))
 
     def _hop(self, send: bool, visit: Visit, other: Visit, owner: int, rows: Rows, due: int) -> Hop:
         ring = "outer" if visit.inner_shift == other.inner_shift else "inner"

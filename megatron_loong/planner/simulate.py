@@ -159,11 +159,12 @@ class _Run:
 
     def _ring(self) -> None:
         outer, inner = self.config.outer_ring_size, self.config.ring_size // self.config.outer_ring_size
-        program = self.method.backward_program if self.backward else self.method.forward_program
+        forward, backward = self.method.forward_program, self.method.backward_program
+        program = backward(outer, inner, self.costs.short) if self.backward else forward(outer, inner)
         self._sums()
         tile = dict.fromkeys(("tile", "opening", "rest"), self._tile)
         steps = {**tile, "fold": self._fold, "post": self._post, "wait": self._wait}
-        for op in program(outer, inner):
+        for op in program:
             steps[op.kind](op)
 
     # ---- operations ----

@@ -8,7 +8,7 @@ from megatron_loong.config import CAUSAL, LoongConfig
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.methods import Method
 from megatron_loong.planner.programs import Tokens, backward_program
-from megatron_loong.planner.tiles import Tile, halved
+from megatron_loong.planner.tiles import Tile, halved, worth_cutting
 from megatron_loong.planner.traffic import AttentionShape, shared_heads
 
 
@@ -28,6 +28,8 @@ class TileCosts:
         """Adding the gradients of one block."""
         self.opens = backward and config.ring_size > 1 and method.backward_program is backward_program
         """Whether the own tiles are computed in two parts."""
+        self.short = not worth_cutting(self.block_tokens)
+        """Whether they are too short for that."""
         self.queries_move = method.queries_move(config, shape, backward)
         rows = shape.batch * self.block_tokens * self.heads
         queries, results = rows * shape.head_dim, rows * shape.value_dim + (0 if not backward else elements)

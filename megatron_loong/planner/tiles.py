@@ -91,6 +91,11 @@ def squared(tile: Tile) -> list[Tile]:
     return [Tile(tile.q, slice(tile.kv.start, middle), FULL), Tile(tile.q, slice(middle, tile.kv.stop), CAUSAL)]
 
 
+def worth_cutting(rows: int) -> bool:
+    """Whether a tile of so many rows is computed in two parts, where something can be hidden between them."""
+    return rows >= LEAST_ROWS_TO_CUT
+
+
 def halved(found: Sequence[Tile]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
     """Tiles in two parts of about as many pairs each; at most one tile is cut, if it is large enough.
 
@@ -120,7 +125,7 @@ def _pairs_of(tile: Tile) -> int:
 def _cut(tile: Tile, share: float) -> tuple[list[Tile], list[Tile]]:
     """A full or causal tile in two parts, the first with about `share` of its pairs; others, and short ones, whole."""
     rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
-    if rows < LEAST_ROWS_TO_CUT:
+    if not worth_cutting(rows):
         return [], [tile]
     if tile.window == CAUSAL and rows == keys > 1:
         middle, key = tile.q.start + rows // 2, tile.kv.start + rows // 2

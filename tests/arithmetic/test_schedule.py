@@ -139,7 +139,7 @@ def test_every_message_is_received_in_the_step_in_which_it_is_sent(schedule: Rin
                         if hop.ring == "inner"
                         else hop.peer * schedule.inner_ring_size + inner
                     )
-                    assert peer != rank and hop.rows and hop.due > step
+                    assert peer != rank and hop.rows and hop.due >= step
                     ends = (rank, peer) if hop.send else (peer, rank)
                     (sent if hop.send else received)[(kind, step, hop.ring, *ends, hop.rows, hop.due)] += 1
     assert sent == received
@@ -162,6 +162,18 @@ def test_blocks_are_here_when_they_are_used(schedule: RingSchedule, backward: bo
         for index, visit in enumerate(passage.visits):
             if passage.tiles.get(visit):
                 assert arrival[visit] <= index <= passage.last_use[visit]
+
+
+@pytest.mark.parametrize("tokens, wanted", [(2, 1), (4, 0)])
+def test_the_first_outer_hop_hides_behind_the_opening_or_else_a_tile(tokens: int, wanted: int) -> None:
+    """Two inner rings of two, backward: blocks of 4 rows are begun in an opening here, of 2 rows not."""
+    layout = zigzag_or_contiguous(LoongConfig(4), 4 * tokens)
+    passage = RingSchedule(layout, layout, Mask(right=0), 2).passage(0, backward=True)
+    assert bool(passage.opening) == (wanted == 0)
+    outer = [(step, hop.due) for step, x in passage.hops.items() for hop in x if hop.ring == "outer"]
+    inner = [(step, hop.due) for step, x in passage.hops.items() for hop in x if hop.ring == "inner"]
+    assert outer == [(-1, wanted)] * 2  # one sent, one received
+    assert inner == [(-1, 0)] * 2 + [(wanted, 1)] * 2
 
 
 @settings(max_examples=100, deadline=None)

@@ -16,6 +16,7 @@ from megatron_loong.attention.stash import LEVELS, Level, Stash, keeping
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
 from megatron_loong.kernels.interface import TileRules
+from megatron_loong.planner import tiles
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
 
@@ -141,6 +142,17 @@ def heads_in_parts(rank: int, config: LoongConfig) -> Any:
     assert_close(four, one, 1e-12, f"on rank {rank}, with what belongs to a head")
     groups.destroy()
     return sent
+
+
+def uncut_blocks(rank: int, config: LoongConfig) -> None:
+    """Own blocks that are too short for an opening, as all are below 2048 rows; keys move, then queries."""
+    groups = build_groups(config, range(8))
+    with mock.patch.object(tiles, "LEAST_ROWS_TO_CUT", 2048):
+        for kv_heads in (2, 8):
+            inputs = random_inputs(1, 80, 8, kv_heads, 8, torch.float64)  # a length of its own: schedules are kept
+            expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
+            assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}, {kv_heads=}")
+    groups.destroy()
 
 
 def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> Any:

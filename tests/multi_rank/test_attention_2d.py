@@ -34,6 +34,12 @@ def test_more_head_ranks_than_divide_the_kv_heads(pool: WorkerPool) -> None:
     pool.run(cases.replicated_kv_heads)
 
 
+@pytest.mark.parametrize("config", [LoongConfig(8, 2, 2), LoongConfig(8, 1, 2), LoongConfig(8, 1, 4)], ids=str)
+def test_short_blocks_are_exact(pool: WorkerPool, config: LoongConfig) -> None:
+    """Nothing is computed before the first hops, and inner rings of two wait for theirs where they want them."""
+    pool.run(cases.uncut_blocks, config)
+
+
 @pytest.mark.parametrize("config", [LoongConfig(8, 2, 2), LoongConfig(8, 2, 4, "context_first")], ids=str)
 def test_heads_in_parts(pool: WorkerPool, config: LoongConfig) -> None:
     """The all-to-all under the ring: the same numbers and the same bytes."""
