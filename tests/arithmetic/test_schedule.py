@@ -20,12 +20,14 @@ from megatron_loong.sequence.packing import packed_layout
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 
-@pytest.fixture(autouse=True, scope="module")
-def short_tiles_are_cut() -> Iterator[None]:
-    """As long ones are in use."""
+@pytest.fixture(autouse=True, scope="module", params=[4, 2048], ids=["long blocks", "short blocks"])
+def least_rows_to_cut(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Blocks of some rows are cut here as long ones are in use, or none are."""
+    ring_schedule.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_loong.planner.tiles.LEAST_ROWS_TO_CUT", 4)
-        yield
+        patch.setattr("megatron_loong.planner.tiles.LEAST_ROWS_TO_CUT", request.param)
+        yield request.param
+    ring_schedule.cache_clear()
 
 
 @st.composite
@@ -164,12 +166,12 @@ def test_blocks_are_here_when_they_are_used(schedule: RingSchedule, backward: bo
                 assert arrival[visit] <= index <= passage.last_use[visit]
 
 
-@pytest.mark.parametrize("tokens, wanted", [(2, 1), (4, 0)])
-def test_the_first_outer_hop_hides_behind_the_opening_or_else_a_tile(tokens: int, wanted: int) -> None:
-    """Two inner rings of two, backward: blocks of 4 rows are begun in an opening here, of 2 rows not."""
-    layout = zigzag_or_contiguous(LoongConfig(4), 4 * tokens)
+def test_the_first_outer_hop_hides_behind_the_opening_or_else_a_tile(least_rows_to_cut: int) -> None:
+    """Two inner rings of two, backward, blocks of 8 rows."""
+    layout = zigzag_or_contiguous(LoongConfig(4), 32)
     passage = RingSchedule(layout, layout, Mask(right=0), 2).passage(0, backward=True)
-    assert bool(passage.opening) == (wanted == 0)
+    assert bool(passage.opening) == (least_rows_to_cut <= 8)
+    wanted = 0 if passage.opening else 1
     outer = [(step, hop.due) for step, x in passage.hops.items() for hop in x if hop.ring == "outer"]
     inner = [(step, hop.due) for step, x in passage.hops.items() for hop in x if hop.ring == "inner"]
     assert outer == [(-1, wanted)] * 2  # one sent, one received
