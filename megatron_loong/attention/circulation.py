@@ -77,7 +77,7 @@ class Circulation:
         hops = [(hop, self._buffer(hop)) for hop in self._work.hops.get(step, ())]
         for hop, buffer, wait in self._traffic.post(hops):
             self._arriving[hop.visit] = buffer, wait
-        self._traffic.finish_sends(step)
+        self._traffic.finish_sends(step)  # of those posted just now, too: an inner hop may be due at once
 
     def block(self, visit: Visit) -> Block:
         """The block of a visit, here."""

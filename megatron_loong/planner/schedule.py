@@ -255,8 +255,7 @@ class RingSchedule:
     @functools.cached_property
     def _uncut(self) -> bool:
         """Whether own blocks are too short to be begun in an opening (`tiles.halved`)."""
-        rows = [sum(stop - start for start, stop in self.q.ring_runs(rank)) for rank in range(self.ring_size)]
-        return not worth_cutting(max(rows))
+        return not worth_cutting(max(row_count(self.q.ring_runs(rank)) for rank in range(self.ring_size)))
 
     def _hop(self, send: bool, visit: Visit, other: Visit, owner: int, rows: Rows, due: int) -> Hop:
         ring = "outer" if visit.inner_shift == other.inner_shift else "inner"

@@ -141,7 +141,8 @@ def test_every_message_is_received_in_the_step_in_which_it_is_sent(schedule: Rin
                         if hop.ring == "inner"
                         else hop.peer * schedule.inner_ring_size + inner
                     )
-                    assert peer != rank and hop.rows and hop.due >= step
+                    at_once = kind == "kv" and hop.ring == "inner" and schedule.inner_ring_size == 2
+                    assert peer != rank and hop.rows and hop.due >= step + (not at_once)
                     ends = (rank, peer) if hop.send else (peer, rank)
                     (sent if hop.send else received)[(kind, step, hop.ring, *ends, hop.rows, hop.due)] += 1
     assert sent == received
