@@ -15,8 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_loong.attention import stash
+from megatron_loong.attention.block_store import own_block
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
-from megatron_loong.attention.circulation import own_block
 from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.expansion import LatentHeads, PlainHeads
 from megatron_loong.attention.halves import backward_in_halves, forward_in_halves
@@ -28,7 +28,7 @@ from megatron_loong.comm.all_to_all import Bundle
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, Dropout, TileRules
 from megatron_loong.planner.rotation import Moving, backward_moving, backward_rows
-from megatron_loong.planner.schedule import ring_schedule
+from megatron_loong.planner.steps import ring_schedule
 from megatron_loong.planner.tiles import Mask
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.tokens import TokenLayout
@@ -101,6 +101,8 @@ class Call:
 
     def moving_backward(self, q: Form, kv: Form) -> Moving:
         """Which side moves in the backward pass, given the forms of q and of k and v after the all-to-all."""
+        if self.groups.config.ring_size == 1:
+            return "kv"  # nothing does
         ((batch, heads, head_dim), dtype), ((_, kv_heads, k_dim), _), ((_, _, v_dim), _) = *q.parts, *kv.parts
         rows = backward_rows(
             (batch * heads, head_dim, self.value_dim),
@@ -113,13 +115,15 @@ class Call:
 
     def plan(self, sink: torch.Tensor | None, up_weight: torch.Tensor | None, moving: Moving = "kv") -> RingPlan:
         """What the ring does; `moving` says which side does in the backward pass."""
-        config, heads = self.groups.config, self.query_heads
+        config, heads, ring_rank = self.groups.config, self.query_heads, self.groups.ring_rank
         assert config.inner_ring_size is not None
         narrow = self.wire_dtype.itemsize < torch.float32.itemsize
+        scheduled = functools.partial(ring_schedule, *self.layouts, self.mask, config.inner_ring_size)
         return RingPlan(
-            forward=ring_schedule(*self.layouts, self.mask, config.inner_ring_size),
-            backward=ring_schedule(*self.layouts, self.mask, config.inner_ring_size, moving, narrow),
-            ring_rank=self.groups.ring_rank,
+            layouts=self.layouts,
+            forward=scheduled().steps(ring_rank, backward=False),
+            backward=scheduled(moving, narrow).steps(ring_rank, backward=True),
+            ring_rank=ring_rank,
             rings=self.rings,
             kernel=self.kernel,
             rules=TileRules(

@@ -7,19 +7,21 @@ they came in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
+from megatron_loong.attention.block_store import BlockStore, Fold, Part, Returns, own_block
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
-from megatron_loong.attention.circulation import Circulation, Returns, own_block
 from megatron_loong.attention.merge import add_sink_, merge_
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.kernels.folds import add_rows_
 from megatron_loong.kernels.interface import TileRules
 from megatron_loong.kernels.max_logit import raise_to_max_logits_
 from megatron_loong.planner.packs import Pack
-from megatron_loong.planner.schedule import RingSchedule
+from megatron_loong.planner.rotation import Moving
+from megatron_loong.planner.steps import Step
 from megatron_loong.planner.tiles import Tile
-from megatron_loong.planner.visits import OWN, Visit
 
 
 def ring_forward(q: torch.Tensor, kv: Block, plan: RingPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,17 +31,28 @@ def ring_forward(q: torch.Tensor, kv: Block, plan: RingPlan) -> tuple[torch.Tens
     [s, b, h] in float32 (float64); a row that no key is visible to has out 0 and lse -inf.
     """
     if plan.one_call:
-        (schedule,) = plan.forward
-        call = schedule.passage(plan.ring_rank, backward=False).tiles[OWN][0]
         k, v = kv.parts
-        return alone(tile_forward(q, k, v, plan.rules_of(call, OWN, schedule, False, q.device), plan), q.dtype, plan)
+        (tile,) = plan.forward[0].tiles
+        return alone(tile_forward(q, k, v, plan.rules_of(tile, plan.forward[0], q.device), plan), q.dtype, plan)
     result = Result(q, plan.value_dim)
-    legs = [_ForwardLeg(schedule, q, kv, result, plan) for schedule in plan.forward]
-    for step in range(-1, plan.schedule.ring_size):
-        for leg in legs:
-            leg.circulation.begin(step)
-        for leg in legs:
-            leg.compute(step)
+    own: dict[Moving, Block] = {"kv": kv}
+    if "q" in plan.moving(plan.forward):
+        own["q"] = _packed(plan, q)
+    blocks = BlockStore(plan.rings, plan.forward, own, plan.ring_rank)
+    returns = _returns(plan, plan.forward, {"q": (result.lse, result.out)}, _merge, (-torch.inf, 0.0))
+    for index, step in enumerate(plan.forward):
+        blocks.post(index, step)  # hops that the tiles of this step hide
+        tiles = plan.calls_of(step, batch=q.shape[1])
+        if step.moving == "kv":
+            for tile in tiles:
+                part = _attend(tile, step, q, kv, blocks, plan)
+                result.take(tile.q, part, first_keys=step.owner == plan.ring_rank)
+                del part  # before the next blocks take memory
+        else:  # the output of queries that are only visiting returns to their rank
+            visiting = [(tile.q, _lse_first(_attend(tile, step, q, kv, blocks, plan))) for tile in tiles]
+            returns["q"].exchange(index, step, visiting)
+            visiting.clear()
+        blocks.drop(step)
     return result.finish(plan.sink)
 
 
@@ -48,80 +61,88 @@ def ring_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from the global out and lse; shapes of q, k and v, summed and returned in float32 (float64).
 
-    KV goes round again, or the queries do, with what their gradient needs: `RingPlan.backward` says. The gradient of
-    what moves goes home on communicators of its own, in ring_size - 1 hops (`backward_visits`).
+    KV goes round again, or the queries do, with what their gradient needs. The gradient of what moves returns on
+    communicators of its own, in ring_size - 1 hops (`planner.routes.own_last_order`).
     """
+    queries = dout, q, out, lse
     if plan.one_call:  # nothing to add up, and so nothing to widen
-        (schedule,) = plan.backward
-        call = schedule.passage(plan.ring_rank, backward=True).tiles[OWN][0]
         k, v = kv.parts
-        return tile_backward((dout, q, out, lse), k, v, plan.rules_of(call, OWN, schedule, True, q.device), plan)
+        (tile,) = plan.backward[0].tiles
+        return tile_backward(queries, k, v, plan.rules_of(tile, plan.backward[0], q.device), plan)
     wide = accumulator_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, *kv.parts))
-    legs = [_BackwardLeg(schedule, (dout, q, out, lse), kv, (dq, dk, dv), plan) for schedule in plan.backward]
-    for step in range(-1, plan.schedule.ring_size):
-        for leg in legs:
-            leg.circulation.begin(step)
-        for leg in legs:
-            leg.compute(step)
+    own: dict[Moving, Block] = {"kv": kv}
+    if "q" in plan.moving(plan.backward):
+        own["q"] = _travelling(queries, plan)
+    blocks = BlockStore(plan.rings, plan.backward, own, plan.ring_rank)
+    returns = _returns(plan, plan.backward, {"kv": (dk, dv), "q": (dq,)}, _add, (0.0, 0.0))
+    for index, step in enumerate(plan.backward):
+        blocks.post(index, step)  # hops that the tiles of this step hide
+        tiles = plan.calls_of(step, batch=q.shape[1])
+        grads = [_gradients(tile, step, queries, kv, blocks, plan) for tile in tiles]
+        # Of queries or of keys and values: one part returns to the owner of the block, the other is summed here.
+        returned, kept = (1, 0) if step.moving == "kv" else (0, 1)
+        returns[step.moving].exchange(index, step, [pair[returned] for pair in grads])
+        _add_rows((dq,) if kept == 0 else (dk, dv), [pair[kept] for pair in grads])
+        grads.clear()  # before the next blocks take memory
+        blocks.drop(step)
     return dq, dk, dv
 
 
-class _Leg:
-    """One passage of one schedule: what comes, when, and the calls of the kernel that it is for."""
-
-    def __init__(self, schedule: RingSchedule, backward: bool, own: Block, plan: RingPlan) -> None:
-        self._schedule, self._backward, self._plan = schedule, backward, plan
-        self._work = schedule.passage(plan.ring_rank, backward)
-        self._keys_move = schedule.moving == "kv"
-        what = "KV block" if self._keys_move else "query block"
-        self.circulation = Circulation(plan.rings, self._work, own, what)
-        self._pack = plan.packs(batch=own.parts[0].shape[1])
-
-    def _visit(self, step: int) -> Visit:
-        return OWN if step < 0 else self._work.visits[step]
-
-    def _calls(self, step: int) -> list[Tile | Pack]:
-        visit = self._visit(step)
-        tiles = self._work.opening if step < 0 else self._work.tiles.get(visit, ())
-        # Rows that follow one another here must do so in their owner's block, where their gradient goes in one piece.
-        return self._plan.calls(tiles, self._pack and len(self._work.rows.get(visit, ())) == 1)
-
-    def _rules(self, call: Tile | Pack, visit: Visit, device: torch.device) -> TileRules:
-        return self._plan.rules_of(call, visit, self._schedule, self._backward, device)
+Queries = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""dout, q, out [s, b, h, ...] and lse [s, b, h] of the same rows."""
 
 
-class _ForwardLeg(_Leg):
-    """Forward: the results of one's own queries stay here, those of queries that have come go home."""
+def _attend(
+    tile: Tile | Pack, step: Step, q: torch.Tensor, kv: Block, blocks: BlockStore, plan: RingPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [b, s, h, dv] and lse [b, s, h] of one tile; waits for the step's block."""
+    block = blocks[step].parts
+    q, (k, v) = (q, block) if step.moving == "kv" else (block[0], kv.parts)
+    return tile_forward(q[tile.q], k[tile.kv], v[tile.kv], plan.rules_of(tile, step, q.device), plan)
 
-    def __init__(self, schedule: RingSchedule, q: torch.Tensor, kv: Block, result: Result, plan: RingPlan) -> None:
-        super().__init__(schedule, False, kv if schedule.moving == "kv" else _own_block((q,), plan), plan)
-        self._q, self._kv, self._result = q, kv, result
-        if not self._keys_move:
-            home = result.lse, result.out
-            wire = Form.of((home[0].shape[1:], home[0].dtype), (home[1].shape[1:], plan.wire_dtype))
-            what = "output of query block"
-            self._returns = Returns(plan.rings, self._work, home, wire, _merge, (-torch.inf, 0.0), what)
 
-    def compute(self, step: int) -> None:
-        """Attend to the block of a step."""
-        visit = self._visit(step)
-        results = []
-        for call in self._calls(step):
-            block = self.circulation.block(visit).parts
-            q, (k, v) = (self._q, block) if self._keys_move else (block[0], self._kv.parts)
-            rules = self._rules(call, visit, q.device)
-            part = tile_forward(q[call.q], k[call.kv], v[call.kv], rules, self._plan)
-            if self._keys_move:
-                self._result.take(call.q, part, first_keys=visit == OWN)
-            else:
-                results.append((call.q, part))
-        if not self._keys_move and step >= 0:
-            self._returns.collect(step)
-            for rows, (out, lse) in results:
-                self._returns.add(visit, rows, (lse.transpose(0, 1), out.transpose(0, 1)))
-            self._returns.post(step)
-        self.circulation.end(step)
+def _lse_first(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lse, out) of a tile, sequence first: as results for queries travel."""
+    out, lse = part
+    return _bshd(lse), _bshd(out)
+
+
+def _gradients(
+    tile: Tile | Pack, step: Step, queries: Queries, kv: Block, blocks: BlockStore, plan: RingPlan
+) -> tuple[Part, Part]:
+    """Rows of one tile with dq, and rows with dk and dv, all [s, b, heads, d]; waits for the step's block."""
+    rules = plan.rules_of(tile, step, queries[0].device)
+    if step.moving == "kv":
+        kv = blocks[step]
+    k, v = (x[tile.kv] for x in kv.parts)
+    if step.moving == "kv" or step.owner == plan.ring_rank:
+        dout, q, out, lse = (x[tile.q] for x in queries)
+    else:
+        lse, delta, q, dout = (x[tile.q] for x in blocks[step].parts)
+        out = out_with_delta(dout, delta)
+    dq, dk, dv = tile_backward((dout, q, out, lse), k, v, rules, plan)
+    return (tile.q, (dq,)), (tile.kv, (dk, dv))
+
+
+def _returns(
+    plan: RingPlan,
+    steps: Sequence[Step],
+    home: Mapping[Moving, tuple[torch.Tensor, ...]],
+    fold: Fold,
+    zero: tuple[float, ...],
+) -> dict[Moving, Returns]:
+    """For each kind of block that has results to return: where they are summed, and how they travel."""
+    found = {}
+    for moving in plan.moving(steps):
+        if moving in home:
+            sums = home[moving]
+            # lse stays as it is: only sums and outputs are rounded to travel.
+            dtypes = [plan.wire_dtype if x.dim() == 4 else x.dtype for x in sums]
+            wire = Form.of(*((x.shape[1:], dtype) for x, dtype in zip(sums, dtypes, strict=True)))
+            kind = [step for step in steps if step.moving == moving]
+            found[moving] = Returns(plan.rings, kind, sums, wire, fold, zero[: len(sums)], plan.ring_rank)
+    return found
 
 
 def alone(
@@ -175,54 +196,12 @@ def _add(total: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) -> Non
     add_rows_(tuple(zip(total, part, strict=True)))
 
 
-Queries = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""dout, q, out [s, b, h, ...] and lse [s, b, h] of the same rows."""
+def _add_rows(total: tuple[torch.Tensor, ...], parts: list[Part]) -> None:
+    for rows, tensors in parts:
+        _add(tuple(x[rows] for x in total), tensors)
 
 
-class _BackwardLeg(_Leg):
-    """Backward: the gradient of the side that stays is summed here, that of the moving side goes home."""
-
-    def __init__(
-        self, schedule: RingSchedule, queries: Queries, kv: Block, grads: tuple[torch.Tensor, ...], plan: RingPlan
-    ) -> None:
-        super().__init__(schedule, True, kv if schedule.moving == "kv" else _travelling(queries, plan), plan)
-        self._queries, self._kv = queries, kv
-        dq, dkv = grads[:1], grads[1:]
-        home, self._here = (dkv, dq) if self._keys_move else (dq, dkv)
-        wire = Form.like(*home).with_dtype(plan.wire_dtype)
-        nothing = (0.0,) * len(home)
-        what = "dKV of block" if self._keys_move else "dQ of block"
-        self._returns = Returns(plan.rings, self._work, home, wire, _add, nothing, what)
-
-    def compute(self, step: int) -> None:
-        """Gradients from the block of a step; in step -1, from the first half of the own block."""
-        visit = self._visit(step)
-        grads = [(call, self._gradients(call, visit)) for call in self._calls(step)]
-        if step >= 0:
-            self._returns.collect(step)
-        for call, (dq, dk, dv) in grads:
-            rows, moved = (call.kv, (dk, dv)) if self._keys_move else (call.q, (dq,))
-            self._returns.add(visit, rows, moved)
-        if step >= 0:
-            self._returns.post(step)
-        for call, (dq, dk, dv) in grads:
-            rows, stayed = (call.q, (dq,)) if self._keys_move else (call.kv, (dk, dv))
-            _add(tuple(x[rows] for x in self._here), stayed)
-        self.circulation.end(step)
-
-    def _gradients(self, call: Tile | Pack, visit: Visit) -> tuple[torch.Tensor, ...]:
-        """dq, dk, dv [s, b, heads, d] of one call."""
-        rules = self._rules(call, visit, self._kv.flat.device)
-        queries = tuple(x[call.q] for x in self._queries) if self._keys_move or visit == OWN else None
-        keys = self.circulation.block(visit) if self._keys_move else self._kv
-        if queries is None:
-            lse, delta, q, dout = (x[call.q] for x in self.circulation.block(visit).parts)
-            queries = dout, q, out_with_delta(dout, delta), lse
-        k, v = (x[call.kv] for x in keys.parts)
-        return tile_backward(queries, k, v, rules, self._plan)
-
-
-def _own_block(tensors: tuple[torch.Tensor, ...], plan: RingPlan) -> Block:
+def _packed(plan: RingPlan, *tensors: torch.Tensor) -> Block:
     """A copy of tensors [s, ...] that goes round."""
     return own_block(plan.rings, Form.like(*tensors), tensors[0].shape[0], tensors[0].device).fill(tensors)
 
@@ -231,7 +210,7 @@ def _travelling(queries: Queries, plan: RingPlan) -> Block:
     """What of the queries travels backward: lse, delta [s, b, h], q and dout."""
     dout, q, out, lse = queries
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    return _own_block((lse, delta, q, dout), plan)
+    return _packed(plan, lse, delta, q, dout)
 
 
 def out_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,20 +14,21 @@ from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.planner.packs import Pack, packed
 from megatron_loong.planner.rotation import Moving
 from megatron_loong.planner.rows import original_rows
-from megatron_loong.planner.schedule import RingSchedule
+from megatron_loong.planner.steps import Step
 from megatron_loong.planner.tiles import Tile, squared
-from megatron_loong.planner.visits import OWN, Visit
 from megatron_loong.sequence.sharding import places_of
+from megatron_loong.topology.tokens import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
 class RingPlan:
     """One attention call of one ring rank."""
 
-    forward: tuple[RingSchedule, ...]
-    """What is computed in the forward pass; together all of the attention."""
-    backward: tuple[RingSchedule, ...]
-    """The same for the backward pass, in which another side may move."""
+    layouts: tuple[TokenLayout, TokenLayout]
+    """Of queries and of keys."""
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    """Here the other kind of block may move."""
     ring_rank: int
     rings: dict[str, Ring]
     """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
@@ -46,23 +47,28 @@ class RingPlan:
     """[h] float32 of this rank's heads, to be raised to the greatest score of each."""
 
     @property
-    def schedule(self) -> RingSchedule:
-        """Any of the schedules: for what holds for all."""
-        return self.forward[0]
-
-    @property
     def one_call(self) -> bool:
         """Whether one call of the kernel, on all rows and keys, is the whole attention: nothing to merge or add up."""
-        if self.schedule.ring_size > 1:
+        if len(self.forward) != 1:
             return False
-        tiles = self.schedule.passage(self.ring_rank, backward=False).tiles.get(OWN, ())
-        whole = slice(0, self.schedule.q.seq_len), slice(0, self.schedule.kv.seq_len)
-        return len(tiles) == 1 and (tiles[0].q, tiles[0].kv) == whole and len(self.calls(tiles)) == 1
+        tiles = self.forward[0].tiles
+        whole = [slice(0, layout.seq_len) for layout in self.layouts]
+        return len(tiles) == 1 and [tiles[0].q, tiles[0].kv] == whole and len(self.calls(tiles)) == 1
+
+    @staticmethod
+    def moving(steps: Sequence[Step]) -> list[Moving]:
+        """The kinds of blocks that go round."""
+        return list(dict.fromkeys(step.moving for step in steps))
 
     def calls(self, tiles: Sequence[Tile], pack: bool = False) -> list[Tile | Pack]:
         """Tiles as calls that the kernel can serve; with `pack`, many short ones as one where it takes that."""
         served = [x for tile in tiles for x in ([tile] if self.kernel.bottom_right else squared(tile))]
         return packed(served) if pack else list(served)
+
+    def calls_of(self, step: Step, batch: int) -> list[Tile | Pack]:
+        """The calls of a step."""
+        # Rows that follow one another here must do so in their owner's block, where their gradient goes in one piece.
+        return self.calls(step.tiles, self.packs(batch) and len(step.rows) == 1)
 
     def packs(self, batch: int) -> bool:
         """Whether the kernel takes many documents at once, and nothing is asked that depends on a tile's places."""
@@ -73,40 +79,29 @@ class RingPlan:
         """The kernel's rules for rows and keys of which nothing matters but `window`."""
         return replace(self.rules, window=window)
 
-    def rules_of(
-        self, tile: Tile | Pack, visit: Visit, schedule: RingSchedule, backward: bool, device: torch.device
-    ) -> TileRules:
+    def rules_of(self, tile: Tile | Pack, step: Step, device: torch.device) -> TileRules:
         """The kernel's rules for one call."""
         rules = replace(self.rules, window=tile.window, boundaries=getattr(tile, "boundaries", None))
         if rules.alibi_slopes is None and rules.dropout is None:
             return rules
-        owner = visit.owner(self.ring_rank, schedule.ring_size, schedule.inner_ring_size)
-        rows = schedule.passage(self.ring_rank, backward).rows[visit]
-        if schedule.moving == "kv":
+        q, kv = self.layouts
+        if step.moving == "kv":
             q_rank, q_rows = self.ring_rank, tile.q
-            kv_rank, kv_rows = owner, slice(*original_rows(rows, tile.kv))
+            kv_rank, kv_rows = step.owner, slice(*original_rows(step.rows, tile.kv))
         else:
-            q_rank, q_rows = owner, slice(*original_rows(rows, tile.q))
+            q_rank, q_rows = step.owner, slice(*original_rows(step.rows, tile.q))
             kv_rank, kv_rows = self.ring_rank, tile.kv
-        q_places = _all_places(schedule, "q", q_rank, device)[q_rows]
-        kv_places = _all_places(schedule, "kv", kv_rank, device)[kv_rows]
+        q_places = _all_places(q, q_rank, device)[q_rows]
+        kv_places = _all_places(kv, kv_rank, device)[kv_rows]
         return replace(rules, q_places=q_places, kv_places=kv_places)
 
 
-_known_places: weakref.WeakKeyDictionary[RingSchedule, dict[tuple[bool, int, torch.device], torch.Tensor]]
-_known_places = weakref.WeakKeyDictionary()
-
-
-def _all_places(schedule: RingSchedule, side: Moving, ring_rank: int, device: torch.device) -> torch.Tensor:
-    """Places in their documents of all that a ring rank holds; copied to the device once for each schedule."""
-    known = _known_places.setdefault(schedule, {})
-    key = (side == "q", ring_rank, device)
-    if key not in known:
-        layout = schedule.q if side == "q" else schedule.kv
-        known[key] = places_of(layout.ring_runs(ring_rank)).to(device)
-    return known[key]
+@functools.lru_cache(maxsize=256)
+def _all_places(layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.Tensor:
+    """Places in their documents of all that a ring rank holds; copied to the device once for each layout."""
+    return places_of(layout.ring_runs(ring_rank)).to(device)
 
 
 def forget_places() -> None:
     """Empty what `_all_places` remembers."""
-    _known_places.clear()
+    _all_places.cache_clear()

@@ -7,8 +7,7 @@ import random
 from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.rows import row_count
-from megatron_loong.planner.schedule import RingSchedule
+from megatron_loong.planner.steps import ring_schedule
 from megatron_loong.planner.tiles import Mask, documents_in
 from megatron_loong.sequence.packing import imbalance, packed_layout
 
@@ -44,13 +43,13 @@ def draw_mix(rng: random.Random, tokens: int) -> tuple[int, ...]:
 def cost_of_ours(config: LoongConfig, documents: tuple[int, ...]) -> PackCost:
     """Causal attention over a pack as `attention_2d` runs it."""
     layout = packed_layout(config, documents)
-    schedule = RingSchedule(layout, layout, Mask(right=0), config.inner_ring_size or 1)
+    schedule = ring_schedule(layout, layout, Mask(right=0), config.inner_ring_size or 1)
     pairs, sent = [], []
     for rank in range(config.ring_size):
         runs = [x for run in layout.ring_runs(rank) for x in documents_in(documents, run)]
         pairs.append(sum(_triangle(stop - documents[i]) - _triangle(start - documents[i]) for i, (start, stop) in runs))
-        hops = schedule.passage(rank, backward=False).hops.values()
-        sent.append(sum(row_count(hop.rows) for step in hops for hop in step if hop.send))
+        steps = schedule.steps(rank, backward=False)
+        sent.append(sum(hop.row_count for step in steps for hop in step.sends))
     return PackCost(tuple(pairs), tuple(sent), documents[-1])
 
 

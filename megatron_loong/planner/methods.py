@@ -12,8 +12,8 @@ from megatron_loong.planner.links import Site
 from megatron_loong.planner.parts import Parts, parts_of
 from megatron_loong.planner.programs import Op
 from megatron_loong.planner.rotation import Moving, RowBytes
+from megatron_loong.planner.routes import Place, forward_order
 from megatron_loong.planner.traffic import AttentionShape, moving_bytes
-from megatron_loong.planner.visits import Visit, forward_visits
 
 Program = Callable[[int, int], tuple[Op, ...]]
 BackwardProgram = Callable[[int, int, bool], tuple[Op, ...]]
@@ -66,7 +66,7 @@ class Method:
 
 @functools.lru_cache(maxsize=256)
 def forward_order_backward(outer_ring_size: int, inner_ring_size: int, short: bool = False) -> tuple[Op, ...]:
-    """The backward of LoongTrain's public code and of ring-flash-attention: visits in the order of the forward, so
+    """The backward of LoongTrain's public code and of ring-flash-attention: blocks in the order of the forward, so
     that dKV needs ring_size hops to be home, and the hop to the next outer round is waited for where it is made; the
     same for blocks of any length.
     """
@@ -74,25 +74,25 @@ def forward_order_backward(outer_ring_size: int, inner_ring_size: int, short: bo
     for op in programs.forward_program(outer_ring_size, inner_ring_size):
         ops.append(op)
         if op.kind == "tile":
-            ops += _travelling_gradient(op.visit, outer_ring_size, inner_ring_size)
+            ops += _travelling_gradient(op.place, outer_ring_size, inner_ring_size)
     return tuple(ops)
 
 
-def _travelling_gradient(visit: Visit, outer_ring_size: int, inner_ring_size: int) -> list[Op]:
-    """dKV that came with the visit before is added to and passed on, on the ring on which its block goes next."""
-    visits = forward_visits(outer_ring_size, inner_ring_size)
-    index = visits.index(visit)
+def _travelling_gradient(place: Place, outer_ring_size: int, inner_ring_size: int) -> list[Op]:
+    """dKV that came with the block before is added to and passed on, on the ring on which its block goes next."""
+    places = forward_order(outer_ring_size, inner_ring_size)
+    index = places.index(place)
     ops: list[Op] = []
-    if index and inner_ring_size > 1 and visit.inner_shift:
-        ops.append(Op("wait", visits[index - 1], "inner_dkv"))
-    ops.append(Op("fold", visit))
+    if index and inner_ring_size > 1 and place.inner:
+        ops.append(Op("wait", places[index - 1], "inner_dkv"))
+    ops.append(Op("fold", place))
     if inner_ring_size > 1:
-        ops.append(Op("post", visit, "inner_dkv"))
-    if visit.inner_shift == inner_ring_size - 1:
+        ops.append(Op("post", place, "inner_dkv"))
+    if place.inner == inner_ring_size - 1:
         if inner_ring_size > 1:
-            ops.append(Op("wait", visit, "inner_dkv"))
+            ops.append(Op("wait", place, "inner_dkv"))
         if outer_ring_size > 1:
-            ops += [Op("post", visit, "outer_dkv"), Op("wait", visit, "outer_dkv")]
+            ops += [Op("post", place, "outer_dkv"), Op("wait", place, "outer_dkv")]
     return ops
 
 

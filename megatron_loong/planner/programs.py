@@ -1,7 +1,7 @@
 """The ring loops as lists of operations: what every rank posts, computes and waits for, in the order of the code.
 
 The only file of the cost model that reads `schedule` and `topology.tokens`; `attention/double_ring.py` runs the same
-visits, hops and tiles. All ranks run one program; which tokens a visit brings follows from the owner.
+steps. All ranks run one program; which tokens a block has follows from its owner.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import defaultdict
 from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.schedule import RingSchedule
+from megatron_loong.planner.routes import OWN, Place, forward_order, own_last_order
+from megatron_loong.planner.steps import ring_schedule
 from megatron_loong.planner.tiles import LEAST_ROWS_TO_CUT, Mask, Tile, held_segments, tiles
-from megatron_loong.planner.visits import OWN, Visit
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 
@@ -21,12 +21,12 @@ class Op(NamedTuple):
     """One step of a program.
 
     `post`: send to the next on `ring`, receive from the previous, both from here on. `wait`: until the hop posted
-    as (ring, visit) by the previous one is here. `tile`: attention with the block of `visit`; `opening` and `rest`:
-    with the parts of the own one. `fold`: add the gradients of a tile.
+    as (ring, place) by the previous one is here. `tile`: attention with the block for which a rank stands at `place`;
+    `opening` and `rest`: with the parts of the own one. `fold`: add the gradients of a tile.
     """
 
     kind: Literal["post", "wait", "tile", "opening", "rest", "fold"]
-    visit: Visit
+    place: Place
     ring: str = ""
 
 
@@ -34,7 +34,7 @@ class Op(NamedTuple):
 def forward_program(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...]:
     """Operations of `ring_forward`.
 
-    >>> [f"{op.kind} {op.ring}{tuple(op.visit)}" for op in forward_program(1, 2)]
+    >>> [f"{op.kind} {op.ring}{tuple(op.place)}" for op in forward_program(1, 2)]
     ['post inner(0, 1)', 'tile (0, 0)', 'wait inner(0, 1)', 'tile (0, 1)']
     """
     return _program(outer_ring_size, inner_ring_size, backward=False)
@@ -50,45 +50,44 @@ def backward_program(outer_ring_size: int, inner_ring_size: int, short: bool = F
 
 
 def _program(outer_ring_size: int, inner_ring_size: int, backward: bool, short: bool = False) -> tuple[Op, ...]:
-    """The passage of any one rank: with one causal document in zigzag, all ranks do the same."""
+    """The steps of any one rank: with one causal document in zigzag, all ranks do the same."""
     ring = outer_ring_size * inner_ring_size
     layout = zigzag_or_contiguous(LoongConfig(ring), (2 if short else LEAST_ROWS_TO_CUT) * ring)
-    passage = RingSchedule(layout, layout, Mask(right=0), inner_ring_size).passage(0, backward)
+    steps = ring_schedule(layout, layout, Mask(right=0), inner_ring_size).steps(0, backward)
+    order = own_last_order if backward else forward_order
+    place_of = {place.owner(0, ring, inner_ring_size): place for place in order(outer_ring_size, inner_ring_size)}
     ops: list[Op] = []
-    under_way: dict[Visit, str] = {}
-    gradients: dict[Visit, list[Op]] = defaultdict(list)
+    under_way: dict[Place, str] = {}
+    gradients: dict[int, list[Op]] = defaultdict(list)
 
-    def fetch(visit: Visit) -> None:
-        if visit in under_way:
-            ops.append(Op("wait", visit, under_way.pop(visit)))
+    def fetch(place: Place) -> None:
+        if place in under_way:
+            ops.append(Op("wait", place, under_way.pop(place)))
 
-    def begin(step: int) -> None:
-        hops = passage.hops.get(step, ())
-        for hop in hops:
-            if hop.send:
-                fetch(hop.visit)
-        for hop in hops:
-            if not hop.send:
-                ops.append(Op("post", hop.visit, hop.ring))
-                under_way[hop.visit] = hop.ring
-
-    begin(-1)
-    if passage.opening:
-        ops.append(Op("opening", OWN))
-    for step, visit in enumerate(passage.visits):
-        fetch(visit)
-        begin(step)
-        fetch(visit)  # posted just now
-        ops.append(Op("rest" if passage.opening and visit == OWN else "tile", visit))
+    begun = False
+    for index, step in enumerate(steps):
+        place = place_of[step.owner]
+        fetch(place)
+        for hop in step.sends:
+            fetch(place_of[hop.owner])
+        for hop in step.receives:
+            ops.append(Op("post", place_of[hop.owner], hop.ring))
+            under_way[place_of[hop.owner]] = hop.ring
+        if index + len(place_of) < len(steps):  # the step before the first block
+            begun = bool(step.tiles)
+            if begun:
+                ops.append(Op("opening", OWN))
+            continue
+        fetch(place)  # posted just now
+        ops.append(Op("rest" if begun and place == OWN else "tile", place))
         if backward:
-            ops += gradients.pop(visit, [])
-            ops.append(Op("fold", visit))
-        for hop in passage.return_hops.get(step, ()):
-            # The block's gradient is complete on this rank before it is sent on; the neighbour's comes in exchange.
-            if hop.send:
-                ops.append(Op("post", visit, f"{hop.ring}_dkv"))
-            else:
-                gradients[hop.visit].append(Op("wait", visit, f"{hop.ring}_dkv"))
+            ops += gradients.pop(step.owner, [])
+            ops.append(Op("fold", place))
+        # A block's gradient is complete on this rank before it is sent on; the neighbour's comes in exchange.
+        for hop in step.return_sends:
+            ops.append(Op("post", place, f"{hop.ring}_dkv"))
+        for hop in step.return_receives:
+            gradients[hop.owner].append(Op("wait", place, f"{hop.ring}_dkv"))
     return tuple(ops)
 
 

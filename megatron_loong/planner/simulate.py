@@ -173,7 +173,7 @@ class _Run:
         w = self.config.inner_ring_size or 1
         for rank in self.ranks:
             ring_rank = self.ring_rank[rank]
-            owner = op.visit.owner(ring_rank, self.config.ring_size, w)
+            owner = op.place.owner(ring_rank, self.config.ring_size, w)
             kernel_s, merge_s = self.costs.of(ring_rank, owner, op.kind)
             self._compute(rank, kernel_s, "tile", op)
             self._compute(rank, merge_s, "merge", op)
@@ -191,7 +191,7 @@ class _Run:
         self.now[rank] = start + seconds
         self.busy[rank] += seconds
         if self.trace and seconds:
-            label = f"{what} {tuple(op.visit)}" if op else what
+            label = f"{what} {tuple(op.place)}" if op else what
             self.spans.append(Span(self.first + rank, "compute", label, start, start + seconds))
 
     def _post(self, op: Op) -> None:
@@ -219,7 +219,7 @@ class _Run:
             start, arrival = self.links.send(ready[rank], previous[rank], self.first + rank, message)
             self.now[rank] = max(self.now[rank], arrival)
             if self.trace:
-                what = f"{'dKV of' if gradient else 'KV'} {tuple(op.visit)}"
+                what = f"{'dKV of' if gradient else 'KV'} {tuple(op.place)}"
                 sender = self.first + self._stand_in(previous[rank])
                 self.spans.append(Span(sender, op.ring, what, start, arrival))
 

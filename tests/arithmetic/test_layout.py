@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from megatron_loong.config import AXES, CAUSAL, FULL, LoongConfig, divisors
-from megatron_loong.planner.schedule import RingSchedule
+from megatron_loong.planner.routes import forward_order, kv_visit_order, own_last_order
+from megatron_loong.planner.steps import ring_schedule
 from megatron_loong.planner.tiles import Mask, held_segments, tiles
-from megatron_loong.planner.visits import backward_visits, forward_visits, kv_visit_order
 from megatron_loong.sequence.sharding import token_positions
 from megatron_loong.topology.layout import coordinates_of, cp_rank_of, group_members, logical_rank_of
 from megatron_loong.topology.tokens import zigzag_or_contiguous
@@ -84,16 +84,16 @@ def test_every_owner_is_visited_once_and_blocks_come_from_neighbours(n: int, w: 
     """One causal document: C-1 hops in either direction, all but one block's worth of rows, all to neighbours."""
     outer = n // w
     layout = zigzag_or_contiguous(LoongConfig(n), 4 * n)
-    schedule = RingSchedule(layout, layout, Mask(right=0), w)
-    for backward, order in enumerate((forward_visits(outer, w), backward_visits(outer, w))):
+    schedule = ring_schedule(layout, layout, Mask(right=0), w)
+    for backward, order in enumerate((forward_order(outer, w), own_last_order(outer, w))):
         for rank in range(n):
-            assert sorted(v.owner(rank, n, w) for v in order) == list(range(n))
-            assert all(v.visitor(v.owner(rank, n, w), n, w) == rank for v in order)
-            passage = schedule.passage(rank, bool(backward))
+            assert sorted(place.owner(rank, n, w) for place in order) == list(range(n))
+            assert all(place.rank(place.owner(rank, n, w), n, w) == rank for place in order)
+            steps = schedule.steps(rank, bool(backward))
             o, i = divmod(rank, w)
-            for kind in (passage.hops, passage.return_hops):
-                sent = [hop for hops in kind.values() for hop in hops if hop.send]
-                assert len(sent) == (n - 1 if backward or kind is passage.hops else 0)
+            for kind in ("sends", "return_sends"):
+                sent = [hop for step in steps for hop in getattr(step, kind)]
+                assert len(sent) == (n - 1 if backward or kind == "sends" else 0)
                 for hop in sent:
                     assert hop.rows == ((0, 4),)
                     assert hop.peer == ((i + 1) % w if hop.ring == "inner" else (o + 1) % outer)

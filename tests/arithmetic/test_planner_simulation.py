@@ -15,11 +15,11 @@ from megatron_loong.planner.links import Site
 from megatron_loong.planner.methods import LOONGTRAIN, MEGATRON_CP, OURS, Program
 from megatron_loong.planner.parts import Parts
 from megatron_loong.planner.profiles import PROFILES
+from megatron_loong.planner.routes import OWN, Place
 from megatron_loong.planner.search import axis_orders
 from megatron_loong.planner.simulate import simulate_pass
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, attention_bytes
-from megatron_loong.planner.visits import OWN, Visit
 
 LAYOUTS = [
     LoongConfig(cp, hp, w, placement)
@@ -220,16 +220,16 @@ def test_one_node_stands_for_all(config: LoongConfig, monkeypatch: pytest.Monkey
 def test_programs_are_whole(program: Program, outer: int, inner: int) -> None:
     """Every block is computed with once, and nothing is waited for that was not posted before."""
     ops = program(outer, inner)
-    parts = {kind: [op.visit for op in ops if op.kind == kind] for kind in ("opening", "rest", "tile")}
+    parts = {kind: [op.place for op in ops if op.kind == kind] for kind in ("opening", "rest", "tile")}
     assert parts["opening"] == parts["rest"] and parts["rest"] in ([], [OWN])
     tiles = [*parts["tile"], *parts["rest"]]
-    assert sorted(tiles) == [Visit(j, i) for j in range(outer) for i in range(inner)]
+    assert sorted(tiles) == [Place(j, i) for j in range(outer) for i in range(inner)]
     posted = set()
     for op in ops:
         if op.kind == "post":
-            posted.add((op.ring, op.visit))
+            posted.add((op.ring, op.place))
         elif op.kind == "wait":
-            posted.remove((op.ring, op.visit))
+            posted.remove((op.ring, op.place))
 
 
 def test_a_shorter_way_home_for_gradients() -> None:

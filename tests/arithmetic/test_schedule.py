@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.planner.rows import original_rows, row_count, union
-from megatron_loong.planner.schedule import Hop, RingSchedule, ring_schedule
-from megatron_loong.planner.tiles import Mask
-from megatron_loong.planner.visits import OWN
+from megatron_loong.planner.rows import original_rows, union
+from megatron_loong.planner.steps import Hop, Schedule, Step, ring_schedule
+from megatron_loong.planner.tiles import Mask, Tile
 from megatron_loong.sequence.packing import packed_layout
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
@@ -50,13 +49,26 @@ masks = st.builds(Mask, left=reaches, right=st.one_of(st.just(0), reaches))
 
 
 @st.composite
-def attentions(draw: st.DrawFn) -> tuple[RingSchedule, ...]:
-    """The schedules of one attention, whichever side moves, and however gradients go home."""
+def schedules(draw: st.DrawFn) -> Schedule:
+    """Whichever side moves, and however results return."""
     layout, inner = draw(layouts())
     return ring_schedule(layout, layout, draw(masks), inner, draw(st.sampled_from(["kv", "q"])), draw(st.booleans()))
 
 
-schedules = attentions().flatmap(st.sampled_from)
+def ring_of(schedule: Schedule) -> tuple[int, int]:
+    """(ring size, inner ring size)."""
+    return schedule.routes[0].ring_size, schedule.routes[0].inner_ring_size
+
+
+def peer_rank(rank: int, hop: Hop, inner_ring_size: int) -> int:
+    """The ring rank at the other end of a hop of `rank`."""
+    outer, inner = divmod(rank, inner_ring_size)
+    return outer * inner_ring_size + hop.peer if hop.ring == "inner" else hop.peer * inner_ring_size + inner
+
+
+def moved_rows(step: Step, tile: Tile) -> slice:
+    """The rows of a tile on the side that moves."""
+    return getattr(tile, step.moving)
 
 
 def tokens_of(layout: TokenLayout, ring_rank: int) -> list[int]:
@@ -83,23 +95,17 @@ def pairs_of_tile(tile) -> list[tuple[int, int]]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(attentions(), st.booleans())
-def test_every_allowed_pair_is_computed_once_over_all_ranks_and_no_other(
-    attention: tuple[RingSchedule, ...], backward: bool
-) -> None:
-    layout, mask = attention[0].q, attention[0].mask
+@given(schedules(), st.booleans())
+def test_every_allowed_pair_is_computed_once_over_all_ranks_and_no_other(schedule: Schedule, backward: bool) -> None:
+    layout, mask = schedule.routes[0].q, schedule.routes[0].mask
     computed: Counter[tuple[int, int]] = Counter()
-    for schedule in attention:
-        for rank in range(schedule.ring_size):
-            passage = schedule.passage(rank, backward)
-            for visit in passage.visits:
-                owner = visit.owner(rank, schedule.ring_size, schedule.inner_ring_size)
-                here = tokens_of(layout, rank)
-                moved = [tokens_of(layout, owner)[i] for a, b in passage.rows.get(visit, ()) for i in range(a, b)]
-                q_tokens, kv_tokens = (here, moved) if schedule.moving == "kv" else (moved, here)
-                opening = passage.opening if visit == OWN else ()
-                for tile in (*opening, *passage.tiles.get(visit, ())):
-                    computed.update((q_tokens[i], kv_tokens[j]) for i, j in pairs_of_tile(tile))
+    for rank in range(ring_of(schedule)[0]):
+        for step in schedule.steps(rank, backward):
+            here = tokens_of(layout, rank)
+            moved = [tokens_of(layout, step.owner)[i] for a, b in step.rows for i in range(a, b)]
+            q_tokens, kv_tokens = (here, moved) if step.moving == "kv" else (moved, here)
+            for tile in step.tiles:
+                computed.update((q_tokens[i], kv_tokens[j]) for i, j in pairs_of_tile(tile))
     n = layout.seq_len
     expected = {(q, k) for q in range(n) for k in range(n) if allowed(layout, mask, q, k)}
     assert set(computed) == expected
@@ -107,153 +113,127 @@ def test_every_allowed_pair_is_computed_once_over_all_ranks_and_no_other(
 
 
 @pytest.mark.parametrize("ring", [3, 4, 7, 8])
-def test_contiguous_chunks_are_balanced_by_helping(ring: int) -> None:
-    """LightSeq: every rank computes its own block and about half of the ring's others; without help, up to all."""
+def test_contiguous_chunks_are_balanced_by_moving_queries_too(ring: int) -> None:
+    """LightSeq: every rank computes its own block and about half of the ring's others; with KV alone, up to all."""
     layout = zigzag_or_contiguous(LoongConfig(ring, sequence_layout="contiguous"), 16 * ring)
-    attention = ring_schedule(layout, layout, Mask(right=0), ring)
-    blocks = [sum(len(x.tiles(rank, owner)) for x in attention for owner in range(ring)) for rank in range(ring)]
+    schedule = ring_schedule(layout, layout, Mask(right=0), ring)
+    blocks = [sum(len(step.tiles) for step in schedule.steps(rank, backward=False)) for rank in range(ring)]
     assert sum(blocks) == ring * (ring + 1) // 2
     assert max(blocks) - min(blocks) <= 1 + ring % 2
 
 
 @settings(max_examples=100, deadline=None)
-@given(schedules)
-def test_what_is_sent_is_what_the_tiles_read(schedule: RingSchedule) -> None:
-    for rank in range(schedule.ring_size):
-        for owner in range(schedule.ring_size):
-            slices = [getattr(tile, schedule.moving) for tile in schedule.tiles(rank, owner)]
-            read = union((x.start, x.stop) for x in slices)
-            assert schedule.needs(rank, owner) == read
+@given(schedules())
+def test_what_is_sent_is_what_the_tiles_read(schedule: Schedule) -> None:
+    for routes in schedule.routes:
+        for rank in range(routes.ring_size):
+            for owner in range(routes.ring_size):
+                slices = [getattr(tile, routes.moving) for tile in routes.tiles(rank, owner)]
+                assert routes.needs(rank, owner) == union((x.start, x.stop) for x in slices)
 
 
 @settings(max_examples=100, deadline=None)
-@given(schedules, st.booleans())
-def test_every_message_is_received_in_the_step_in_which_it_is_sent(schedule: RingSchedule, backward: bool) -> None:
+@given(schedules(), st.booleans())
+def test_every_message_is_received_in_the_step_in_which_it_is_sent(schedule: Schedule, backward: bool) -> None:
+    ring, w = ring_of(schedule)
     sent, received = Counter(), Counter()
-    for rank in range(schedule.ring_size):
-        passage = schedule.passage(rank, backward)
-        outer, inner = divmod(rank, schedule.inner_ring_size)
-        for kind, by_step in (("kv", passage.hops), ("dkv", passage.return_hops)):
-            for step, hops in by_step.items():
-                for hop in hops:
-                    peer = (
-                        outer * schedule.inner_ring_size + hop.peer
-                        if hop.ring == "inner"
-                        else hop.peer * schedule.inner_ring_size + inner
-                    )
-                    at_once = kind == "kv" and hop.ring == "inner" and schedule.inner_ring_size == 2
-                    assert peer != rank and hop.rows and hop.due >= step + (not at_once)
-                    ends = (rank, peer) if hop.send else (peer, rank)
-                    (sent if hop.send else received)[(kind, step, hop.ring, *ends, hop.rows, hop.due)] += 1
+    for rank in range(ring):
+        for index, step in enumerate(schedule.steps(rank, backward)):
+            for kind in ("sends", "receives", "return_sends", "return_receives"):
+                for hop in getattr(step, kind):
+                    peer = peer_rank(rank, hop, w)
+                    at_once = kind in ("sends", "receives") and hop.ring == "inner" and w == 2
+                    assert peer != rank and hop.rows and hop.due >= index + (not at_once)
+                    ends = (rank, peer) if kind.endswith("sends") else (peer, rank)
+                    counted = sent if kind.endswith("sends") else received
+                    counted[(kind.startswith("return"), index, *ends, hop[2:])] += 1
     assert sent == received
     assert all(count == 1 for count in sent.values())
+    # Messages between two ranks match in the order in which they are posted: one of a kind in a step leaves no doubt.
+    assert all(count == 1 for count in Counter((*key[:4], key[4][0]) for key in sent).values())
 
 
 @settings(max_examples=100, deadline=None)
-@given(schedules, st.booleans())
-def test_blocks_are_here_when_they_are_used(schedule: RingSchedule, backward: bool) -> None:
-    for rank in range(schedule.ring_size):
-        passage = schedule.passage(rank, backward)
-        arrival = {OWN: -2}
-        arrival.update((hop.visit, hop.due) for hops in passage.hops.values() for hop in hops if not hop.send)
-        for step, hops in passage.hops.items():
-            for hop in hops:
-                if hop.send:
-                    assert arrival[hop.visit] <= step <= passage.last_use[hop.visit]
-                    held = passage.rows[hop.visit]
-                    assert union((*held, *hop.rows)) == held, "only what is here is sent on"
-        for index, visit in enumerate(passage.visits):
-            if passage.tiles.get(visit):
-                assert arrival[visit] <= index <= passage.last_use[visit]
+@given(schedules(), st.booleans())
+def test_blocks_are_here_when_they_are_used(schedule: Schedule, backward: bool) -> None:
+    for rank in range(ring_of(schedule)[0]):
+        steps = schedule.steps(rank, backward)
+        arrival = {(step.moving, rank): -1 for step in steps}
+        arrival.update(((hop.moving, hop.owner), hop.due) for step in steps for hop in step.receives)
+        held = {(step.moving, step.owner): step.rows for step in steps}
+        dropped: set[tuple[str, int]] = set()
+        for index, step in enumerate(steps):
+            for hop in step.sends:
+                key = hop.moving, hop.owner
+                assert arrival[key] <= index and key not in dropped
+                assert union((*held[key], *hop.rows)) == held[key], "only what is here is sent on"
+            if step.tiles:
+                assert arrival[step.moving, step.owner] <= index and (step.moving, step.owner) not in dropped
+            dropped |= {(step.moving, owner) for owner in step.last_use}
+        assert dropped >= set(arrival), "every block is dropped"
 
 
-def test_the_first_outer_hop_hides_behind_the_opening_or_else_a_tile(least_rows_to_cut: int) -> None:
+def test_the_first_outer_hop_hides_behind_the_begun_own_block_or_else_a_tile(least_rows_to_cut: int) -> None:
     """Two inner rings of two, backward, blocks of 8 rows."""
     layout = zigzag_or_contiguous(LoongConfig(4), 32)
-    passage = RingSchedule(layout, layout, Mask(right=0), 2).passage(0, backward=True)
-    assert bool(passage.opening) == (least_rows_to_cut <= 8)
-    wanted = 0 if passage.opening else 1
-    outer = [(step, hop.due) for step, x in passage.hops.items() for hop in x if hop.ring == "outer"]
-    inner = [(step, hop.due) for step, x in passage.hops.items() for hop in x if hop.ring == "inner"]
-    assert outer == [(-1, wanted)] * 2  # one sent, one received
-    assert inner == [(-1, 0)] * 2 + [(wanted, 1)] * 2
+    steps = ring_schedule(layout, layout, Mask(right=0), 2).steps(0, backward=True)
+    begun = bool(steps[0].tiles)
+    assert begun == (least_rows_to_cut <= 8)
+    needed = 1 if begun else 2
+    for kind in ("sends", "receives"):
+        hops = [(index, hop.ring, hop.due) for index, step in enumerate(steps) for hop in getattr(step, kind)]
+        assert [(i, due) for i, ring, due in hops if ring == "outer"] == [(0, needed)]
+        assert [(i, due) for i, ring, due in hops if ring == "inner"] == [(0, 1), (needed, 2)]
 
 
 @settings(max_examples=100, deadline=None)
-@given(schedules)
-def test_every_gradient_comes_home_once(schedule: RingSchedule) -> None:
-    """Who has added to a block's gradient, carried along with the messages."""
-    ring, inner = schedule.ring_size, schedule.inner_ring_size
-    passages = [schedule.passage(rank, backward=True) for rank in range(ring)]
-    under_way: dict[tuple[int, str, int, int], tuple[int, list[int]]] = {}
-    at_home: dict[int, list[int]] = {}
-    for step in range(len(passages[0].visits)):
-        contributors: dict[int, list[int]] = {}
-        for rank, passage in enumerate(passages):
-            visit = passage.visits[step]
-            if visit not in passage.rows:
-                continue
-            owner = visit.owner(rank, ring, inner)
-            tiles = passage.tiles[visit]
-            tiles = (*tiles, *(passage.opening if visit == OWN else ()))
-            mine = [rank] if tiles else []
-            for tile in tiles:
-                place = passage.return_place(visit, getattr(tile, schedule.moving))
-                rows = original_rows(passage.rows[visit], getattr(tile, schedule.moving))
-                assert original_rows(passage.return_rows[visit], place) == rows
-            for posted, hops in passage.return_hops.items():
-                for hop in hops:
-                    if not hop.send and hop.visit == visit:
-                        assert posted < hop.due <= step
-                        came_owner, names = under_way.pop((posted, hop.ring, rank, hop.peer))
-                        assert came_owner == owner
-                        covered = union((*passage.return_rows[visit], *hop.rows))
-                        assert covered == passage.return_rows[visit]
-                        mine += names
-            contributors[rank] = mine
-            if visit == OWN:
-                at_home[rank] = mine
-        for rank, passage in enumerate(passages):
-            for hop in passage.return_hops.get(step, ()):
-                if hop.send:
-                    outer_of_rank, inner_of_rank = divmod(rank, inner)
-                    peer = outer_of_rank * inner + hop.peer if hop.ring == "inner" else hop.peer * inner + inner_of_rank
-                    my_place = inner_of_rank if hop.ring == "inner" else outer_of_rank
-                    owner = hop.visit.owner(rank, ring, inner)
-                    under_way[(step, hop.ring, peer, my_place)] = (owner, contributors[rank])
+@given(schedules())
+def test_every_result_returns_once(schedule: Schedule) -> None:
+    """Who has added to the results for a block, carried along with the messages."""
+    ring, w = ring_of(schedule)
+    passes = [schedule.steps(rank, backward=True) for rank in range(ring)]
+    gathered: dict[tuple[int, str, int], list[int]] = {}  # (rank, kind of block, owner): who has added to it
+    under_way: dict[tuple[int, str, int], list[tuple[int, Hop, list[int]]]] = {}
+    for index in range(len(passes[0])):
+        for rank, steps in enumerate(passes):
+            step = steps[index]
+            key = rank, step.moving, step.owner
+            for due, hop, names in under_way.pop(key, []):
+                assert due <= index and union((*step.return_rows, *hop.rows)) == step.return_rows
+                gathered.setdefault(key, []).extend(names)
+            if step.tiles and rank not in gathered.setdefault(key, []):
+                gathered[key].append(rank)
+            for tile in step.tiles:
+                rows = original_rows(step.rows, moved_rows(step, tile))
+                assert original_rows(step.return_rows, step.return_place(moved_rows(step, tile))) == rows
+        for rank, steps in enumerate(passes):
+            for hop in steps[index].return_sends:
+                to = peer_rank(rank, hop, w), hop.moving, hop.owner
+                names = gathered.pop((rank, hop.moving, hop.owner), [])
+                under_way.setdefault(to, []).append((hop.due, hop, names))
     assert not under_way
-    for owner, names in at_home.items():
-        assert sorted(names) == [rank for rank in range(ring) if schedule.tiles(rank, owner)]
-
-
-def sent_hops(schedule: RingSchedule) -> list[Hop]:
-    """What all ranks send in the forward pass."""
-    passages = [schedule.passage(rank, backward=False) for rank in range(schedule.ring_size)]
-    return [hop for passage in passages for hops in passage.hops.values() for hop in hops if hop.send]
+    for routes in schedule.routes:
+        for owner in range(ring):
+            names = gathered.pop((owner, routes.moving, owner), [])
+            assert sorted(names) == [rank for rank in range(ring) if routes.tiles(rank, owner)]
+    assert not any(gathered.values())
 
 
 @pytest.mark.parametrize("reach, hops", [(0, 0), (7, 6), (8, 6), (1000, 12)])
 def test_a_window_makes_only_the_hops_that_it_reaches(reach: int, hops: int) -> None:
     """Zigzag, ring 4, chunks of 8: a window of one chunk reaches the two neighbours, but for the ring's ends."""
-    layout = zigzag_or_contiguous(LoongConfig(4), 64)
-    schedule = RingSchedule(layout, layout, Mask(left=reach, right=0), 4)
-    messages = [
-        hop for rank in range(4) for x in schedule.passage(rank, backward=False).hops.values() for hop in x if hop.send
-    ]
-    assert len(messages) == hops
+    assert len(windowed_hops(reach)) == hops
 
 
 def test_a_window_of_one_chunk_sends_only_the_rows_that_are_seen() -> None:
+    assert [hop.row_count for hop in windowed_hops(3)] == [3] * 6
+
+
+def windowed_hops(reach: int) -> list[Hop]:
+    """What all ranks of a ring of four send forward, chunks of 8, causal with a window."""
     layout = zigzag_or_contiguous(LoongConfig(4), 64)
-    schedule = RingSchedule(layout, layout, Mask(left=3, right=0), 4)
-    rows = [
-        row_count(hop.rows)
-        for r in range(4)
-        for x in schedule.passage(r, backward=False).hops.values()
-        for hop in x
-        if hop.send
-    ]
-    assert rows == [3] * 6
+    schedule = ring_schedule(layout, layout, Mask(left=reach, right=0), 4)
+    return [hop for rank in range(4) for step in schedule.steps(rank, backward=False) for hop in step.sends]
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(5, 5), (3, 9), (9, 3)])

@@ -34,7 +34,7 @@ def messages_after_losing_rank_2(config: LoongConfig, how: str) -> dict[int, str
 def test_the_others_end_within_the_timeout(how: str, w: int) -> None:
     messages = messages_after_losing_rank_2(LoongConfig(4, 1, w), how)
     for message in messages.values():
-        assert "ring [" in message and "KV block (" in message and "the hop with rank" in message, message
+        assert "ring [" in message and "block of ring rank" in message and "the hop with rank" in message, message
     # Its right-hand neighbour on the inner ring, rank 3, was to receive from it.
     assert "rank 2 (receiving)" in messages[3], messages[3]
 

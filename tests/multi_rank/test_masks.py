@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_loong.attention.heads import latent_is_smaller
 from megatron_loong.config import AXES, LoongConfig, divisors
-from megatron_loong.planner.rows import row_count
-from megatron_loong.planner.schedule import RingSchedule
+from megatron_loong.planner.steps import ring_schedule
 from megatron_loong.planner.tiles import Mask
 from megatron_loong.topology.tokens import zigzag_or_contiguous
 from tests.multi_rank import mask_cases
@@ -138,15 +137,16 @@ def test_bytes_fall_with_the_window_and_equal_the_schedules(pool: WorkerPool, co
     totals = []
     for index, window in enumerate(windows):
         # Two query and two KV heads: backward the queries move, with dout, lse and delta.
-        ways = [RingSchedule(layout, layout, Mask(window, 0), config.inner_ring_size or 1, x) for x in ("kv", "q")]
+        ways = [ring_schedule(layout, layout, Mask(window, 0), config.inner_ring_size or 1, x) for x in ("kv", "q")]
         head_bytes = 4 * 2 * 8 // config.head_parallel_size  # float32, 2 heads of 8 shared out, of k or of v
         exchange = (config.head_parallel_size - 1) * (256 // 8) * 4 * head_bytes
         for rank in range(8):
-            there, back = (x.passage(rank // config.head_parallel_size, i == 1) for i, x in enumerate(ways))
-            rows = [
-                sum(row_count(hop.rows) for hops in by_step.values() for hop in hops if hop.send)
-                for by_step in (there.hops, back.hops, back.return_hops)
+            there, back = (x.steps(rank // config.head_parallel_size, i == 1) for i, x in enumerate(ways))
+            hops = [
+                [hop for step in steps for hop in getattr(step, kind)]
+                for steps, kind in ((there, "sends"), (back, "sends"), (back, "return_sends"))
             ]
+            rows = [sum(hop.row_count for hop in sent) for sent in hops]
             forward = exchange + 2 * head_bytes * rows[0]
             backward = exchange + (2 * head_bytes + head_bytes // 4) * rows[1] + head_bytes * rows[2]
             assert per_rank[rank][index] == (forward, backward), (rank, window)

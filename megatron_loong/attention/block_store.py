@@ -1,0 +1,190 @@
+"""Blocks on their way round a pair of rings, and the results for them on their way back to the owner."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from megatron_loong.attention.blocks import Block, Form
+from megatron_loong.comm.ring import Message, Ring, Wait
+from megatron_loong.planner.rotation import Moving
+from megatron_loong.planner.rows import Rows, row_count, slice_within
+from megatron_loong.planner.steps import Hop, Step
+
+Rings = Mapping[str, Ring]
+"""`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
+
+
+def own_block(rings: Rings, form: Form, rows: int, device: torch.device) -> Block:
+    """An uninitialised block of this rank's own, where it can be sent from."""
+    ring = next(iter(rings.values()), None)
+    return form.empty(rows, device) if ring is None else Block(form, ring.buffer(form.size(rows), device))
+
+
+class _Messages:
+    """Messages under way on a pair of rings."""
+
+    def __init__(self, rings: Rings, suffix: str) -> None:
+        self._rings, self._suffix = rings, suffix
+        self._sent: defaultdict[int, list[Wait]] = defaultdict(list)
+
+    def buffer(self, hop: Hop, form: Form, device: torch.device) -> torch.Tensor:
+        """Where a hop's rows arrive."""
+        return self._rings[hop.ring + self._suffix].buffer(form.size(row_count(hop.rows)), device)
+
+    def post(
+        self, sends: list[tuple[Hop, torch.Tensor]], receives: list[tuple[Hop, torch.Tensor]], what: str
+    ) -> list[tuple[Hop, torch.Tensor, Wait]]:
+        """Begin the hops of one step. Returns each hop that is received, with its buffer and its wait."""
+        arriving = []
+        for name in ("inner", "outer"):
+            ends = [(send, *end) for send, ends in ((True, sends), (False, receives)) for end in ends]
+            ends = [(send, hop, buffer) for send, hop, buffer in ends if hop.ring == name]
+            if not ends:
+                continue
+            messages = [Message(send, x.peer, buffer, f"{what} of ring rank {x.owner}") for send, x, buffer in ends]
+            waits = self._rings[name + self._suffix].post(messages)
+            for (send, hop, buffer), wait in zip(ends, waits, strict=True):
+                if send:
+                    self._sent[hop.due].append(wait)
+                else:
+                    arriving.append((hop, buffer, wait))
+        return arriving
+
+    def finish_sends(self, index: int) -> None:
+        """Wait for what was sent and is due in a step. The receiver has it by then, so this does not wait long."""
+        for wait in self._sent.pop(index, ()):
+            wait()
+
+
+class BlockStore:
+    """The blocks that are here or on their way: `store[step]` is that of a step.
+
+    `own` are this rank's blocks, by kind. Outer hops are posted as soon as the block that they carry is here, a whole
+    inner round ahead. Besides the rank's own block there are, on each of the two rings, the block that travels and the
+    one that arrives.
+    """
+
+    def __init__(self, rings: Rings, steps: Sequence[Step], own: Mapping[Moving, Block], ring_rank: int) -> None:
+        self._own = own
+        self._held = {(step.moving, step.owner): step.rows for step in steps}
+        self._here: dict[tuple[Moving, int], Block] = {(moving, ring_rank): block for moving, block in own.items()}
+        self._arriving: dict[tuple[Moving, int], tuple[torch.Tensor, Wait]] = {}
+        self._messages = _Messages(rings, "")
+
+    def post(self, index: int, step: Step) -> None:
+        """Post the hops of a step, which its tiles hide."""
+        # The block that this step needs comes first: what it waits for was posted by others before their hops of now.
+        if (step.moving, step.owner) in self._arriving:
+            self._block(step.moving, step.owner)
+        if step.sends or step.receives:
+            sends = [(hop, self._rows_of(hop)) for hop in step.sends]
+            receives = [(hop, self._messages.buffer(hop, *self._like(hop))) for hop in step.receives]
+            for hop, buffer, wait in self._messages.post(sends, receives, "block"):
+                self._arriving[hop.moving, hop.owner] = buffer, wait
+        # After posting: where an inner hop is due at once, both ends must have posted it before either waits.
+        self._messages.finish_sends(index)
+
+    def __getitem__(self, step: Step) -> Block:
+        """The block that a step attends to; waits for it if it is on its way."""
+        return self._block(step.moving, step.owner)
+
+    def drop(self, step: Step) -> None:
+        """Free the blocks that are not needed after a step."""
+        for owner in step.last_use:
+            self._here.pop((step.moving, owner), None)
+
+    def _block(self, moving: Moving, owner: int) -> Block:
+        key = moving, owner
+        if key in self._arriving:
+            buffer, wait = self._arriving.pop(key)
+            wait()
+            self._here[key] = Block(self._own[moving].form, buffer)
+        return self._here[key]
+
+    def _rows_of(self, hop: Hop) -> torch.Tensor:
+        return self._block(hop.moving, hop.owner).chosen(self._held[hop.moving, hop.owner], hop.rows)
+
+    def _like(self, hop: Hop) -> tuple[Form, torch.device]:
+        return self._own[hop.moving].form, self._own[hop.moving].flat.device
+
+
+Part = tuple[slice, tuple[torch.Tensor, ...]]
+"""Some rows, and what was computed for them."""
+Fold = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], None]
+"""Takes the tensors of some rows into those of a sum, in place."""
+
+
+class Returns:
+    """Results for the blocks of one kind on their way back: summed here, and rounded, if at all, once for each hop.
+
+    `home` is the sum for the rank's own block, to which others' parts are added as they arrive; `wire` the form in
+    which sums travel; `zero` what a row of each tensor is before `fold` has taken anything into it.
+    """
+
+    def __init__(
+        self,
+        rings: Rings,
+        steps: Sequence[Step],
+        home: tuple[torch.Tensor, ...],
+        wire: Form,
+        fold: Fold,
+        zero: tuple[float, ...],
+        ring_rank: int,
+    ) -> None:
+        self._home, self._wire, self._fold, self._zero, self._rank = home, wire, fold, zero, ring_rank
+        self._form, self._device = Form.like(*home), home[0].device
+        self._rows: dict[int, Rows] = {step.owner: step.return_rows for step in steps}
+        self._sums: dict[int, Block] = {}
+        self._arriving: defaultdict[int, list[tuple[Hop, torch.Tensor, Wait]]] = defaultdict(list)
+        self._messages = _Messages(rings, "_dkv")
+
+    def exchange(self, index: int, step: Step, parts: Sequence[Part]) -> None:
+        """The end of a step: take in what has arrived and what was computed for its block, and send the sums on."""
+        self._collect(index)  # what was posted in the step before has had this step's tiles to arrive
+        for rows, tensors in parts:
+            self._take(step.owner, step.return_place(rows), tensors)
+        sends = [(hop, self._outgoing(hop)) for hop in step.return_sends]
+        receives = [(hop, self._messages.buffer(hop, self._wire, self._device)) for hop in step.return_receives]
+        for hop, buffer, wait in self._messages.post(sends, receives, "results for block"):
+            self._arriving[hop.due].append((hop, buffer, wait))
+
+    def _collect(self, index: int) -> None:
+        self._messages.finish_sends(index)
+        for hop, buffer, wait in self._arriving.pop(index, ()):
+            wait()
+            part, rows = Block(self._wire, buffer), self._rows[hop.owner]
+            first = hop.owner != self._rank and hop.owner not in self._sums
+            if first and rows == hop.rows and self._wire == self._form:
+                self._sums[hop.owner] = part  # of all rows, and in the form of sums: this is the sum
+                continue
+            start = 0
+            for run in hop.rows:
+                stop = start + run[1] - run[0]
+                self._take(hop.owner, slice_within(rows, run), tuple(x[start:stop] for x in part.parts))
+                start = stop
+
+    def _outgoing(self, hop: Hop) -> torch.Tensor:
+        self._sum(hop.owner)  # zero-filled if no rank so far contributed
+        total = self._sums.pop(hop.owner)
+        if self._wire != self._form:
+            total = Block(self._wire, self._messages.buffer(hop, self._wire, self._device)).fill(total.parts)
+        return total.flat
+
+    def _take(self, owner: int, place: slice, tensors: tuple[torch.Tensor, ...]) -> None:
+        rows = row_count(self._rows[owner])
+        if owner != self._rank and owner not in self._sums and place == slice(0, rows):
+            self._sums[owner] = self._form.empty(rows, self._device).fill(tensors)  # nothing to add to
+            return
+        self._fold(tuple(x[place] for x in self._sum(owner)), tensors)
+
+    def _sum(self, owner: int) -> tuple[torch.Tensor, ...]:
+        if owner == self._rank:
+            return self._home
+        if owner not in self._sums:
+            self._sums[owner] = self._form.empty(row_count(self._rows[owner]), self._device)
+            for part, value in zip(self._sums[owner].parts, self._zero, strict=True):
+                part.fill_(value)
+        return self._sums[owner].parts

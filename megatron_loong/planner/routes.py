@@ -1,0 +1,294 @@
+"""Who needs which rows of a block, who passes them on to whom, and how results for the block return to its owner.
+
+A double ring is only another visit order (LoongTrain section 4.3): what a rank computes with a block depends on
+(ring_rank, owner) alone. The block of `owner` is needed by the rank that stands `(outer, inner)` places further on the
+two rings. It goes round the owner's inner ring, and by outer hops to the first rank of every other inner ring, which
+hands it round there:
+
+    (0,0) -inner-> (0,1) -inner-> (0,2)          forward: a rank passes a block on while it attends to it, so an inner
+      | outer                                    hop hides behind one step's tiles, and an outer hop behind a whole
+    (1,0) -inner-> (1,1) -inner-> (1,2)          inner round
+
+Only rows that somebody further along needs travel. Results for a block (gradients; the partial output of queries that
+move forward) return the other way: along each inner ring to its first rank, and from there along the outer ring. Each
+rank adds its own to what it passes on or, with `direct_returns`, sends its part straight to the first rank of the ring.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from megatron_loong.planner.rotation import Moving
+from megatron_loong.planner.rows import Rows, row_count, running_unions, union
+from megatron_loong.planner.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles, worth_cutting
+from megatron_loong.topology.tokens import TokenLayout
+
+
+class Place(NamedTuple):
+    """Where a rank stands on the two rings, counted from the owner of a block."""
+
+    outer: int
+    inner: int
+
+    def owner(self, ring_rank: int, ring_size: int, inner_ring_size: int) -> int:
+        """The owner of the block for which `ring_rank` stands at this place."""
+        return Place(-self.outer, -self.inner).rank(ring_rank, ring_size, inner_ring_size)
+
+    def rank(self, owner: int, ring_size: int, inner_ring_size: int) -> int:
+        """The ring rank that stands at this place, counted from `owner`."""
+        outer, inner = divmod(owner, inner_ring_size)
+        outer = (outer + self.outer) % (ring_size // inner_ring_size)
+        return outer * inner_ring_size + (inner + self.inner) % inner_ring_size
+
+
+OWN = Place(0, 0)
+
+
+def forward_order(outer_ring_size: int, inner_ring_size: int) -> list[Place]:
+    """A rank's places, one a step: its own block first, then the rest of its inner ring, then a round for each outer
+    hop.
+
+    >>> [tuple(place) for place in forward_order(2, 2)]
+    [(0, 0), (0, 1), (1, 0), (1, 1)]
+    """
+    return [Place(j, i) for j in range(outer_ring_size) for i in range(inner_ring_size)]
+
+
+def own_last_order(outer_ring_size: int, inner_ring_size: int) -> list[Place]:
+    """The order for blocks whose results return: on each ring the rank's own block comes last.
+
+    Its results are then complete after ring_size - 1 hops, not ring_size, and the step of the own block, the last of
+    all, hides the last of them.
+
+    >>> [tuple(place) for place in own_last_order(2, 2)]
+    [(0, 1), (1, 1), (1, 0), (0, 0)]
+    """
+    places = [Place(j, i) for j in range(outer_ring_size) for i in (*range(1, inner_ring_size), 0)]
+    places.remove(OWN)
+    return [*places, OWN]
+
+
+def kv_visit_order(ring_rank: int, ring_size: int, inner_ring_size: int) -> list[int]:
+    """Ring ranks whose KV this rank attends to in the forward pass, in order, its own first.
+
+    >>> kv_visit_order(0, ring_size=4, inner_ring_size=1)   # one ring
+    [0, 3, 2, 1]
+    >>> kv_visit_order(0, ring_size=4, inner_ring_size=2)   # two rings of two
+    [0, 1, 2, 3]
+    """
+    order = forward_order(ring_size // inner_ring_size, inner_ring_size)
+    return [place.owner(ring_rank, ring_size, inner_ring_size) for place in order]
+
+
+class Edge(NamedTuple):
+    """One hop of a block, or of the results for it, as its owner sees it."""
+
+    sender: Place
+    receiver: Place
+    rows: Rows
+    """Rows of the owner's block that travel."""
+    post: int
+    """Step in which both ends post it: 0 is that of the first block, -1 the one before."""
+    due: int
+    """Step in which the receiver needs it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """The ways of all blocks of one kind, for one layout and mask.
+
+    Either KV blocks move, and every rank computes for its own queries, or queries move (with what their gradient
+    needs), and every rank computes with its own keys.
+    """
+
+    q: TokenLayout
+    kv: TokenLayout
+    mask: Mask
+    inner_ring_size: int
+    moving: Moving
+    direct_returns: bool
+    share: Literal["all", "near", "far"] = "all"
+    """Which pairs of ring ranks are computed by these routes: all, or those less (more) than half a ring apart."""
+    _known_needs: dict[tuple[int, int], Rows] = field(default_factory=dict, repr=False)
+    _known_edges: dict[tuple[bool, Rows | int], tuple[list[Edge], list[Edge]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def ring_size(self) -> int:
+        """Number of blocks."""
+        return self.q.ring_size
+
+    def place_rank(self, place: Place, owner: int) -> int:
+        """The ring rank at a place, counted from `owner`."""
+        return place.rank(owner, self.ring_size, self.inner_ring_size)
+
+    # ---- pairs of ranks: what is computed, and which rows that needs ----
+
+    def tiles(self, ring_rank: int, owner: int) -> list[Tile]:
+        """Attention calls of `ring_rank` with all of `owner`'s block."""
+        pair = self._pair(ring_rank, owner)
+        return [] if pair is None else tiles(self.q, self.kv, *pair, self.mask)
+
+    def needs(self, ring_rank: int, owner: int) -> Rows:
+        """Rows of `owner`'s block that `ring_rank` attends to."""
+        if (ring_rank, owner) not in self._known_needs:
+            pair = self._pair(ring_rank, owner)
+            if pair is None:
+                rows: Rows = ()
+            elif self.moving == "kv":
+                rows = union(seen_rows(self.q, self.kv, *pair, self.mask))
+            else:
+                rows = union((tile.q.start, tile.q.stop) for tile in self.tiles(ring_rank, owner))
+            self._known_needs[ring_rank, owner] = rows
+        return self._known_needs[ring_rank, owner]
+
+    def _pair(self, ring_rank: int, owner: int) -> tuple[Held, Held] | None:
+        """The queries and the keys that meet where `ring_rank` attends to `owner`'s block; None: computed elsewhere."""
+        q_rank, kv_rank = (ring_rank, owner) if self.moving == "kv" else (owner, ring_rank)
+        far = 2 * (q_rank - kv_rank) > self.ring_size
+        if self.share != "all" and far != (self.share == "far"):
+            return None
+        q, kv = self._held if ring_rank == owner else self._shared
+        return q[q_rank], kv[kv_rank]
+
+    @functools.cached_property
+    def _held(self) -> tuple[list[Held], list[Held]]:
+        q, kv = ([held_segments(x, rank) for rank in range(self.ring_size)] for x in (self.q, self.kv))
+        return q, kv
+
+    @functools.cached_property
+    def _shared(self) -> tuple[list[Held], list[Held]]:
+        """What is held of the documents that lie on several ranks: most of a pack's documents lie on one."""
+        holders: defaultdict[int, set[int]] = defaultdict(set)
+        for side in self._held:
+            for rank, held in enumerate(side):
+                for document in held:
+                    holders[document].add(rank)
+        q, kv = (
+            [{document: x for document, x in held.items() if len(holders[document]) > 1} for held in side]
+            for side in self._held
+        )
+        return q, kv
+
+    @functools.cached_property
+    def whole_blocks(self) -> bool:
+        """Whether blocks travel whole: one document, no window, and everybody sees something of every block.
+
+        These are LoongTrain's volumes (section 4.3), the same for every rank. Causal zigzag could do with less: half of
+        ring rank 0's block meets nobody, and ranks behind an owner return zeros for half of its block.
+        """
+        if len(self.q.documents) != 2 or self.mask.left is not None or self.share != "all":
+            return False
+        q_runs, kv_runs = ([x.ring_runs(rank) for rank in range(self.ring_size)] for x in (self.q, self.kv))
+        if not all(q_runs) or not all(kv_runs):
+            return False
+        if self.mask.right is None:
+            return True
+        first_seen_last = min(max(stop for _, stop in runs) for runs in q_runs) + self.kv.seq_len - self.q.seq_len
+        return max(min(start for start, _ in runs) for runs in kv_runs) < first_seen_last + self.mask.right
+
+    def block_rows(self, owner: int) -> Rows:
+        """All rows of an owner's block."""
+        length = row_count((self.kv if self.moving == "kv" else self.q).ring_runs(owner))
+        return ((0, length),) if length else ()
+
+    # ---- one block: its hops ----
+
+    def own_last(self, backward: bool) -> bool:
+        """Whether results return, so that a rank's own block comes last."""
+        return backward or self.moving == "q"
+
+    def order(self, backward: bool) -> list[Place]:
+        """A rank's places, one a step."""
+        order = own_last_order if self.own_last(backward) else forward_order
+        return order(self.ring_size // self.inner_ring_size, self.inner_ring_size)
+
+    def edges(self, owner: int, backward: bool) -> tuple[list[Edge], list[Edge]]:
+        """The hops of `owner`'s block, and those of the results for it; each rank but the owner receives one of the
+        former and sends one of the latter, unless it is passed over.
+        """
+        # Where blocks travel whole, all of one length go the same way.
+        key = backward, self.block_rows(owner) if self.whole_blocks else owner
+        if key not in self._known_edges:
+            self._known_edges[key] = self._make_edges(owner, backward)
+        return self._known_edges[key]
+
+    def _make_edges(self, owner: int, backward: bool) -> tuple[list[Edge], list[Edge]]:
+        step = {place: index for index, place in enumerate(self.order(backward))}
+        there: list[Edge] = []
+        back: list[Edge] = []
+
+        def pass_along(chain: list[Place], needs: list[Rows]) -> None:
+            """Places that pass a block on one to the next; `needs` are of all but the first."""
+            onward = running_unions(needs[::-1])[::-1]
+            gathered = needs if self.direct_returns else running_unions(needs)
+            for k, (sender, receiver) in enumerate(itertools.pairwise(chain)):
+                there.append(Edge(sender, receiver, onward[k], self._post_step(sender, step, backward), step[receiver]))
+                target = chain[0] if self.direct_returns or k + 2 == len(chain) else chain[k + 2]
+                back.append(Edge(receiver, target, gathered[k], step[receiver], step[receiver] + 1))
+
+        rounds = self._rounds(owner)
+        for chain in rounds:
+            needs = [self._need(place, owner) for place in chain[1:]]
+            if self._sent_apart:
+                for place, rows in zip(chain[1:], needs, strict=True):
+                    there.append(Edge(chain[0], place, rows, step[place] - 1, step[place]))
+                    back.append(Edge(place, chain[0], rows, step[place], step[place] + 1))
+            else:
+                pass_along(chain, needs)
+        # Along the outer ring travels what a whole inner round needs.
+        of_rounds = [running_unions([self._need(place, owner) for place in chain])[-1] for chain in rounds[1:]]
+        pass_along([chain[0] for chain in rounds], of_rounds)
+        # A rank needs a block when it attends to it, or passes it on before that.
+        passed_on = {sender: min(edge.post for edge in there if edge.sender == sender) for sender, *_ in there}
+        there = [x._replace(due=min(x.due, passed_on.get(x.receiver, x.due))) for x in there]
+        return there, back
+
+    def _need(self, place: Place, owner: int) -> Rows:
+        """Rows of `owner`'s block that are needed at a place."""
+        return self.block_rows(owner) if self.whole_blocks else self.needs(self.place_rank(place, owner), owner)
+
+    def _rounds(self, owner: int) -> list[list[Place]]:
+        """By inner ring: its first rank, which passes the block on, and the others that need something of it."""
+        rounds = []
+        for j in range(self.ring_size // self.inner_ring_size):
+            others = [Place(j, i) for i in range(1, self.inner_ring_size) if self._need(Place(j, i), owner)]
+            if j == 0 or others or self._need(Place(j, 0), owner):
+                rounds.append([Place(j, 0), *others])
+        return rounds
+
+    @functools.cached_property
+    def _sent_apart(self) -> bool:
+        """Whether the first rank of an inner ring sends to each of the others what it needs, and nobody passes on.
+
+        Where the ranks need different rows (a window: those of two neighbours) this is fewer bytes; it must save a
+        quarter of all, for a chain shares the sending out evenly.
+        """
+        if self.whole_blocks:
+            return False
+        apart = chain = 0
+        for owner in range(self.ring_size):
+            for _, *others in self._rounds(owner):
+                needs = [self._need(place, owner) for place in others]
+                apart += sum(map(row_count, needs))
+                chain += sum(map(row_count, running_unions(needs[::-1])))
+        return 4 * apart <= 3 * chain
+
+    def _post_step(self, sender: Place, step: dict[Place, int], backward: bool) -> int:
+        """The step in which a rank passes a block on: the one in which it attends to it.
+
+        Where the own block comes last, an inner round begins with the second rank of the ring (the first comes last),
+        so the first passes the block on a step ahead of that. In inner rings of two that is the first step of all for
+        the first outer hop, which nothing but the begun own block would hide: where that is too short to be begun, the
+        inner hop, the faster one, is posted in the step that needs it.
+        """
+        if not self.own_last(backward) or sender.inner:
+            return step[sender]
+        if self.inner_ring_size == 1:
+            return -1 if sender == OWN else step[sender]
+        longest = max(row_count(self.q.ring_runs(rank)) for rank in range(self.ring_size))
+        at_once = self.inner_ring_size == 2 and sender.outer == 1 and not worth_cutting(longest)
+        return step[Place(sender.outer, 1)] - (0 if at_once else 1)
