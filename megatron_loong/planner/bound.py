@@ -56,19 +56,23 @@ def _busiest_link_s(
     """Time for which the busiest link of a node carries ring hops."""
     links, load = Links(site), defaultdict[Link, float](float)
     there, home = method.token_bytes(config, shape, backward)
-    for ring, hops in _least_hops(config, backward).items():
-        message = block_tokens * (home if ring.endswith("dkv") else there)
+    outer, inner = config.outer_ring_size, config.ring_size // config.outer_ring_size
+    direct = method.direct_returns(shape)
+    for axis, size, rounds in (("inner", inner, outer), ("outer", outer, 1)):
         for rank in range(site.cp_ranks_in_node):
-            link, rate, _ = links.route(rank, next_on(config, rank, ring.removesuffix("_dkv")))
-            load[link] += hops * message / rate
+            for shift, token_bytes, hops in _hops(size, home if backward else 0, there, direct):
+                link, rate, _ = links.route(rank, next_on(config, rank, axis, shift))
+                load[link] += rounds * hops * block_tokens * token_bytes / rate
     return max(load.values(), default=0.0)
 
 
-def _least_hops(config: LoongConfig, backward: bool) -> dict[str, int]:
-    """Hops by ring; a forward-order backward has more. In closed form, for programs are made for what is simulated."""
-    outer, inner = config.outer_ring_size, config.ring_size // config.outer_ring_size
-    hops = {"inner": (inner - 1) * outer, "outer": outer - 1}
-    return {**hops, **{f"{ring}_dkv": n for ring, n in hops.items()}} if backward else hops
+def _hops(size: int, home: int, there: int, direct_returns: bool) -> list[tuple[int, int, int]]:
+    """(places further, bytes of a token, how often) of what a rank sends on one ring; a forward-order backward sends
+    more. In closed form, for programs are made for what is simulated.
+    """
+    if not direct_returns:
+        return [(1, there + home, size - 1)]
+    return [(1, there, size - 1), *((-i, home, 1) for i in range(1, size))]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ from megatron_loong.planner.routes import Place, forward_order
 from megatron_loong.planner.traffic import AttentionShape, moving_bytes
 
 Program = Callable[[int, int], tuple[Op, ...]]
-BackwardProgram = Callable[[int, int, bool], tuple[Op, ...]]
+BackwardProgram = Callable[[int, int, bool, bool], tuple[Op, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Method:
     either_side_moves: bool = False
     """Whether queries move in the backward pass where that is fewer bytes; else keys and values do."""
 
+    def direct_returns(self, shape: AttentionShape) -> bool:
+        """Whether gradients go straight to the first rank of a ring: those that are rounded to travel."""
+        return self.narrow_gradients and shape.dtype_bytes < 4
+
     def parts(self, config: LoongConfig, shape: AttentionShape, site: Site) -> Parts:
         """In how many parts an attention goes through."""
         return parts_of(config, shape, site) if self.in_parts else Parts(1, 1)
@@ -65,10 +69,12 @@ class Method:
 
 
 @functools.lru_cache(maxsize=256)
-def forward_order_backward(outer_ring_size: int, inner_ring_size: int, short: bool = False) -> tuple[Op, ...]:
+def forward_order_backward(
+    outer_ring_size: int, inner_ring_size: int, short: bool = False, direct_returns: bool = False
+) -> tuple[Op, ...]:
     """The backward of LoongTrain's public code and of ring-flash-attention: blocks in the order of the forward, so
     that dKV needs ring_size hops to be home, and the hop to the next outer round is waited for where it is made; the
-    same for blocks of any length.
+    same for blocks of any length, and gradients go from rank to rank.
     """
     ops: list[Op] = []
     for op in programs.forward_program(outer_ring_size, inner_ring_size):

@@ -20,14 +20,16 @@ from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 class Op(NamedTuple):
     """One step of a program.
 
-    `post`: send to the next on `ring`, receive from the previous, both from here on. `wait`: until the hop posted
-    as (ring, place) by the previous one is here. `tile`: attention with the block for which a rank stands at `place`;
-    `opening` and `rest`: with the parts of the own one. `fold`: add the gradients of a tile.
+    `post`: send to the rank `shift` places further on `ring` and receive from the one as far back, both from here on.
+    `wait`: until the hop posted as (ring, place) by its sender is here. `tile`: attention with the block for which a
+    rank stands at `place`; `opening` and `rest`: with the parts of the own one. `fold`: add the gradients of a tile.
     """
 
     kind: Literal["post", "wait", "tile", "opening", "rest", "fold"]
     place: Place
     ring: str = ""
+    shift: int = 1
+    """How many places further on the ring than the sender the receiver of a hop stands."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -41,24 +43,32 @@ def forward_program(outer_ring_size: int, inner_ring_size: int) -> tuple[Op, ...
 
 
 @functools.lru_cache(maxsize=256)
-def backward_program(outer_ring_size: int, inner_ring_size: int, short: bool = False) -> tuple[Op, ...]:
-    """Operations of `ring_backward`: KV goes round again, and the gradient of each block goes home behind it.
+def backward_program(
+    outer_ring_size: int, inner_ring_size: int, short: bool = False, direct_returns: bool = False
+) -> tuple[Op, ...]:
+    """Operations of `ring_backward`: KV goes round again, and the gradient of each block returns behind it.
 
-    `short`: of blocks that are not begun in an opening.
+    `short`: of blocks that are not begun in an opening. `direct_returns`: as `ring_schedule` has it.
+
+    >>> [(op.kind, op.shift) for op in backward_program(1, 4, direct_returns=True) if op.ring == "inner_dkv"][:4]
+    [('post', 3), ('wait', 3), ('post', 2), ('wait', 2)]
     """
-    return _program(outer_ring_size, inner_ring_size, backward=True, short=short)
+    return _program(outer_ring_size, inner_ring_size, True, short, direct_returns)
 
 
-def _program(outer_ring_size: int, inner_ring_size: int, backward: bool, short: bool = False) -> tuple[Op, ...]:
+def _program(
+    outer_ring_size: int, inner_ring_size: int, backward: bool, short: bool = False, direct_returns: bool = False
+) -> tuple[Op, ...]:
     """The steps of any one rank: with one causal document in zigzag, all ranks do the same."""
     ring = outer_ring_size * inner_ring_size
     layout = zigzag_or_contiguous(LoongConfig(ring), (2 if short else LEAST_ROWS_TO_CUT) * ring)
-    steps = ring_schedule(layout, layout, Mask(right=0), inner_ring_size).steps(0, backward)
+    schedule = ring_schedule(layout, layout, Mask(right=0), inner_ring_size, direct_returns=direct_returns)
+    steps, sizes = schedule.steps(0, backward), {"inner": inner_ring_size, "outer": outer_ring_size}
     order = own_last_order if backward else forward_order
     place_of = {place.owner(0, ring, inner_ring_size): place for place in order(outer_ring_size, inner_ring_size)}
     ops: list[Op] = []
     under_way: dict[Place, str] = {}
-    gradients: dict[int, list[Op]] = defaultdict(list)
+    arriving: dict[int, list[Op]] = defaultdict(list)
 
     def fetch(place: Place) -> None:
         if place in under_way:
@@ -81,13 +91,13 @@ def _program(outer_ring_size: int, inner_ring_size: int, backward: bool, short: 
         fetch(place)  # posted just now
         ops.append(Op("rest" if begun and place == OWN else "tile", place))
         if backward:
-            ops += gradients.pop(step.owner, [])
+            ops += arriving.pop(index, [])
             ops.append(Op("fold", place))
         # A block's gradient is complete on this rank before it is sent on; the neighbour's comes in exchange.
         for hop in step.return_sends:
-            ops.append(Op("post", place, f"{hop.ring}_dkv"))
+            ops.append(Op("post", place, f"{hop.ring}_dkv", hop.peer))
         for hop in step.return_receives:
-            gradients[hop.owner].append(Op("wait", place, f"{hop.ring}_dkv"))
+            arriving[hop.due].append(Op("wait", place, f"{hop.ring}_dkv", -hop.peer % sizes[hop.ring]))
     return tuple(ops)
 
 

@@ -93,9 +93,6 @@ class _Run:
         self.now = [0.0] * self.size
         self.busy = [0.0] * self.size
         self.ring_rank = [ring_rank_of(config, coordinates_of(config, self.first + i)) for i in self.ranks]
-        self.previous = {
-            axis: [next_on(config, self.first + i, axis, -1) for i in self.ranks] for axis in ("inner", "outer")
-        }
         self.posted: dict[Op, list[float]] = {}
         self.sent_bytes: dict[str, int] = {}
         self.spans: list[Span] = []
@@ -160,7 +157,8 @@ class _Run:
     def _ring(self) -> None:
         outer, inner = self.config.outer_ring_size, self.config.ring_size // self.config.outer_ring_size
         forward, backward = self.method.forward_program, self.method.backward_program
-        program = backward(outer, inner, self.costs.short) if self.backward else forward(outer, inner)
+        short, direct = self.costs.short, self.method.direct_returns(self.shape)
+        program = backward(outer, inner, short, direct) if self.backward else forward(outer, inner)
         self._sums()
         tile = dict.fromkeys(("tile", "opening", "rest"), self._tile)
         steps = {**tile, "fold": self._fold, "post": self._post, "wait": self._wait}
@@ -201,9 +199,13 @@ class _Run:
         self.posted[op] = self.now.copy()
         message = self._message_bytes(op)
         self.sent_bytes[op.ring] = self.sent_bytes.get(op.ring, 0) + message
-        previous = self.previous[op.ring.removesuffix("_dkv")]
-        for rank in self.ranks:
-            self._compute(rank, self.links.busy_s(previous[rank], self.first + rank, message), "move bytes", op)
+        for rank, sender in enumerate(self._senders(op)):
+            self._compute(rank, self.links.busy_s(sender, self.first + rank, message), "move bytes", op)
+
+    def _senders(self, op: Op) -> list[int]:
+        """From whom each simulated rank receives a hop."""
+        axis = op.ring.removesuffix("_dkv")
+        return [next_on(self.config, self.first + i, axis, -op.shift) for i in self.ranks]
 
     def _message_bytes(self, op: Op) -> int:
         there, home = self.method.token_bytes(self.config, self.shape, self.backward)
@@ -211,16 +213,16 @@ class _Run:
 
     def _wait(self, op: Op) -> None:
         """Messages are put on their links in the order in which both ends were ready; each rank waits for its own."""
-        posted, previous = self.posted.pop(op._replace(kind="post")), self.previous[op.ring.removesuffix("_dkv")]
+        posted, senders = self.posted.pop(op._replace(kind="post")), self._senders(op)
         gradient = op.ring.endswith("dkv")
         message = self._message_bytes(op)
-        ready = [max(posted[i], posted[self._stand_in(previous[i])]) for i in self.ranks]
+        ready = [max(posted[i], posted[self._stand_in(senders[i])]) for i in self.ranks]
         for rank in sorted(self.ranks, key=ready.__getitem__):
-            start, arrival = self.links.send(ready[rank], previous[rank], self.first + rank, message)
+            start, arrival = self.links.send(ready[rank], senders[rank], self.first + rank, message)
             self.now[rank] = max(self.now[rank], arrival)
             if self.trace:
                 what = f"{'dKV of' if gradient else 'KV'} {tuple(op.place)}"
-                sender = self.first + self._stand_in(previous[rank])
+                sender = self.first + self._stand_in(senders[rank])
                 self.spans.append(Span(sender, op.ring, what, start, arrival))
 
     def _stand_in(self, cp_rank: int) -> int:

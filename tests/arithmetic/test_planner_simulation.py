@@ -18,8 +18,12 @@ from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.routes import OWN, Place
 from megatron_loong.planner.search import axis_orders
 from megatron_loong.planner.simulate import simulate_pass
+from megatron_loong.planner.steps import ring_schedule
 from megatron_loong.planner.tile_costs import TileCosts
+from megatron_loong.planner.tiles import Mask
 from megatron_loong.planner.traffic import AttentionShape, attention_bytes
+from megatron_loong.topology.tokens import zigzag_or_contiguous
+from tests.arithmetic.test_schedule import peer_rank
 
 LAYOUTS = [
     LoongConfig(cp, hp, w, placement)
@@ -260,3 +264,27 @@ def test_causal_tiles_add_up_to_the_triangle() -> None:
     costs = TileCosts(config, SHAPE, ideal(), False, OURS)
     flops = 2 * SHAPE.seq_len**2 * SHAPE.heads * SHAPE.head_dim / 8
     assert [costs.pass_s(rank) for rank in range(4)] == pytest.approx([flops / 1e9] * 4)
+
+
+@pytest.mark.parametrize("dtype_bytes", [2, 4], ids=["rounded-to-travel", "float32"])
+@pytest.mark.parametrize("w", [16, 8, 4, 1])
+def test_what_leaves_a_node_is_what_the_ring_sends_out_of_it(w: int, dtype_bytes: int) -> None:
+    """A ring of 16 over two nodes. In a single ring 15 blocks leave the last node, and of gradients 64 that go straight
+    to their owners, or 15 that go from rank to rank."""
+    config, shape = LoongConfig(16, 1, w), AttentionShape(1 << 12, 16, 1, 128, dtype_bytes=dtype_bytes)
+    site = Site(PROFILES["h100"], 8)
+    layout = zigzag_or_contiguous(config, shape.seq_len)
+    schedule = ring_schedule(layout, layout, Mask(right=0), w, "kv", direct_returns=dtype_bytes == 2)
+    leaving = {"sends": 0, "return_sends": 0}
+    for rank in range(8, 16):
+        for step in schedule.steps(rank, backward=True):
+            for kind in leaving:
+                peers = [peer_rank(rank, hop, w) for hop in getattr(step, kind)]
+                leaving[kind] += sum(peer < 8 for peer in peers)
+    if w == 16:
+        assert leaving == {"sends": 15, "return_sends": 64 if dtype_bytes == 2 else 15}
+    there, home = OURS.token_bytes(config, shape, backward=True)
+    block = shape.seq_len // 16
+    sent = simulate_pass(config, shape, site, backward=True).link_bytes
+    nics = sum(count for (kind, _), count in sent.items() if kind == "nic")
+    assert nics == block * (there * leaving["sends"] + home * leaving["return_sends"])
