@@ -21,8 +21,6 @@ SEQUENCE_LAYOUTS = ("zigzag", "contiguous")
 #: What gradients travel round the ring in: as they are summed, in the dtype of q, or as is best for that dtype.
 GRADIENT_WIRES = ("auto", "float32", "input")
 
-#: Who moves the bytes of the all-to-all: the process group's backend, or the copy engines of the GPUs of one node.
-ALL_TO_ALLS = ("backend", "copy-engines")
 
 #: Windows as FlashAttention reads them: (keys to the left, keys to the right), -1 unbounded, counted from the bottom
 #: right: the last row stands at the last key.

@@ -11,8 +11,7 @@ from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Attention2D, Call
 from megatron_loong.attention.checks import check_heads, check_inputs, check_latent
 from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
-from megatron_loong.comm.copy_engines import why_not
-from megatron_loong.config import ALL_TO_ALLS, GRADIENT_WIRES
+from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.planner.parts import Queries, parts_of_heads, parts_of_sequence
@@ -48,7 +47,6 @@ def attention_2d(
     gradient_wire: str = "auto",
     head_parts: int | None = None,
     sequence_parts: int | None = None,
-    all_to_all: str = "backend",
 ) -> torch.Tensor:
     """Exact attention over a sequence of which this rank holds the tokens `token_positions` names.
 
@@ -87,8 +85,6 @@ def attention_2d(
     sequence_parts: an even number sends the two halves of the sequence through in so many parts, to the same end where
         a rank's heads cannot be parted: causal self-attention of one document in zigzag, without a ring, a window,
         dropout, ALiBi or latents. By default where the head group spans nodes, and as many as leave each part large.
-    all_to_all: `backend`, that of the process group; or `copy-engines`, copies between the GPUs of one node through
-        PyTorch's symmetric memory, which take no multiprocessors (uneven pieces go by the backend). Not yet proven.
     kernel: a name of `kernels.registry`, "auto", "auto-fp8" (forward in fp8, backward in bfloat16; see `kernels.fp8`),
         or a kernel object. deterministic: honoured, or a `ValueError`.
 
@@ -101,7 +97,7 @@ def attention_2d(
         cu_seqlens_kv=cu_seqlens_kv, seq_len=seq_len, kv_seq_len=kv_seq_len, softmax_offset=softmax_offset,
         softcap=softcap, alibi_slopes=alibi_slopes, dropout_seed=dropout_seed, max_logits=max_logits,
         kv_up_weight=kv_up_weight, gradient_wire=gradient_wire, head_parts=head_parts,
-        sequence_parts=sequence_parts, all_to_all=all_to_all,
+        sequence_parts=sequence_parts,
     )  # fmt: skip
     out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
     return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
@@ -133,7 +129,6 @@ def prepare(
     gradient_wire: str = "auto",
     head_parts: int | None = None,
     sequence_parts: int | None = None,
-    all_to_all: str = "backend",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
     """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
     if qkv_format == "thd":
@@ -180,7 +175,6 @@ def prepare(
         head_parts=in_head_parts,
         sequence_parts=in_sequence_parts,
         wire_dtype=wire_dtype(q.dtype, gradient_wire),
-        copy_engines=_by_copy_engines(all_to_all, q.device, groups),
         deterministic=deterministic,
     )
     return q, k, v, call
@@ -223,16 +217,6 @@ def _parts(
             f"more than {slices} tokens of one; use sequence_parts={2 * slices} or fewer"
         )
     return heads, sequence
-
-
-def _by_copy_engines(all_to_all: str, device: torch.device, groups: LoongGroups) -> bool:
-    if all_to_all not in ALL_TO_ALLS:
-        raise ValueError(f"all_to_all={all_to_all!r} is unknown; use {' or '.join(ALL_TO_ALLS)}")
-    if all_to_all == "backend" or groups.config.head_parallel_size == 1:
-        return False
-    if reason := why_not(device, groups.head_group_nodes):
-        raise ValueError(f"all_to_all='copy-engines' {reason}; use all_to_all='backend'")
-    return True
 
 
 def wire_dtype(dtype: torch.dtype, gradient_wire: str) -> torch.dtype:

@@ -58,8 +58,6 @@ class Call:
     """Parts in which the sequence does: 1, or an even number (`attention.halves`)."""
     wire_dtype: torch.dtype
     """What gradients travel in on the rings."""
-    copy_engines: bool
-    """Whether the GPUs' copy engines do the all-to-all."""
     deterministic: bool
 
     @property
@@ -78,11 +76,11 @@ class Call:
 
     def exchange(self, layout: TokenLayout) -> HeadExchange:
         """The all-to-all over the head group for tokens in `layout`."""
-        return HeadExchange(self.groups.handle("head"), layout, self.groups.ring_rank, self.copy_engines)
+        return HeadExchange(self.groups.handle("head"), layout, self.groups.ring_rank)
 
     def bundle(self, what: str) -> Bundle:
         """For exchanges that travel together."""
-        return Bundle(self.groups.handle("head"), what, self.copy_engines)
+        return Bundle(self.groups.handle("head"), what)
 
     @functools.cached_property
     def rings(self) -> dict[str, Ring]:

@@ -35,8 +35,6 @@ class HeadExchange:
     handle: GroupHandle
     layout: TokenLayout
     ring_rank: int
-    copy_engines: bool = False
-    """Whether the GPUs' copy engines move the bytes (`comm.copy_engines`)."""
 
     def split(
         self,
@@ -131,7 +129,7 @@ class HeadExchange:
     ) -> Callable[[], torch.Tensor]:
         if bundle is not None:
             return bundle.add(send, given, lengths)
-        return all_to_all(send, given, lengths, self.handle, what, self.copy_engines)
+        return all_to_all(send, given, lengths, self.handle, what)
 
     @property
     def _tokens(self) -> tuple[int, ...]:

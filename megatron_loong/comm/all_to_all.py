@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_loong.comm import ledger
-from megatron_loong.comm.copy_engines import CopyEngines, SymmetricMemory
 from megatron_loong.comm.errors import CommunicationError
 from megatron_loong.comm.routes import transport_for
 from megatron_loong.topology.groups import GroupHandle
@@ -26,16 +25,14 @@ def all_to_all(
     receive_lengths: Sequence[int],
     handle: GroupHandle,
     what: str,
-    copy_engines: bool = False,
 ) -> Callable[[], torch.Tensor]:
     """Begin to exchange pieces of flat buffers; returns what waits for the result (once).
 
     Piece p of `send` goes to head coordinate p, piece p of the result came from p. `send_lengths[p]` and
     `receive_lengths[p]` are in elements. `what` says in errors what was under way. `CommunicationError`, from here or
-    from the wait, when a peer is gone or time runs out. `copy_engines`: by `CopyEngines` where pieces are equal.
+    from the wait, when a peer is gone or time runs out.
     """
-    group = handle.process_group
-    assert group is not None and send.is_contiguous() and send.numel() == sum(send_lengths)
+    assert handle.process_group is not None and send.is_contiguous() and send.numel() == sum(send_lengths)
     width = send.element_size()
     ledger.record(handle.name, (send.numel() - send_lengths[handle.rank]) * width)
     # Pieces travel in the group's own order (ascending global ranks), which may differ from the coordinates'.
@@ -50,9 +47,6 @@ def all_to_all(
         )
 
     transport = transport_for(handle, send.device)
-    if copy_engines:
-        device, place = send.device, slots[handle.rank]
-        transport = CopyEngines(transport, place, handle.kept, lambda size: SymmetricMemory(group, size, device))
     try:
         # Bytes, so that the backend need not know the dtype.
         pending = transport.all_to_all(
@@ -84,8 +78,8 @@ class Bundle:
     Messages cost by number as well as by size; here, one more pass over memory at either end, if there are several.
     """
 
-    def __init__(self, handle: GroupHandle, what: str, copy_engines: bool = False) -> None:
-        self._handle, self._what, self._copy_engines = handle, what, copy_engines
+    def __init__(self, handle: GroupHandle, what: str) -> None:
+        self._handle, self._what = handle, what
         self._sends: list[tuple[torch.Tensor, Sequence[int]]] = []
         self._receive_lengths: list[Sequence[int]] = []
         self._wait: Callable[[], torch.Tensor] | None = None
@@ -104,7 +98,7 @@ class Bundle:
         """Begin what was added."""
         send, given = self._sends.pop() if len(self._sends) == 1 else self._packed()
         lengths = [sum(from_peer) for from_peer in zip(*self._receive_lengths, strict=True)]
-        self._wait = all_to_all(send, given, lengths, self._handle, self._what, self._copy_engines)
+        self._wait = all_to_all(send, given, lengths, self._handle, self._what)
 
     def _packed(self) -> tuple[torch.Tensor, list[int]]:
         """One buffer for all, what goes to one peer together; and by peer how much that is."""

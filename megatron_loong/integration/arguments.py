@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_loong.config import ALL_TO_ALLS, GRADIENT_WIRES
+from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.integration.options import IMPLEMENTATIONS, LoongOptions, flag_of
 
 _HELP = {
@@ -25,8 +25,6 @@ _HELP = {
     "auto-fp8 the first whose forward is in fp8.",
     "loong_gradient_wire": "What gradients travel round the ring in; they are summed in float32. auto: bfloat16 where "
     "q is, float32 else.",
-    "loong_all_to_all": "Who moves the bytes of the all-to-all over heads. copy-engines: copies between the GPUs of a "
-    "node through symmetric memory, which take no multiprocessors from attention; not yet proven on a GPU.",
     "loong_mla_latent": "Multi-latent attention: send the latent round the ring instead of keys and values, where that "
     "is fewer bytes.",
     "loong_selective_checkpoint": "With --recompute-granularity full: keep attention's output and log-sum-exp, so that "
@@ -50,13 +48,25 @@ _FORMS: dict[str, dict[str, Any]] = {
     "loong_selective_checkpoint": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
     "loong_keep_exchange": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
     "loong_gradient_wire": {"choices": GRADIENT_WIRES},
-    "loong_all_to_all": {"choices": ALL_TO_ALLS},
     "loong_mla_latent": {"action": "store_true"},
     "loong_offload_attention": {"action": "store_true"},
     "loong_offload_activations": {"action": "store_true"},
     "loong_tiled_loss": {"nargs": "?", "const": 1024, "type": int, "metavar": "TOKENS"},
     "loong_tiled_mlp": {"type": int, "metavar": "TILES"},
 }
+
+
+#: Flags of earlier versions, and what to do instead.
+_REMOVED = {
+    "--loong-all-to-all": "leave it out: the process group's backend does the all-to-all. NCCL has copy-engine "
+    "collectives of its own",
+}
+
+
+class _Removed(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        flag = self.option_strings[0]
+        parser.error(f"{flag} is not part of megatron_loong any more; {_REMOVED[flag]}")
 
 
 def size_or_auto(text: str) -> int | str:
@@ -71,6 +81,8 @@ def add_loong_arguments(parser: argparse.ArgumentParser) -> None:
     for field, text in _HELP.items():
         extra = _FORMS.get(field, {"type": size_or_auto} if field.endswith("_size") else {})
         group.add_argument(flag_of(field), default=getattr(defaults, field), help=text, **extra)
+    for flag in _REMOVED:
+        group.add_argument(flag, action=_Removed, nargs="?", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def mend_help(parser: argparse.ArgumentParser) -> None:

@@ -93,7 +93,6 @@ class LoongCoreAttention(MegatronModule):
         self.plugin = None if chosen is None else runtime.active()
         self.kernel = kernel_of_layer("auto" if chosen is None else chosen.loong_kernel, config, self.layer_number)
         self.gradient_wire = "auto" if chosen is None else chosen.loong_gradient_wire
-        self.all_to_all = "backend" if chosen is None else chosen.loong_all_to_all
         self._kernel_said = chosen is None  # without the plugin, nobody logs
         # `apply_query_key_layer_scaling` divides by the layer number before a half-precision softmax and multiplies
         # again inside it. Scores are float32 here, so there is nothing to divide.
@@ -224,7 +223,6 @@ class LoongCoreAttention(MegatronModule):
                 max_logits=self._max_logits(query),
                 kernel=self.kernel,
                 gradient_wire=self.gradient_wire,
-                all_to_all=self.all_to_all,
                 deterministic=self.deterministic,
                 **lengths,
             )

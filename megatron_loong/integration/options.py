@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_loong.config import ALL_TO_ALLS, GRADIENT_WIRES, LoongConfig, placement_axes
+from megatron_loong.config import GRADIENT_WIRES, LoongConfig, placement_axes
 from megatron_loong.integration import memory_options
 from megatron_loong.planner.choose import Job, choose_layout
 from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
@@ -50,9 +50,6 @@ class LoongOptions:
 
     loong_gradient_wire: str = "auto"
     """What gradients travel round the ring in: `float32`, `input` (q's dtype) or `auto` (bfloat16 for bfloat16)."""
-
-    loong_all_to_all: str = "backend"
-    """`backend`, or `copy-engines`: copies between the GPUs of one node, which take no multiprocessors."""
 
     loong_mla_latent: bool = False
     """Multi-latent attention sends the latent round the ring where that is fewer bytes than keys and values."""
@@ -103,8 +100,6 @@ class LoongOptions:
             raise ValueError(
                 f"--loong-gradient-wire {self.loong_gradient_wire!r} is unknown; use {', '.join(GRADIENT_WIRES)}"
             )
-        if self.loong_all_to_all not in ALL_TO_ALLS:
-            raise ValueError(f"--loong-all-to-all {self.loong_all_to_all!r} is unknown; use {', '.join(ALL_TO_ALLS)}")
         memory_options.check_values(self)
 
     @property

@@ -104,8 +104,6 @@ class LoongGroups:
     handles: dict[str, GroupHandle] = field(default_factory=dict, repr=False)
     nodes: int = 1
     """Over which the ranks of the group are spread."""
-    head_group_nodes: int = 1
-    """Over which the ranks of a head group are spread, where they are spread most."""
     number: int = field(default_factory=itertools.count().__next__, repr=False)
     """By which `groups_by_number` finds these in this process, for those who can pass on nothing but numbers."""
 

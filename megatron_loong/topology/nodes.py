@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from megatron_loong.topology import shared_memory
-from megatron_loong.topology.layout import group_members
 from megatron_loong.topology.shared_memory import Address, Inbox, Neighbours, Outbox, Region, Slots
 from megatron_loong.topology.tokens import starts_of
 
@@ -38,7 +37,6 @@ def introduce(groups: LoongGroups, me: int) -> None:
     members = _told(groups, me, _Member(node, own.address if own else None))
     nodes = {rank: member.node for rank, member in members.items()}
     groups.nodes = len(set(nodes.values()))
-    groups.head_group_nodes = max(len({nodes[i] for i in head}) for head in group_members(groups.config, "head"))
     nobody = len(set(nodes.values())) == len(nodes)
     if own is None or nobody or not all(member.memory for member in members.values()):
         return

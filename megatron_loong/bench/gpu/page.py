@@ -23,9 +23,7 @@ run.
 """
 
 
-_NEEDS_MORE = """What takes several GPUs is in no step, and unproven: NCCL between devices, and the all-to-all by copy
-engines over symmetric memory (`--loong-all-to-all copy-engines`), of which the order of copies and barriers is tested
-without a GPU.
+_NEEDS_MORE = """What takes several GPUs is in no step, and unproven: NCCL between devices.
 """
 
 
