@@ -62,9 +62,10 @@ def dense_attention(
         scores = scores.masked_fill(~allowed, -math.inf)
     if sink is not None:
         scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], 3)
-    p = scores.softmax(-1)[..., : k.shape[1]]
-    if allowed is not None:
-        p = p.masked_fill(~allowed, 0.0)
+    # A softmax in which a row of nothing but -inf is a row of zeros, in its gradient too.
+    p = (scores - scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)).exp()
+    total = p.sum(-1, keepdim=True)
+    p = (p / total.masked_fill(total == 0, 1))[..., : k.shape[1]]
     if kept is not None:
         p = p * kept / (1 - dropout_p)
     return torch.einsum("bhqk,bkhd->bqhd", p, v)

@@ -28,7 +28,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_
 
     Shapes: out, block_out [b, s, h, d]; lse, block_lse [b, s, h], natural log; strided views are fine. `out` and `lse`
     are float32 or wider: ring_size folds in bfloat16 multiply the RMS error by 5 or more. A row that has seen nothing
-    yet has out = 0 and lse = -inf; in a block, every row has seen something. LoongTrain algorithm 1; FlashAttention
+    yet has out = 0 and lse = -inf, in the block too. LoongTrain algorithm 1; FlashAttention
     (arXiv 2205.14135) section 3.1.
 
         lse' = log(exp(lse) + exp(block_lse))      out' = out + sigmoid(block_lse - lse) * (block_out - out)
@@ -36,8 +36,13 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_
     if out.numel() and _by_triton(out):
         _triton().merge_(out, lse, block_out, block_lse)
         return
-    out.lerp_(block_out.to(out.dtype), torch.sigmoid(block_lse - lse).unsqueeze(-1).to(out.dtype))
+    out.lerp_(block_out.to(out.dtype), torch.sigmoid(block_lse - finite(lse)).unsqueeze(-1).to(out.dtype))
     torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
+
+
+def finite(lse: torch.Tensor) -> torch.Tensor:
+    """lse with the least finite number for -inf, so that -inf less it is -inf and not NaN, and exp of that 0."""
+    return lse.clamp_min(torch.finfo(lse.dtype).min)
 
 
 def add_rows_(pairs: Sequence[Pair]) -> None:

@@ -40,9 +40,10 @@ def _merge(
     old = tl.load(lse_at, mask=here, other=0.0)
     new = tl.load(block_lse + batch * block_lse_b + head * block_lse_h + row * block_lse_s, mask=here, other=0.0)
     new = new.to(old.dtype)
-    weight = 1.0 / (1.0 + tl.exp(old - new))  # old = -inf: 1
+    # -inf less -inf is NaN, so what is subtracted is finite: a number below any score for a row that has seen nothing.
+    weight = 1.0 / (1.0 + tl.exp(tl.maximum(old, -3.0e38) - new))  # old = -inf: 1; new = -inf: 0
     greater = tl.maximum(old, new)
-    tl.store(lse_at, greater + tl.log(1.0 + tl.exp(tl.minimum(old, new) - greater)), mask=here)
+    tl.store(lse_at, greater + tl.log(1.0 + tl.exp(tl.minimum(old, new) - tl.maximum(greater, -3.0e38))), mask=here)
 
     inside = here[:, None] & (column < d)[None, :]
     out_at = out + batch * out_b + head * out_h + row[:, None] * out_s + column[None, :] * out_d

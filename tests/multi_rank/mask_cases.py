@@ -33,6 +33,8 @@ class Case:
     v_dim: int = 8
     qkv_format: str = "bshd"
     sink: bool = False
+    dead_sink: bool = False
+    """The first head's sink is -inf: none."""
     softcap: float = 0.0
     alibi: bool = False
     dropout_p: float = 0.0
@@ -77,6 +79,8 @@ def _compare(rank: int, case: Case, groups: Any, tolerance: float) -> int:
     q, _, _, dout = random_inputs(case.batch, seq_len, case.heads, 1, 8, torch.float64, 1, v_dim=case.v_dim)
     _, k, v, _ = random_inputs(case.batch, kv_len, 1, case.kv_heads, 8, torch.float64, 2, v_dim=case.v_dim)
     sink = torch.linspace(-1, 2, case.heads, dtype=torch.float64) if case.sink else None
+    if sink is not None and case.dead_sink:
+        sink[0] = -torch.inf
     dense: dict[str, Any] = {"allowed": case.allowed(), "sink": sink, "softcap": case.softcap}
     options = case.options()
     dense["alibi_slopes"] = options.get("alibi_slopes")

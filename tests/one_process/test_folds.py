@@ -107,8 +107,13 @@ def test_merge_is_the_online_softmax(shape, wide, narrow, device):
     lse, block_lse = bhs(lse), bhs(block_lse)
     lse[0, 1], out[0, 1] = -torch.inf, 0.0  # a row that has seen nothing
     lse[0, 2], lse[0, 3] = block_lse[0, 2] + 200, block_lse[0, 3] - 200  # one of the two weighs nothing
+    lse[0, 4] = block_lse[0, 4] = -torch.inf  # nothing seen in either
+    out[0, 4] = block_out[0, 4] = 0.0
     right = expected_merge(out, lse, block_out, block_lse)
     folds.merge_(out, lse, block_out, block_lse)
+    assert torch.equal(lse[0, 4], block_lse[0, 4]) and not out[0, 4].any()
+    for x in (out, lse, *right):
+        x[0, 4] = 0.0
     tolerance = 1e-12 if wide == torch.float64 else 3e-6
     for name, got, want in zip(("out", "lse"), (out, lse), right, strict=True):
         error = (got.double().cpu() - want).abs().max().item()
