@@ -16,7 +16,7 @@ from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.planner.parts import Queries, parts_of_heads, parts_of_sequence
 from megatron_loong.planner.tiles import Mask
-from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layout_of
+from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layouts_of
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.tokens import TokenLayout
 
@@ -244,19 +244,7 @@ def _layouts(
     elif seq_len is None:
         held = gather_lengths([q.shape[0], k.shape[0]], groups, q.device)
         seq_len, kv_seq_len = (sum(side) for side in zip(*held, strict=True))
-    kv_seq_len = seq_len if kv_seq_len is None else kv_seq_len
-    same = cu_seqlens_kv is None and kv_seq_len == seq_len
-    q_layout = layout_of(config, seq_len, cu_seqlens)
-    if same:
-        kv_layout = q_layout
-    else:
-        kv_boundaries = cu_seqlens if cu_seqlens_kv is None else cu_seqlens_kv
-        kv_layout = layout_of(config, kv_seq_len, kv_boundaries)
-        if len(q_layout.documents) != len(kv_layout.documents):
-            raise ValueError(
-                f"cu_seqlens has {len(q_layout.documents) - 1} documents with queries, cu_seqlens_kv has "
-                f"{len(kv_layout.documents) - 1} with keys; they must be as many (leave empty ones out of both)"
-            )
+    q_layout, kv_layout = layouts_of(config, seq_len, cu_seqlens, kv_seq_len, cu_seqlens_kv)
     for name, x, layout in (("q", q, q_layout), ("k and v", k, kv_layout)):
         held_here, expected = x.shape[0], layout.tokens_of(groups.logical_rank)
         if held_here != expected:

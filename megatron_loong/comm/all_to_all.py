@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_loong.comm import ledger
-from megatron_loong.comm.errors import CommunicationError
 from megatron_loong.comm.routes import transport_for
+from megatron_loong.topology.errors import CommunicationError, not_completed
 from megatron_loong.topology.groups import GroupHandle
 
 
@@ -41,10 +41,7 @@ def all_to_all(
     outgoing = send if in_order else _reordered(send, send_lengths, order)
 
     def failure(error: Exception) -> CommunicationError:
-        return CommunicationError(
-            f"all-to-all of {what} in the head group {list(handle.global_ranks)} did not complete; one of these "
-            f"processes is gone, or did not get here within the group's timeout. Cause: {error}"
-        )
+        return not_completed(f"all-to-all of {what}", "head group", handle.global_ranks, error)
 
     transport = transport_for(handle, send.device)
     try:

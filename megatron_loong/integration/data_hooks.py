@@ -16,6 +16,7 @@ import torch
 from megatron_loong.integration import dynamic, lengths, loss, packed, reset_mask
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.runtime import Runtime, active
+from megatron_loong.sequence.sharding import documents_of
 
 Hook = Callable[[Runtime, Callable[..., Any]], Callable[..., Any]]
 
@@ -25,7 +26,7 @@ def slice_packed_batch(batch: dict[str, Any], cp_group: Any = None) -> dict[str,
 
     `batch`: tensors [1, T, ...] and `cu_seqlens` (or `cu_seqlens_padded`) for all T tokens; `cp_group`: Megatron's, if
     not given. Padded at its end where the ranks cannot share out T tokens. Call it once the model has been built.
-    Raises `ValueError` without boundaries.
+    Raises `ValueError` without boundaries, and for those that do not end at T.
     """
     state = active()
     cp_group = _cp_group(state, cp_group)
@@ -42,12 +43,15 @@ def slice_batch(state: Runtime, batch: dict[str, Any], cp_group: Any, cu_seqlens
     refuse_beside_packs(state.args())
     config = packed.layout_config(state, cp_group.size())
     assert config is not None  # the hooks ask first
+    documents = packed.boundaries_of(cu_seqlens)
+    tokens = next((x.shape[1] for key, x in batch.items() if key in lengths.LENGTH_KEYS and x is not None), None)
+    if tokens is not None:
+        documents_of(documents, tokens)
     batch = lengths.pad_batch(state, batch, cp_group.size())
     state.sliced_packs = True
     for key, x in batch.items():
         if key in lengths.METADATA or key == "attention_mask" or x is None:
             continue
-        documents = packed.boundaries_of(cu_seqlens)
         places = packed.local_places(config, cp_group.rank(), x.shape[1], documents, x.device)
         batch[key] = x.index_select(1, places.in_pack)
     return batch

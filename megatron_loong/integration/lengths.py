@@ -104,7 +104,7 @@ def pad_batch(state: Runtime, batch: dict[str, Any], cp: int | None = None) -> d
     Padding: token 0, label 0, loss mask 0, the last position id once more (learned position embeddings may have no row
     behind it), masked in the attention mask. The same dictionary when nothing is to be padded.
     """
-    seq_len = next((x.shape[1] for key, x in batch.items() if x is not None and key in _LENGTH_KEYS), None)
+    seq_len = next((x.shape[1] for key, x in batch.items() if x is not None and key in LENGTH_KEYS), None)
     if seq_len is None:
         return batch
     missing = length_for_megatron(state, seq_len, cp) - seq_len
@@ -123,7 +123,8 @@ def pad_batch(state: Runtime, batch: dict[str, Any], cp: int | None = None) -> d
     return {key: x if key in METADATA or x is None else _padded(key, x, missing) for key, x in batch.items()}
 
 
-_LENGTH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+#: Of a batch: what has a token in each place.
+LENGTH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def _padded(key: str, x: torch.Tensor, missing: int) -> torch.Tensor:

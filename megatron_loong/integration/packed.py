@@ -7,7 +7,7 @@ All read the layout from those boundaries here, and so agree:
                                        layout_of(config, tokens, boundaries)  <- boundaries_of(cu_seqlens)
 
 Padding behind a document's real tokens stays the end of that document: causally, no real token attends to it. What the
-plugin pads at the end of a batch (`integration.lengths`) is a document of its own.
+plugin pads at the end of a batch (`integration.lengths`) is a document of its own (`to_the_end`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.integration import lengths
 from megatron_loong.integration.checks import refuse_beside_packs
-from megatron_loong.sequence.packing import checked_boundaries
-from megatron_loong.sequence.sharding import layout_of, token_positions
+from megatron_loong.sequence.packing import checked_boundaries, without_empty
+from megatron_loong.sequence.sharding import documents_of, token_positions
 
 if TYPE_CHECKING:
     from megatron_loong.integration.runtime import Runtime
@@ -38,6 +39,11 @@ def boundaries_of(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
     Waits for the device at the first call for a tensor or a view of it, and not again until it is written to.
     Raises `ValueError` unless the boundaries ascend from 0.
     """
+    return _boundaries_of(cu_seqlens)[1]
+
+
+def _boundaries_of(cu_seqlens: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """With empty documents, and without."""
     base = cu_seqlens if cu_seqlens._base is None else cu_seqlens._base
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
     views = _read.setdefault(base, {})
@@ -48,8 +54,14 @@ def boundaries_of(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
                 f"cu_seqlens has shape {list(cu_seqlens.shape)}: a packed micro-batch is one row; use "
                 "--micro-batch-size 1, or join the rows first"
             )
-        views[view] = checked_boundaries(cu_seqlens.flatten().tolist())
+        documents = checked_boundaries(cu_seqlens.flatten())
+        views[view] = documents, without_empty(documents)
     return views[view]
+
+
+def to_the_end(documents: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """Boundaries of a pack of `tokens`, behind whose documents the plugin has padded."""
+    return documents if documents[-1] >= tokens else (*documents, tokens)
 
 
 class LocalPlaces(NamedTuple):
@@ -67,8 +79,9 @@ def local_places(
     config: LoongConfig, cp_rank: int, tokens: int, documents: tuple[int, ...], device: torch.device
 ) -> LocalPlaces:
     """Places of the tokens of `cp_rank` in a pack of `tokens` with boundaries `documents`, on `device`."""
+    documents = to_the_end(documents, tokens)
     in_pack = token_positions(config, cp_rank, tokens, cu_seqlens=documents)
-    bounds = torch.tensor(layout_of(config, tokens, documents).documents)
+    bounds = torch.tensor(documents)
     document = torch.searchsorted(bounds, in_pack, right=True) - 1
     is_last = in_pack + 1 == bounds[document + 1]
     next_in_pack = torch.where(is_last, -1, in_pack + 1)
@@ -78,7 +91,7 @@ def local_places(
 @functools.lru_cache(maxsize=16)
 def gathered_order(config: LoongConfig, tokens: int, documents: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Places in the pack of the tokens of all ranks, one rank behind the other: int64 [tokens]."""
-    ranks = range(config.context_parallel_size)
+    ranks, documents = range(config.context_parallel_size), to_the_end(documents, tokens)
     return torch.cat([token_positions(config, rank, tokens, cu_seqlens=documents) for rank in ranks]).to(device)
 
 
@@ -116,7 +129,8 @@ def packed_arguments(
     if it cuts the batches. Waits for the device at the first layer of a micro-batch only. Raises
     `NotImplementedError` for another format than `thd`, for padded documents without causal masking, and for what
     else in the model would misread the layout; `RuntimeError` when the plugin has cut no packed batch, so that the
-    tokens are not where they should be.
+    tokens are not where they should be; `ValueError` for boundaries that end before the tokens do, but for padding of
+    the plugin's own.
     """
     if packed_seq_params.qkv_format != "thd":
         raise NotImplementedError(
@@ -137,9 +151,18 @@ def packed_arguments(
                 f"from cu_seqlens_{side}) with --context-parallel-impl loong; supported: documents without padding "
                 "(leave cu_seqlens_*_padded out; 2D-Attention needs none), or causal attention"
             )
-        sides.append(boundaries_of(real if padded is None else padded))
-    documents, kv_documents = sides
-    arguments: dict[str, Any] = {"cu_seqlens": documents, "seq_len": local_tokens * cp_size}
+        sides.append(_boundaries_of(real if padded is None else padded))
+    (documents, compact), (kv_documents, _) = sides
+    if kv_documents == documents:  # else the documents of either side must stay pairs, the empty ones too
+        documents = kv_documents = compact
+    tokens = local_tokens * cp_size
+    if documents[-1] != tokens:
+        if state is None or lengths.length_for_megatron(state, documents[-1], cp_size) != tokens:
+            documents_of(documents, tokens, "packed_seq_params.cu_seqlens_q")
+        same = kv_documents == documents
+        documents = to_the_end(documents, tokens)
+        kv_documents = documents if same else (*kv_documents, kv_documents[-1])
+    arguments: dict[str, Any] = {"cu_seqlens": documents, "seq_len": tokens}
     if kv_documents != documents:
         arguments.update(cu_seqlens_kv=kv_documents, kv_seq_len=kv_documents[-1])
     return arguments
@@ -200,7 +223,7 @@ def rolled(
     whole[..., gathered_order(config, tokens, documents, tensor.device)] = torch.cat(parts, -1).to(tensor.dtype)
     successor = local_places(config, cp_rank, tokens, documents, tensor.device).next_in_pack
     result = whole[..., successor].masked_fill(successor < 0, 0)
-    starts = torch.tensor(layout_of(config, tokens, documents).documents[:-1], device=tensor.device)
+    starts = torch.tensor(without_empty(to_the_end(documents, tokens))[:-1], device=tensor.device)
     return result, (whole.sum() - whole[..., starts].sum()) / cp_size
 
 

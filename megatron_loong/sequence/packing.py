@@ -10,11 +10,14 @@ balanced. Every rank gets its share of the tokens to within one: nothing is padd
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import heapq
 import itertools
+import operator
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.topology.tokens import Run, TokenLayout, joined, starts_of
@@ -33,7 +36,7 @@ def packed_layout(config: LoongConfig, documents: tuple[int, ...]) -> TokenLayou
     >>> packed_layout(LoongConfig(2), (0, 40, 46, 52, 58, 64)).rank_runs
     (((0, 10), (30, 46), (52, 58)), ((10, 30), (46, 52), (58, 64)))
     """
-    documents = checked_boundaries(documents)
+    documents = without_empty(checked_boundaries(documents))
     total, ring = documents[-1], config.ring_size
     shares = [(rank + 1) * total // config.context_parallel_size for rank in range(config.context_parallel_size)]
     rank_tokens = [b - a for a, b in zip([0, *shares], shares, strict=False)]
@@ -53,20 +56,68 @@ def packed_layout(config: LoongConfig, documents: tuple[int, ...]) -> TokenLayou
     return TokenLayout(documents, tuple(rank_runs), hp)
 
 
-def checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
-    """`cu_seqlens` without empty documents; `ValueError` unless they ascend from 0.
+def checked_boundaries(boundaries: Any, name: str = "cu_seqlens") -> tuple[int, ...]:
+    """`cu_seqlens` as numbers; `ValueError` unless they are whole, in one row, and ascend from 0 to some token.
 
     >>> checked_boundaries([0, 4, 4, 6])
+    (0, 4, 4, 6)
+    """
+    values = boundaries.tolist() if hasattr(boundaries, "tolist") else boundaries
+    try:
+        # Truncated, [0, 3.9, 8] would be other documents without a word.
+        numbers = tuple(operator.index(x) for x in values)
+    except TypeError:
+        shape = f" of shape {list(boundaries.shape)}" if hasattr(boundaries, "shape") else ""
+        raise ValueError(
+            f"{name} must be one row of whole numbers, [documents + 1] (int32), the boundaries of all documents from 0 "
+            f"to the number of tokens; got {type(boundaries).__name__}{shape}: {_shown(values)}"
+        ) from None
+    if len(numbers) < 2 or numbers[0] != 0 or any(b < a for a, b in itertools.pairwise(numbers)):
+        raise ValueError(f"{name} must ascend from 0 to the number of tokens; got {_shown(list(numbers))}")
+    if not numbers[-1]:
+        raise ValueError(f"{name} holds no token: {_shown(list(numbers))}")
+    return numbers
+
+
+def _shown(values: Any) -> str:
+    return f"{str(values[:8])[:-1]}, ...]" if isinstance(values, list) and len(values) > 8 else f"{values!r:.200}"
+
+
+def without_empty(documents: Sequence[int]) -> tuple[int, ...]:
+    """Boundaries without those of empty documents.
+
+    >>> without_empty((0, 4, 4, 6))
     (0, 4, 6)
     """
-    values = [int(x) for x in boundaries]
-    if len(values) < 2 or values[0] != 0 or any(b < a for a, b in itertools.pairwise(values)):
-        shown = f"{values[:8]}..." if len(values) > 8 else f"{values}"
-        raise ValueError(f"cu_seqlens must ascend from 0 to the number of tokens; got {shown}")
-    kept = [0, *(b for a, b in itertools.pairwise(values) if b > a)]
-    if len(kept) < 2:
-        raise ValueError(f"cu_seqlens holds no token: {values[:8]}")
-    return tuple(kept)
+    return (0, *(b for a, b in itertools.pairwise(documents) if b > a))
+
+
+@functools.lru_cache(maxsize=64)
+def paired_layouts(
+    config: LoongConfig, documents: tuple[int, ...], kv_documents: tuple[int, ...]
+) -> tuple[TokenLayout, TokenLayout]:
+    """Layouts of queries and of keys of one pack: document i of the one belongs to document i of the other.
+
+    A document that is empty on one side stays, so that the others keep their partners; tokens live where
+    `packed_layout` of either side alone puts them. Raises `ValueError` for sides of different numbers of documents.
+
+    >>> queries, keys = paired_layouts(LoongConfig(2), (0, 4, 4, 8, 8), (0, 2, 4, 4, 4))
+    >>> queries.documents, keys.documents
+    ((0, 4, 4, 8), (0, 2, 4, 4))
+    """
+    if len(documents) != len(kv_documents):
+        raise ValueError(
+            f"cu_seqlens has {len(documents) - 1} documents of queries, cu_seqlens_kv has {len(kv_documents) - 1} of "
+            "keys; document i of the one belongs to document i of the other: give a document that is empty on one side "
+            "by a boundary that repeats"
+        )
+    pairs = zip(itertools.pairwise(documents), itertools.pairwise(kv_documents), strict=True)
+    ends = [(q[1], kv[1]) for q, kv in pairs if q[0] < q[1] or kv[0] < kv[1]]
+    q, kv = (
+        dataclasses.replace(packed_layout(config, side), documents=(0, *kept))
+        for side, kept in zip((documents, kv_documents), zip(*ends, strict=True), strict=True)
+    )
+    return q, kv
 
 
 def imbalance(loads: Sequence[float]) -> float:

@@ -2,37 +2,95 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.sequence.packing import checked_boundaries, packed_layout
+from megatron_loong.sequence.packing import (
+    checked_boundaries,
+    packed_layout,
+    paired_layouts,
+    without_empty,
+)
+from megatron_loong.topology.errors import collective
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
 from megatron_loong.topology.tokens import Run, TokenLayout, starts_of, zigzag_or_contiguous
 
 Boundaries = torch.Tensor | Sequence[int]
-"""`cu_seqlens`: global, from 0 to the number of tokens. A tensor on the CPU costs no synchronisation."""
+"""`cu_seqlens`: global, the same on every rank, from 0 to the number of tokens; padding is a document of its own. A
+tensor on the CPU costs no synchronisation."""
 
 
 def layout_of(config: LoongConfig, seq_len: int, cu_seqlens: Boundaries | None = None) -> TokenLayout:
     """Where the tokens of one sequence of `seq_len`, or of a pack of documents, live.
 
     Without `cu_seqlens` as `config.sequence_layout` says, in chunks that differ by one token at most; with it as
-    `sequence.packing` deals them. Tokens behind the last document (padding) are a document of their own. Raises
-    `ValueError` for a length below 1 and for boundaries that do not ascend from 0 or go beyond `seq_len`.
+    `sequence.packing` deals them. Raises `ValueError` for a length below 1 and as `documents_of`.
     """
-    if seq_len < 1:
+    if checked_length("seq_len", seq_len) < 1:
         raise ValueError(f"sequence length {seq_len} must be at least 1")
     if cu_seqlens is None:
         return zigzag_or_contiguous(config, seq_len)
-    boundaries = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else [int(x) for x in cu_seqlens]
-    documents = checked_boundaries(boundaries)
-    if documents[-1] > seq_len:
-        raise ValueError(f"cu_seqlens ends at {documents[-1]}, but there are {seq_len} tokens")
-    return packed_layout(config, documents if documents[-1] == seq_len else (*documents, seq_len))
+    return packed_layout(config, without_empty(documents_of(cu_seqlens, seq_len)))
+
+
+def layouts_of(
+    config: LoongConfig,
+    seq_len: int,
+    cu_seqlens: Boundaries | None,
+    kv_seq_len: int | None = None,
+    cu_seqlens_kv: Boundaries | None = None,
+) -> tuple[TokenLayout, TokenLayout]:
+    """Layouts of queries and of keys, the same object where they are alike; keys are as queries unless told.
+
+    Raises `ValueError` as `layout_of` and `paired_layouts`.
+    """
+    kv_seq_len = seq_len if kv_seq_len is None else kv_seq_len
+    if cu_seqlens_kv is None and (kv_seq_len == seq_len or cu_seqlens is None):
+        layout = layout_of(config, seq_len, cu_seqlens)
+        return layout, layout if kv_seq_len == seq_len else layout_of(config, kv_seq_len)
+    if cu_seqlens_kv is None:
+        raise ValueError(
+            f"kv_seq_len={kv_seq_len} with seq_len={seq_len} and cu_seqlens: give cu_seqlens_kv, the boundaries of the "
+            "keys of the same documents"
+        )
+    documents = (0, seq_len) if cu_seqlens is None else documents_of(cu_seqlens, seq_len)
+    kv_documents = documents_of(cu_seqlens_kv, kv_seq_len, "cu_seqlens_kv")
+    if cu_seqlens is not None and documents == kv_documents:
+        layout = packed_layout(config, without_empty(documents))
+        return layout, layout
+    queries, keys = paired_layouts(config, documents, kv_documents)
+    return zigzag_or_contiguous(config, seq_len) if cu_seqlens is None else queries, keys
+
+
+def checked_length(name: str, length: object) -> int:
+    """A number of tokens; `ValueError` for what is none."""
+    try:
+        return operator.index(length)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name}={length!r} must be a whole number: the tokens of all ranks together") from None
+
+
+def documents_of(boundaries: Boundaries, tokens: int, name: str = "cu_seqlens") -> tuple[int, ...]:
+    """Boundaries of all documents of a pack of `tokens`; empty documents stay.
+
+    Raises `ValueError` unless they are whole numbers that ascend from 0 to `tokens`. Tokens behind the last boundary
+    are no document without a word: boundaries of one rank's own tokens would pass for those of the pack.
+    """
+    documents = checked_boundaries(boundaries, name)
+    if documents[-1] > tokens:
+        raise ValueError(f"{name} ends at {documents[-1]}, but there are {tokens} tokens")
+    if documents[-1] < tokens:
+        raise ValueError(
+            f"{name} ends at {documents[-1]}, but the ranks together hold {tokens} tokens. If these are the boundaries "
+            f"of one rank's own tokens, give those of the whole pack, the same on every rank; if the last "
+            f"{tokens - documents[-1]} tokens are padding, make them a document: append {tokens}"
+        )
+    return documents
 
 
 def token_positions(
@@ -90,7 +148,7 @@ def unshard_sequence(
     x = x_local.detach().movedim(dim, 0)
     padded = x.new_zeros(longest, *x.shape[1:])
     padded[: len(x)] = x
-    parts = _gathered(padded, groups)
+    parts = gathered(padded, groups, "tokens")
     whole = x.new_empty(sum(lengths), *x.shape[1:])
     for runs, part in zip(layout.rank_runs, parts, strict=True):
         for (start, stop), row in zip(runs, starts_of(b - a for a, b in runs), strict=False):
@@ -99,19 +157,28 @@ def unshard_sequence(
 
 
 def gather_lengths(local_lengths: Sequence[int], groups: LoongGroups, device: torch.device) -> list[list[int]]:
-    """By logical rank, the lengths that each rank of the group holds. Collective; waits for the device."""
-    return _gathered(torch.tensor(local_lengths, dtype=torch.int64, device=device), groups).tolist()
+    """By logical rank, the lengths that each rank of the group holds. Collective; waits for the device.
+
+    Raises `CommunicationError` when a peer is lost.
+    """
+    return gathered(torch.tensor(local_lengths), groups, "lengths", device).tolist()
 
 
-def _gathered(x: torch.Tensor, groups: LoongGroups) -> torch.Tensor:
-    """Equal tensors of all ranks, stacked by logical rank."""
+def gathered(x: torch.Tensor, groups: LoongGroups, what: str, device: torch.device | None = None) -> torch.Tensor:
+    """Equal tensors of all ranks, stacked by logical rank; `what` they are is said in errors.
+
+    `device`: x is a few numbers on the host, which travel through that device if the groups need one.
+    """
     # Gathering over the head group, then the inner, then the outer ring gives the parts in logical order and
     # needs no communicator beyond those of the attention.
     parts = x.unsqueeze(0)
     for name in ("head", "inner", "outer"):
         handle = groups.handle(name)
         if handle.process_group is not None:
+            if device is not None and "gloo" not in dist.get_backend_config(handle.process_group):
+                parts = parts.to(device)
             received = [torch.empty_like(parts) for _ in range(handle.size)]
-            dist.all_gather(received, parts, group=handle.process_group)
+            with collective(f"gathering {what}", f"{name} group", handle.global_ranks):
+                dist.all_gather(received, parts, group=handle.process_group)
             parts = torch.cat([received[slot] for slot in handle.slots])
     return parts

@@ -6,15 +6,17 @@ import itertools
 import random
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_loong.bench.packing import cost_of_ours, cost_of_padded_zigzag, draw_mix
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.tiles import Mask
-from megatron_loong.sequence.packing import packed_layout
+from megatron_loong.sequence.packing import packed_layout, paired_layouts
 from megatron_loong.sequence.sharding import token_positions
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,12 +60,44 @@ def test_one_document_is_cut_as_zigzag_cuts_it() -> None:
     assert layout.rank_runs == (((0, 8), (56, 64)), ((8, 16), (48, 56)), ((16, 24), (40, 48)), ((24, 40),))
 
 
-@pytest.mark.parametrize("boundaries", [[0], [1, 4], [0, 5, 3], [0, 0], []], ids=str)
-def test_bad_boundaries_are_refused(boundaries: list[int]) -> None:
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        token_positions(LoongConfig(2), 0, 8, cu_seqlens=boundaries)
-    with pytest.raises(ValueError, match="cu_seqlens ends at 9, but there are 8 tokens"):
-        token_positions(LoongConfig(2), 0, 8, cu_seqlens=[0, 9])
+BAD_BOUNDARIES = {
+    "cu_seqlens must ascend from 0": [[0], [1, 8], [0, 9, 8], [], torch.tensor([8, 0])],
+    "cu_seqlens holds no token": [[0, 0]],
+    "cu_seqlens must be one row of whole numbers": [
+        torch.tensor([0.0, 8.0]), [0, 3.9, 8], torch.tensor([[0, 8]]), [[0, 8]], torch.tensor(8), 8, "0 8", [0, None]
+    ],
+    "cu_seqlens ends at 9, but there are 8 tokens": [[0, 9]],
+    "ends at 4, but .* 8 tokens.* one rank's own tokens, .* padding, .* append 8": [[0, 4], torch.tensor([0, 2, 4])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_BOUNDARIES, ids=lambda message: message[:30])
+def test_bad_boundaries_are_refused(message: str) -> None:
+    for boundaries in BAD_BOUNDARIES[message]:
+        with pytest.raises(ValueError, match=message):
+            token_positions(LoongConfig(2), 0, 8, cu_seqlens=boundaries)
+    assert token_positions(LoongConfig(2), 0, 8, cu_seqlens=torch.tensor([0, 0, 4, 4, 8, 8])).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("seq_len", ["64", 64.0, None, 0, -1], ids=repr)
+def test_lengths_that_are_none_are_refused(seq_len: Any) -> None:
+    with pytest.raises(ValueError, match="whole number|must be at least 1"):
+        token_positions(LoongConfig(2), 0, seq_len)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=20),
+    st.sampled_from([LoongConfig(1), LoongConfig(4), LoongConfig(8, 2)]),
+)
+def test_documents_of_both_sides_stay_pairs(lengths: list[tuple[int, int]], config: LoongConfig) -> None:
+    """An empty document stays where its partner is not, and tokens live where either side alone puts them."""
+    sides = [(0, *itertools.accumulate(x)) for x in zip(*lengths, strict=True)]
+    if not all(side[-1] for side in sides):
+        return
+    layouts = paired_layouts(config, *sides)
+    pairs = zip(*((b - a for a, b in itertools.pairwise(x.documents)) for x in layouts), strict=True)
+    assert list(pairs) == [pair for pair in lengths if any(pair)]
+    assert [x.rank_runs for x in layouts] == [packed_layout(config, side).rank_runs for side in sides]
 
 
 def test_the_page_in_the_docs_is_what_the_script_says() -> None:

@@ -24,8 +24,9 @@ from megatron_loong import LoongConfig, token_positions
 from megatron_loong.integration import data_hooks, install, packed, runtime, slice_packed_batch, uninstall
 
 CONFIG = LoongConfig(4, 2)
-#: Documents of 9, 1, 30 and 20 tokens, and 4 tokens of padding behind them.
-DOCUMENTS, TOKENS = (0, 9, 10, 40, 60), 64
+#: Documents of 9, 1, 30 and 22 tokens, and 2 tokens of the plugin's padding behind them.
+DOCUMENTS, TOKENS = (0, 9, 10, 40, 62), 64
+PADDED = (*DOCUMENTS, TOKENS)
 
 
 class Group:
@@ -59,7 +60,7 @@ def params(**changes: Any) -> PackedSeqParams:
 
 
 def places(rank: int, tokens: int = TOKENS) -> torch.Tensor:
-    return token_positions(CONFIG, rank, tokens, cu_seqlens=DOCUMENTS)
+    return token_positions(CONFIG, rank, tokens, cu_seqlens=PADDED)
 
 
 # ---- boundaries ----
@@ -80,16 +81,36 @@ def test_the_device_is_asked_once_for_a_tensor_and_its_views(monkeypatch: pytest
         packed.boundaries_of(boundaries().repeat(2, 1))
 
 
-def test_attention_is_given_the_padded_boundaries_and_the_length() -> None:
-    assert packed.packed_arguments(params(), 16, 4) == {"cu_seqlens": DOCUMENTS, "seq_len": 64}
+def test_attention_is_given_the_padded_boundaries_and_the_length(plugin: Any) -> None:
+    whole = params(cu_seqlens_q=boundaries(*PADDED), cu_seqlens_kv=boundaries(*PADDED))
+    assert packed.packed_arguments(whole, 16, 4) == {"cu_seqlens": PADDED, "seq_len": 64}
     real = boundaries(0, 7, 8, 38, 58)
-    padded = params(cu_seqlens_q=real, cu_seqlens_kv=real, cu_seqlens_q_padded=boundaries())
+    padded = params(cu_seqlens_q=real, cu_seqlens_kv=real, cu_seqlens_q_padded=boundaries(0, 9, 10, 40, 64))
     padded.cu_seqlens_kv_padded = padded.cu_seqlens_q_padded
-    assert packed.packed_arguments(padded, 16, 4) == {"cu_seqlens": DOCUMENTS, "seq_len": 64}
+    assert packed.packed_arguments(padded, 16, 4) == {"cu_seqlens": (0, 9, 10, 40, 64), "seq_len": 64}
     with pytest.raises(NotImplementedError, match="not causal would see the padding of documents"):
         packed.packed_arguments(padded, 16, 4, causal=False)
-    other = params(cu_seqlens_kv=boundaries(0, 9, 10, 40, 64))
-    assert packed.packed_arguments(other, 16, 4)["cu_seqlens_kv"] == (0, 9, 10, 40, 64)
+    # The plugin's own padding is one document more, and documents stay pairs of queries and keys.
+    plugin.sliced_packs = True
+    assert packed.packed_arguments(params(), 16, 4, state=plugin) == {"cu_seqlens": PADDED, "seq_len": 64}
+    other = params(cu_seqlens_kv=boundaries(0, 9, 9, 9, 70))
+    found = packed.packed_arguments(other, 16, 4, state=plugin)
+    assert (found["cu_seqlens"], found["cu_seqlens_kv"]) == (PADDED, (0, 9, 9, 9, 70, 70))
+
+
+@pytest.mark.parametrize("ends", [(0, 20, 40), (0, 16)], ids=["too-short", "of-one-rank"])
+def test_boundaries_that_end_before_the_tokens_are_an_error(plugin: Any, ends: tuple[int, ...]) -> None:
+    """Four ranks of 16 tokens: through the packed parameters, and where the batch is cut."""
+    plugin.sliced_packs = True
+    short = params(cu_seqlens_q=boundaries(*ends), cu_seqlens_kv=boundaries(*ends))
+    both = rf"ends at {ends[-1]}, but .* 64 tokens.* one rank's own tokens, .* padding, .* append 64"
+    for state in (None, plugin):
+        with pytest.raises(ValueError, match=both):
+            packed.packed_arguments(short, 16, 4, state=state)
+    with pytest.raises(ValueError, match=both):
+        slice_packed_batch({"tokens": torch.zeros(1, 64), "cu_seqlens": boundaries(*ends)[None]}, Group(0))
+    with pytest.raises(ValueError, match="must be one row of whole numbers"):
+        packed.packed_arguments(params(cu_seqlens_q=boundaries().float()), 16, 4)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +140,7 @@ def test_a_pack_that_was_not_cut_by_our_layout_does_not_reach_attention(
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
     with pytest.raises(RuntimeError, match="the batch was not cut by the layout of --context-parallel-impl loong"):
         packed.packed_arguments(params(), 16, 4, state=plugin)
-    slice_packed_batch({"tokens": torch.zeros(1, 64), "cu_seqlens": boundaries()[None]}, Group(0))
+    slice_packed_batch({"tokens": torch.zeros(1, 62), "cu_seqlens": boundaries()[None]}, Group(0))
     packed.packed_arguments(params(), 16, 4, state=plugin)
 
 
@@ -161,7 +182,7 @@ def test_megatrons_own_function_cuts_a_packed_batch_by_our_layout(
 
 @pytest.mark.skipif(not hasattr(utils, "flatten_batch_for_packed_sequences"), reason="from megatron-core 0.19 on")
 def test_masking_between_documents_is_cut_by_documents_too(plugin: Any) -> None:
-    batch = {"tokens": torch.arange(64)[None], "cu_seqlens": boundaries()[None], "cu_seqlens_padded": None}
+    batch = {"tokens": torch.arange(64)[None], "cu_seqlens": boundaries(*PADDED)[None], "cu_seqlens_padded": None}
     cut = utils.get_batch_on_this_cp_rank(batch, False, Group(1), use_per_sequence_balancing=True)
     assert torch.equal(cut["tokens"][0], places(1))
 

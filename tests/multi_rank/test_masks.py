@@ -23,8 +23,8 @@ PLACEMENTS = ["-".join(order) for order in itertools.permutations(AXES)]
 
 @st.composite
 def boundaries(draw: st.DrawFn, tokens: int) -> tuple[int, ...]:
-    cuts = draw(st.sets(st.integers(1, max(1, tokens - 1)), max_size=6)) - {tokens}
-    return (0, *sorted(cuts), tokens)
+    """Some documents may be empty."""
+    return (0, *sorted(draw(st.lists(st.integers(0, tokens), max_size=6))), tokens)
 
 
 @st.composite
@@ -43,8 +43,8 @@ def cases(draw: st.DrawFn) -> Case:
     documents = draw(boundaries(tokens)) if packed else (0, tokens)
     kv_documents = None
     if draw(st.integers(0, 3)) == 0:
-        lengths = [draw(st.integers(1, 12)) for _ in documents[1:]]
-        kv_documents = (0, *itertools.accumulate(lengths))
+        lengths = [draw(st.integers(0, 12)) for _ in documents[1:]]
+        kv_documents = (0, *itertools.accumulate([*lengths[:-1], lengths[-1] or not any(lengths)]))
     # At least one query head per head rank; KV heads that divide them, in any relation to the head group.
     heads = draw(st.integers(hp, hp + 4))
     window = draw(st.one_of(st.none(), st.tuples(st.integers(-1, 9), st.integers(-1, 4))))
@@ -62,6 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
         v_dim=draw(st.sampled_from([8, 5])),
         qkv_format=qkv_format,
         sink=draw(st.booleans()),
+        dead_sink=draw(st.booleans()),
         softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
         alibi=kv_documents is None and draw(st.integers(0, 4)) == 0,
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3])),
@@ -92,6 +93,18 @@ NAMED = {
     "causal bottom-right, fewer keys": Case(DOUBLE_RING, (0, 61), kv_documents=(0, 24)),
     "cross-attention of documents": Case(
         DOUBLE_RING, (0, 9, 20), packed=True, kv_documents=(0, 31, 35), causal=False, qkv_format="thd"
+    ),
+    "documents without queries, and without keys": Case(
+        DOUBLE_RING, (0, 4, 4, 8, 40), packed=True, kv_documents=(0, 4, 8, 8, 60), causal=False, qkv_format="thd"
+    ),
+    "documents without keys in a ring": Case(
+        LoongConfig(8, 1, 4), (0, 4, 8), packed=True, kv_documents=(0, 8, 8), causal=False, qkv_format="thd"
+    ),
+    "rows without a key under sinks of -inf": Case(
+        DOUBLE_RING, (0, 61), kv_documents=(0, 24), sink=True, dead_sink=True
+    ),
+    "the same in the reference kernel": Case(
+        DOUBLE_RING, (0, 61), kv_documents=(0, 24), sink=True, dead_sink=True, softcap=3.0
     ),
     "learnable sinks": Case(DOUBLE_RING, (0, 48), sink=True, kv_heads=2),
     "soft cap": Case(DOUBLE_RING, (0, 48), softcap=2.0),
