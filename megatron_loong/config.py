@@ -48,7 +48,7 @@ def placement_axes(placement: str) -> tuple[str, str, str]:
     >>> placement_axes("inner-head-outer")
     ('inner', 'head', 'outer')
     """
-    if placement in NAMED_PLACEMENTS:
+    if isinstance(placement, str) and placement in NAMED_PLACEMENTS:
         return NAMED_PLACEMENTS[placement]
     axes = tuple(placement.split("-")) if isinstance(placement, str) else ()
     if len(axes) == 3 and sorted(axes) == sorted(AXES):
@@ -143,7 +143,7 @@ class LoongConfig:
 
     @property
     def sequence_multiple(self) -> int:
-        """A global sequence length must be a multiple of this many tokens."""
+        """Multiples of this many tokens are shared out evenly; with any other length ranks differ by a token or two."""
         return self.chunks_per_rank * self.context_parallel_size
 
     def describe(self) -> str:

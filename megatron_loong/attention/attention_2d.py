@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from megatron_loong.attention.agreement import compare, is_known, kind_of
 from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Attention2D, Call
-from megatron_loong.attention.checks import check_heads, check_inputs, check_latent
+from megatron_loong.attention.checks import check_heads, check_inputs, check_latent, check_types
 from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
@@ -131,10 +132,30 @@ def prepare(
     sequence_parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
     """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
+    if dropout_p and dropout_seed is None:
+        dropout_seed = int(torch.randint(2**62, ()))
+    asked: dict[str, Any] = {
+        "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
+        "dropout_p": dropout_p, "kernel": getattr(kernel, "name", kernel), "deterministic": deterministic,
+        "softcap": softcap, "gradient_wire": gradient_wire, "head_parts": head_parts, "sequence_parts": sequence_parts,
+    }  # fmt: skip
+    changing = {
+        "cu_seqlens": cu_seqlens, "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len,
+        "dropout_seed": dropout_seed,
+    }  # fmt: skip
+    optional = {
+        "softmax_offset": softmax_offset, "alibi_slopes": alibi_slopes, "max_logits": max_logits,
+        "kv_up_weight": kv_up_weight,
+    }  # fmt: skip
+    kind = kind_of((q, k, v), asked, changing, optional)
+    is_new = not is_known(groups, kind)
+    if is_new:
+        check_types(groups, {"q": q, "k": k, "v": v}, optional, asked | changing)
     if qkv_format == "thd":
         q, k, v = (x.unsqueeze(1) if x.dim() == 3 else x for x in (q, k, v))
     elif qkv_format == "bshd":
         q, k, v = (x.transpose(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    held = compare(groups, kind, (q, k, v), asked | changing, optional) if is_new else None
     check_inputs(q, k, v, groups, qkv_format, cu_seqlens, softmax_offset, alibi_slopes, dropout_p, max_logits)
     mask, hp = Mask.of(causal, window_size), groups.config.head_parallel_size
     features = {
@@ -152,14 +173,12 @@ def prepare(
         shares = latent_shares(q.shape[2], hp)
         request = kernel_request(q, q, q[..., :1].expand(*q.shape[:3], value_dim), hp, deterministic, **features)
     chosen = choose_kernel(request, kernel)
-    layouts = _layouts(q, k, groups, cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len)
+    layouts = _layouts(q, k, groups, cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len, held)
     rows = q.shape[1] * layouts[0].seq_len // layouts[0].ring_size * len(shares.query[0])
     queries = Queries(rows, max(q.shape[3], v.shape[3]) * q.dtype.itemsize, q.is_cuda, groups.nodes > 1)
     plain = kv_up_weight is None and alibi_slopes is None and not dropout_p
-    asked = head_parts, sequence_parts
-    in_head_parts, in_sequence_parts = _parts(asked, groups, layouts, mask, shares, queries, plain)
-    if dropout_p and dropout_seed is None:
-        dropout_seed = int(torch.randint(2**62, ()))
+    parts = head_parts, sequence_parts
+    in_head_parts, in_sequence_parts = _parts(parts, groups, layouts, mask, shares, queries, plain)
     call = Call(
         groups=groups,
         layouts=layouts,
@@ -236,22 +255,31 @@ def _layouts(
     cu_seqlens_kv: Boundaries | None,
     seq_len: int | None,
     kv_seq_len: int | None,
+    held: list[list[int]] | None,
 ) -> tuple[TokenLayout, TokenLayout]:
-    """Layouts of queries and keys (the same object for self-attention), checked against what this rank holds."""
-    config = groups.config
+    """Layouts of queries and keys (the same object for self-attention), checked against what is held.
+
+    held: tokens of q and k by logical rank, where the ranks have told each other; else this rank looks at its own.
+    """
+    config, mine = groups.config, groups.logical_rank
     if config.context_parallel_size == 1:
-        seq_len, kv_seq_len = q.shape[0], k.shape[0]
-    elif seq_len is None:
+        held = [[q.shape[0], k.shape[0]]]
+        kv_seq_len = k.shape[0] if kv_seq_len is None else kv_seq_len
+    elif seq_len is None and held is None:
         held = gather_lengths([q.shape[0], k.shape[0]], groups, q.device)
-        seq_len, kv_seq_len = (sum(side) for side in zip(*held, strict=True))
+    if seq_len is None:
+        assert held is not None
+        seq_len, keys = (sum(side) for side in zip(*held, strict=True))
+        kv_seq_len = keys if kv_seq_len is None else kv_seq_len
     q_layout, kv_layout = layouts_of(config, seq_len, cu_seqlens, kv_seq_len, cu_seqlens_kv)
-    for name, x, layout in (("q", q, q_layout), ("k and v", k, kv_layout)):
-        held_here, expected = x.shape[0], layout.tokens_of(groups.logical_rank)
-        if held_here != expected:
-            raise ValueError(
-                f"{name} of logical rank {groups.logical_rank} has {held_here} tokens; of {layout.seq_len} tokens in "
-                f"this layout it holds {expected} (see shard_sequence, token_positions)"
-            )
+    known = {mine: [q.shape[0], k.shape[0]]} if held is None else dict(enumerate(held))
+    for rank, counts in known.items():
+        for name, count, layout in zip(("q", "k and v"), counts, (q_layout, kv_layout), strict=True):
+            if count != (expected := layout.tokens_of(rank)):
+                raise ValueError(
+                    f"{name} of logical rank {rank} has {count} tokens; of {layout.seq_len} tokens in this layout it "
+                    f"holds {expected} (see shard_sequence, token_positions)"
+                )
     return q_layout, kv_layout
 
 

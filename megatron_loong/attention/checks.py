@@ -2,10 +2,81 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
 from megatron_loong.config import divisors
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.sequence.sharding import checked_whole
+from megatron_loong.topology.groups import LoongGroups, checked_groups
+
+
+def check_types(
+    groups: object,
+    tensors: Mapping[str, object],
+    optional_tensors: Mapping[str, object],
+    asked: Mapping[str, Any],
+) -> None:
+    """Raise `ValueError`, which says what was expected, for arguments that are of another kind than they must be."""
+    checked_groups(groups)
+    for name, x in (*tensors.items(), *((name, x) for name, x in optional_tensors.items() if x is not None)):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor; got {_said(x)}")
+    for name, is_right, expected in _RULES:
+        if not is_right(asked[name]):
+            raise ValueError(f"{name}={_said(asked[name])} must be {expected}")
+    for name in ("seq_len", "kv_seq_len"):
+        if asked[name] is not None:
+            checked_whole(name, asked[name])
+    if getattr(optional_tensors["alibi_slopes"], "requires_grad", False):
+        raise ValueError("alibi_slopes requires a gradient, which attention_2d does not give; detach it")
+
+
+def _said(x: object) -> str:
+    return repr(x) if isinstance(x, (int, float, str, tuple, list, type(None))) else f"a {type(x).__name__}"
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_whole(x: object) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _is_bool(x: object) -> bool:
+    return isinstance(x, numbers.Integral) and x in (0, 1)
+
+
+def _is_window(x: object) -> bool:
+    return x is None or (isinstance(x, (tuple, list)) and len(x) == 2 and all(map(_is_whole, x)))
+
+
+_RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("causal", _is_bool, "True or False"),
+    ("deterministic", _is_bool, "True or False"),
+    ("window_size", _is_window, "None or (left, right), such as (4, 0) for 4 keys before each query; -1 is unbounded"),
+    # A tensor would be read as a number, and would learn nothing.
+    (
+        "softmax_scale",
+        lambda x: x is None or (_is_number(x) and x > 0),
+        "None, for 1 / sqrt(d), or a number above 0 (to learn a scale, multiply q by it)",
+    ),
+    ("softcap", lambda x: _is_number(x) and x >= 0, "a number of at least 0 (0: no soft cap)"),
+    ("dropout_p", _is_number, "a number of at least 0 and below 1"),
+    ("dropout_seed", lambda x: x is None or _is_whole(x), "None or a whole number, the same on every rank"),
+    ("head_parts", lambda x: x is None or _is_whole(x), "None or a whole number"),
+    ("sequence_parts", lambda x: x is None or _is_whole(x), "None or a whole number"),
+    (
+        "kernel",
+        lambda x: isinstance(x, str),  # that of an object
+        "the name of a kernel, such as 'auto', or an AttentionKernel",
+    ),
+]
+"""Argument, whether a value is of the right kind, and what is."""
 
 
 def check_inputs(
@@ -21,7 +92,6 @@ def check_inputs(
     max_logits: torch.Tensor | None,
 ) -> None:
     """Raise `ValueError` for tensors (sequence first) and options that do not fit each other or the layout."""
-    groups.require_cp_rank()
     if qkv_format not in ("bshd", "sbhd", "thd"):
         raise ValueError(f"qkv_format={qkv_format!r} is unknown; use 'bshd', 'sbhd' or 'thd'")
     if qkv_format == "thd" and cu_seqlens is None:

@@ -16,7 +16,7 @@ from megatron_loong.sequence.packing import (
     without_empty,
 )
 from megatron_loong.topology.errors import collective
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.topology.groups import LoongGroups, checked_groups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
 from megatron_loong.topology.tokens import Run, TokenLayout, starts_of, zigzag_or_contiguous
 
@@ -31,7 +31,7 @@ def layout_of(config: LoongConfig, seq_len: int, cu_seqlens: Boundaries | None =
     Without `cu_seqlens` as `config.sequence_layout` says, in chunks that differ by one token at most; with it as
     `sequence.packing` deals them. Raises `ValueError` for a length below 1 and as `documents_of`.
     """
-    if checked_length("seq_len", seq_len) < 1:
+    if checked_whole("seq_len", seq_len) < 1:
         raise ValueError(f"sequence length {seq_len} must be at least 1")
     if cu_seqlens is None:
         return zigzag_or_contiguous(config, seq_len)
@@ -67,12 +67,22 @@ def layouts_of(
     return zigzag_or_contiguous(config, seq_len) if cu_seqlens is None else queries, keys
 
 
-def checked_length(name: str, length: object) -> int:
-    """A number of tokens; `ValueError` for what is none."""
+def checked_whole(name: str, value: object, meaning: str = "the tokens of all ranks together") -> int:
+    """A whole number; `ValueError` for what is none."""
     try:
-        return operator.index(length)  # type: ignore[arg-type]
+        return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError(f"{name}={length!r} must be a whole number: the tokens of all ranks together") from None
+        raise ValueError(f"{name}={value!r} must be a whole number: {meaning}") from None
+
+
+def _checked(x: object, groups: LoongGroups, dim: int) -> int:
+    """`dim` from the front; `ValueError` unless x is a tensor that has it, and groups are groups."""
+    checked_groups(groups)
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x (the tensor to share out or to gather) must be a tensor; got a {type(x).__name__}")
+    if not -x.dim() <= checked_whole("dim", dim, "that of the tokens") < x.dim():
+        raise ValueError(f"dim={dim} is outside the {x.dim()} dimensions of a tensor of shape {list(x.shape)}")
+    return dim % x.dim()
 
 
 def documents_of(boundaries: Boundaries, tokens: int, name: str = "cu_seqlens") -> tuple[int, ...]:
@@ -106,7 +116,10 @@ def token_positions(
     >>> token_positions(LoongConfig(4, 2), cp_rank=1, seq_len=16).tolist()
     [2, 3, 12, 13]
     """
+    if not isinstance(config, LoongConfig):
+        raise ValueError(f"config={config!r:.80} must be a LoongConfig: groups.config, if you have the groups")
     layout = layout_of(config, seq_len, cu_seqlens)
+    cp_rank = checked_whole("cp_rank", cp_rank, "an index into the ranks of the group")
     runs = layout.rank_runs[logical_rank_of(config, coordinates_of(config, cp_rank))]
     return places_of(runs)
 
@@ -124,7 +137,7 @@ def shard_sequence(
     Local and differentiable. With `cu_seqlens`, `dim` is that of the packed tokens. Raises `ValueError` as
     `layout_of`.
     """
-    groups.require_cp_rank()
+    dim = _checked(x, groups, dim)
     runs = layout_of(groups.config, x.shape[dim], cu_seqlens).rank_runs[groups.logical_rank]
     return torch.cat([x.narrow(dim, 0, 0), *(x.narrow(dim, start, stop - start) for start, stop in runs)], dim)
 
@@ -137,8 +150,7 @@ def unshard_sequence(
     Collective over the context-parallel group; not differentiable (the result is detached). Raises `ValueError`, on
     every rank alike, when the ranks together do not hold what the layout says.
     """
-    groups.require_cp_rank()
-    dim = dim % x_local.dim()
+    dim = _checked(x_local, groups, dim)
     lengths = [n for (n,) in gather_lengths([x_local.shape[dim]], groups, x_local.device)]
     layout = layout_of(groups.config, sum(lengths), cu_seqlens)
     expected = [layout.tokens_of(rank) for rank in range(len(lengths))]

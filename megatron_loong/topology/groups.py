@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch.distributed.constants import default_pg_timeout
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.topology.errors import collective
 from megatron_loong.topology.layout import (
     Coordinates,
     coordinates_of,
@@ -83,6 +86,17 @@ class GroupHandle:
 _by_number: WeakValueDictionary[int, LoongGroups] = WeakValueDictionary()
 
 
+def checked_groups(groups: object) -> LoongGroups:
+    """`groups`; `ValueError` for anything else than `LoongGroups` of which this process is a member."""
+    if not isinstance(groups, LoongGroups):
+        raise ValueError(
+            f"groups={groups!r:.80} must be the LoongGroups of build_groups(LoongConfig(...), cp_global_ranks), which "
+            "say which ranks share a sequence, and in which layout"
+        )
+    groups.require_cp_rank()
+    return groups
+
+
 def groups_by_number(number: int) -> LoongGroups:
     """The `LoongGroups` of this number; `RuntimeError` when nobody holds them any more."""
     if number not in _by_number:
@@ -104,6 +118,10 @@ class LoongGroups:
     handles: dict[str, GroupHandle] = field(default_factory=dict, repr=False)
     nodes: int = 1
     """Over which the ranks of the group are spread."""
+    known_kinds: set[Any] = field(default_factory=set, repr=False)
+    """Kinds of call in which the ranks have been found to agree (`attention.agreement`)."""
+    always_compare: bool = field(default_factory=lambda: os.environ.get("LOONG_CHECK") == "1", repr=False)
+    """Whether they are compared at every call all the same."""
     number: int = field(default_factory=itertools.count().__next__, repr=False)
     """By which `groups_by_number` finds these in this process, for those who can pass on nothing but numbers."""
 
@@ -204,23 +222,33 @@ def build_groups(
     `timeout` is that of each communicator (default: torch's, 30 minutes). Raises `ValueError` on every rank alike when
     the ranks do not fit the config, repeat, lie outside the world, or overlap another group.
     """
-    ranks = tuple(int(rank) for rank in cp_global_ranks)
-    problem = _problem_with(config, ranks)
+    ranks: tuple[int, ...] = ()
+    if not isinstance(config, LoongConfig):
+        problem = f"config={config!r:.80} is no LoongConfig; use LoongConfig(context_parallel_size=...)"
+    elif not dist.is_initialized() and config.context_parallel_size > 1:
+        problem = "call torch.distributed.init_process_group before build_groups"
+    elif not (timeout is None or isinstance(timeout, timedelta)):
+        problem = f"timeout={timeout!r} must be a datetime.timedelta"
+    else:
+        try:
+            ranks = tuple(map(operator.index, cp_global_ranks))
+            problem = _problem_with(config, ranks)
+        except TypeError:
+            problem = f"cp_global_ranks={cp_global_ranks!r:.80} must be the global ranks of the group, such as range(8)"
     if not dist.is_initialized():
-        if problem is None and config.context_parallel_size > 1:
-            problem = "call torch.distributed.init_process_group before build_groups"
         if problem:
             raise ValueError(problem)
         handles = {name: GroupHandle(name, ranks, 0, None) for name in COMMUNICATORS}
         return LoongGroups(config, ranks, 0, handles)
 
-    timeout = default_pg_timeout if timeout is None else timeout
     requests: list[Any] = [(config, ranks, problem)]
     if not local_synchronization and dist.get_world_size() > 1:
         requests = [None] * dist.get_world_size()
-        dist.all_gather_object(requests, (config, ranks, problem))
+        with collective("build_groups", "world of ranks", range(dist.get_world_size())):
+            dist.all_gather_object(requests, (config, ranks, problem))
     _check_requests(requests)
 
+    timeout = default_pg_timeout if timeout is None else timeout
     me = dist.get_rank()
     cp_rank = ranks.index(me) if me in ranks else None
     groups = LoongGroups(config, ranks, cp_rank)
@@ -245,7 +273,8 @@ def _wait_until_connected(groups: LoongGroups) -> None:
     """
     for handle in groups.handles.values():
         if handle.process_group is not None:
-            dist.barrier(group=handle.process_group)
+            with collective("the first meeting", f"{handle.name} group", handle.global_ranks):
+                dist.barrier(group=handle.process_group)
 
 
 def _make_communicators(

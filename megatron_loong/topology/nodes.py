@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from megatron_loong.topology import shared_memory
+from megatron_loong.topology.errors import collective
 from megatron_loong.topology.shared_memory import Address, Inbox, Neighbours, Outbox, Region, Slots
 from megatron_loong.topology.tokens import starts_of
 
@@ -78,6 +79,7 @@ def _told(groups: LoongGroups, me: int, mine: _Told) -> dict[int, _Told]:
         handle = groups.handles[axis]
         if handle.process_group is not None:
             theirs: list[Any] = [None] * handle.size
-            dist.all_gather_object(theirs, known, group=handle.process_group)
+            with collective("getting to know the others", f"{axis} group", handle.global_ranks):
+                dist.all_gather_object(theirs, known, group=handle.process_group)
             known = {cp_rank: said for one in theirs for cp_rank, said in one.items()}
     return known

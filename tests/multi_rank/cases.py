@@ -464,6 +464,25 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
     return "no error"
 
 
+def lose_a_peer_before(rank: int, config: LoongConfig, timeout_s: float) -> str:
+    """Rank 2 dies, and the others ask each other for lengths."""
+    import datetime
+    import signal
+
+    from megatron_loong.comm.errors import CommunicationError
+    from megatron_loong.sequence.sharding import gather_lengths
+
+    groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        for _ in range(3):
+            gather_lengths([4], groups, torch.device("cpu"))
+    except CommunicationError as error:
+        return f"0 {error}"
+    return "0 no error"
+
+
 def groups_of_one_order(rank: int, config: LoongConfig, cp_groups: list[list[int]]) -> dict[str, tuple[int, ...]]:
     """Members of each of this rank's communicators, after attention over them gave the right result."""
     mine = next(group for group in cp_groups if rank in group)

@@ -1,0 +1,125 @@
+"""Whether the ranks of a context-parallel group call attention with the same arguments.
+
+Each schedule is worked out by every rank from its own arguments: where they differ, ranks wait for messages that nobody
+sends, or take one mask's numbers for another's. So they are compared before anything else is sent, once for each kind
+of call: the later calls of a kind pay for a look into a set. `LOONG_CHECK=1` compares at every call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+
+from megatron_loong.sequence.sharding import gathered
+from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.topology.layout import coordinates_of, logical_rank_of
+
+#: Kinds of call that are compared; with more (an argument that changes step by step), those behind go unlooked at.
+MOST_KINDS = 64
+
+_DIGEST, _TEXT = 16, 64
+_WHAT = "the arguments of attention_2d (a rank to which this kind of call is not new takes no part)"
+
+Kind = tuple[Any, ...]
+
+
+def kind_of(
+    tensors: tuple[torch.Tensor, ...],
+    asked: dict[str, Any],
+    changing: dict[str, Any],
+    optional: dict[str, torch.Tensor | None],
+) -> Kind | None:
+    """All of a call but lengths, batch, and what may differ from call to call: of `changing` and of tensors that are
+    `optional`, only whether they are given. None for arguments that no call can have.
+    """
+    try:
+        kind = (
+            *asked.values(),
+            *[x is None for x in changing.values()],
+            *[x is None for x in optional.values()],
+            *[y for x in tensors for y in (x.dtype, x.shape[-2:])],
+        )
+        hash(kind)
+    except (AttributeError, TypeError):
+        return None
+    return kind
+
+
+def is_known(groups: LoongGroups, kind: Kind | None) -> bool:
+    """Whether calls of a kind have been found right, and are not to be looked at again."""
+    return kind is not None and kind in getattr(groups, "known_kinds", ()) and not groups.always_compare
+
+
+def compare(
+    groups: LoongGroups,
+    kind: Kind | None,
+    tensors: tuple[torch.Tensor, ...],
+    asked: dict[str, Any],
+    optional: dict[str, torch.Tensor | None],
+) -> list[list[int]] | None:
+    """Raise one `ValueError` on every rank when they disagree; else, where they were compared, the lengths they hold.
+
+    tensors: q, k, v, sequence first. asked: all other arguments; of `optional` tensors, whether they are given matters.
+    Collective where it compares; the lengths are those of q and k by logical rank.
+    """
+    if (len(groups.known_kinds) >= MOST_KINDS and not groups.always_compare) or _is_recorded(tensors[0]):
+        return None
+    handles = [groups.handle(name) for name in ("head", "inner", "outer")]
+    if not any(isinstance(handle.process_group, dist.ProcessGroup) for handle in handles):
+        groups.known_kinds.add(kind)  # one rank, or others that are played
+        return None
+    said = asked | {name: "given" if x is not None else "None" for name, x in optional.items()}
+    said |= {f"{name}.dtype": x.dtype for name, x in zip("qkv", tensors, strict=True)}
+    said |= {f"shape of {name} but its length": list(x.shape[1:]) for name, x in zip("qkv", tensors, strict=True)}
+    rows = [_digest(_shown(x)) for x in said.values()]
+    lengths = torch.tensor([x.shape[0] for x in tensors[:2]]).view(torch.uint8)
+    mine = torch.zeros(len(rows) + 1, _DIGEST + _TEXT, dtype=torch.uint8)
+    mine[:-1] = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
+    mine[-1, : len(lengths)] = lengths
+    everyone = gathered(mine, groups, _WHAT, tensors[0].device).cpu()
+    differing = [i for i in range(len(rows)) if (everyone[:, i] != everyone[0, i]).any()]
+    if differing:
+        told = "; ".join(_told(name, everyone[:, i], groups) for i, name in enumerate(said) if i in differing)
+        raise ValueError(
+            f"the ranks of the context-parallel group {list(groups.cp_global_ranks)} disagree in the arguments of "
+            f"attention_2d, which must be the same on all of them: {told}"
+        )
+    groups.known_kinds.add(kind)
+    return everyone[:, -1, : len(lengths)].contiguous().view(torch.int64).tolist()
+
+
+def _is_recorded(q: torch.Tensor) -> bool:
+    """Whether shapes or a graph are recorded, and nobody may be waited for."""
+    return isinstance(q, FakeTensor) or q.is_meta or (q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _shown(value: Any) -> str:
+    return str(value.tolist() if isinstance(value, torch.Tensor) else list(value) if _is_row(value) else value)
+
+
+def _is_row(value: Any) -> bool:
+    """Boundaries and windows: the same, whatever sequence they come in."""
+    return not isinstance(value, str) and hasattr(value, "__iter__")
+
+
+def _digest(text: str) -> bytes:
+    raw = text.encode()
+    return hashlib.blake2b(raw, digest_size=_DIGEST).digest() + raw[:_TEXT].ljust(_TEXT, b"\0")
+
+
+def _told(name: str, rows: torch.Tensor, groups: LoongGroups) -> str:
+    """An argument, and which ranks gave what."""
+    config, by_value = groups.config, {}
+    for cp_rank, global_rank in enumerate(groups.cp_global_ranks):
+        row = bytes(rows[logical_rank_of(config, coordinates_of(config, cp_rank))].tolist())
+        by_value.setdefault(row, []).append(global_rank)
+    values = []
+    for row, ranks in by_value.items():
+        text = row[_DIGEST:].rstrip(b"\0")
+        shown = text.decode(errors="replace") + ("..." if len(text) == _TEXT else "")
+        values.append(f"{shown} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}")
+    return f"{name} is {' and '.join(values)}"
