@@ -163,6 +163,7 @@ def prepare(
         "softcap": bool(softcap),
         "alibi": alibi_slopes is not None,
         "dropout": bool(dropout_p),
+        "varying": cu_seqlens is not None,
     }
     if kv_up_weight is None:
         check_heads(q, k, v)

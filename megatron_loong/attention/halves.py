@@ -34,7 +34,9 @@ from megatron_loong.attention.merge import sink_gradient
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.comm.all_to_all import Bundle
 from megatron_loong.config import CAUSAL, FULL
+from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.folds import add_rows_, copy_rows_
+from megatron_loong.sequence.sharding import places_of
 from megatron_loong.topology.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ _slices = functools.lru_cache(maxsize=64)(TokenLayout.slices)
 
 @functools.lru_cache(maxsize=64)
 def _slice_rows(half: TokenLayout, count: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(half.slice_rows(count), device=device)
+    return on_device(places_of(half.slice_runs(count)), device)
 
 
 def _halves(call: Call) -> tuple[_Part, _Part]:

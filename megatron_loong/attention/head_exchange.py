@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 
 from megatron_loong.comm.all_to_all import Bundle, all_to_all, send_buffer
+from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.folds import copy_rows_
+from megatron_loong.sequence.sharding import places_of
 from megatron_loong.topology.groups import GroupHandle
-from megatron_loong.topology.tokens import TokenLayout, starts_of
+from megatron_loong.topology.tokens import TokenLayout, joined, starts_of
 
 Arrival = Callable[[], list[torch.Tensor]]
 """Waits for the results of an exchange that has begun; to be called once."""
@@ -233,9 +235,12 @@ def _order(layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.T
     rank_runs = [layout.rank_runs[ring_rank * hp + head] for head in range(hp)]
     first_row = starts_of(sum(b - a for a, b in runs) for runs in rank_runs)
     run_row = [starts_of(b - a for a, b in runs) for runs in rank_runs]
-    order: list[int] = []
+    order = []
     for head, index in layout.ring_order[ring_rank]:
         start, stop = rank_runs[head][index]
         row = first_row[head] + run_row[head][index]
-        order.extend(range(row, row + stop - start))
-    return None if order == list(range(len(order))) else torch.tensor(order, device=device)
+        order.append((row, row + stop - start))
+    order = joined(order)
+    if len(order) < 2 and all(start == 0 for start, _ in order):
+        return None
+    return on_device(places_of(order), device)

@@ -10,6 +10,7 @@ import torch
 
 from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
+from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.planner.packs import Pack, packed
 from megatron_loong.planner.rotation import Moving
@@ -99,7 +100,7 @@ class RingPlan:
 @functools.lru_cache(maxsize=256)
 def _all_places(layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.Tensor:
     """Places in their documents of all that a ring rank holds; copied to the device once for each layout."""
-    return places_of(layout.ring_runs(ring_rank)).to(device)
+    return on_device(places_of(layout.ring_runs(ring_rank)), device)
 
 
 def forget_places() -> None:

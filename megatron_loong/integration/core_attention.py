@@ -150,7 +150,9 @@ class LoongCoreAttention(MegatronModule):
                 raise
             raise ValueError(f"{asked}: {error}\n(or {instead})") from None
 
-    def _request(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> KernelRequest:
+    def _request(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varying: bool = False
+    ) -> KernelRequest:
         return kernel_request(
             query,
             key,
@@ -159,6 +161,7 @@ class LoongCoreAttention(MegatronModule):
             self.deterministic,
             windowed=self.window_size is not None,
             dropout=bool(self.attention_dropout),
+            varying=varying,
         )
 
     def forward(
@@ -183,7 +186,7 @@ class LoongCoreAttention(MegatronModule):
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
         refuse_inputs(attention_bias, unknown)
         groups = self._groups_of(packed_seq_params)
-        cp = groups.config.context_parallel_size
+        cp, kernel = groups.config.context_parallel_size, self.kernel
         # Before 0.18, hybrid context parallelism hands its sequences on as they are, with the group alone beside them.
         if packed_seq_params is None or (packed_seq_params.qkv_format == "sbhd" and members_of(packed_seq_params)):
             lengths: dict[str, Any] = {"qkv_format": "sbhd", "seq_len": query.shape[0] * cp}
@@ -192,13 +195,17 @@ class LoongCoreAttention(MegatronModule):
             if self.plugin is not None:
                 refuse_seen_padding(self.plugin, causal)
                 refuse_lost_documents(self.plugin)
-            self._say_kernel(query, key, value)
+            # Nothing else would tell `attention_2d` that the next length is another. (In a graph it is not.)
+            varying = packed_seq_params is not None or self.config.variable_seq_lengths
+            self._say_kernel(query, key, value, varying)
+            if varying and not torch.compiler.is_compiling():
+                kernel = choose_kernel(self._request(query, key, value, varying), kernel).name
         else:
             lengths = packed_arguments(
                 packed_seq_params, query.shape[0], cp, causal=causal, config=self.config, state=self.plugin
             )
             lengths["qkv_format"] = "thd"
-            self._say_kernel(*(x.unsqueeze(1) for x in (query, key, value)))
+            self._say_kernel(*(x.unsqueeze(1) for x in (query, key, value)), varying=True)
         if self.latent_source is not None:
             if packed_seq_params is not None:
                 raise NotImplementedError(
@@ -221,7 +228,7 @@ class LoongCoreAttention(MegatronModule):
                 dropout_seed=self._dropout_seed(),
                 softmax_offset=self.softmax_offset,
                 max_logits=self._max_logits(query),
-                kernel=self.kernel,
+                kernel=kernel,
                 gradient_wire=self.gradient_wire,
                 deterministic=self.deterministic,
                 **lengths,
@@ -273,12 +280,12 @@ class LoongCoreAttention(MegatronModule):
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
 
-    def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _say_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varying: bool) -> None:
         """Log once which kernel serves, and why not the others; known only now that there are tensors."""
         if self._kernel_said or torch.compiler.is_compiling():
             return
         self._kernel_said = True
-        request = self._request(query, key, value)
+        request = self._request(query, key, value, varying)
         taken = choose_kernel(request, self.kernel).name
         others = [line for line in explain(request, self.kernel).splitlines() if not line.startswith(f"{taken}:")]
         runtime.active().say(f"attention kernel {taken} (--loong-kernel {self.kernel}); " + "; ".join(others))

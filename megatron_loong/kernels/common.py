@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_loong.kernels.interface import KernelRequest
+from megatron_loong.kernels.interface import KernelRequest, TileRules
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -93,6 +93,19 @@ def flash_backward_fault(request: KernelRequest) -> str | None:
     return None
 
 
+def cudnn_fault(request: KernelRequest) -> str | None:
+    """Where cuDNN's attention has forward and backward: Hopper and Blackwell, and which head widths there."""
+    fault = gpu_fault(request, max_width=256)
+    if fault:
+        return fault
+    capability, widths = gpu_capability(), (request.head_dim, request.value_head_dim)
+    if capability is None or capability[0] not in (9, 10):
+        return "made for compute capability 9.x and 10.x"
+    if capability != (9, 0) and max(widths) > 128 and widths != (192, 128):
+        return f"takes head widths up to 128, or 192 with v 128, on {capability[0]}.{capability[1]}, not {max(widths)}"
+    return None
+
+
 def round_up(n: int, multiple: int) -> int:
     """
     >>> round_up(20, 8)
@@ -127,11 +140,21 @@ def gpu_operand(x: torch.Tensor, width: int) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def operand(x: torch.Tensor, width: int, rules: TileRules) -> torch.Tensor:
+    """x [b, s, h, d] -> [b, s, h, width] as flash-attn reads it, [s, h, width] where documents are packed."""
+    x = gpu_operand(x, width)
+    return x if rules.boundaries is None else x.squeeze(0)
+
+
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, for which the host does not wait: from pageable memory it would."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 @functools.lru_cache(maxsize=64)
 def boundaries_on(device: torch.device, boundaries: tuple[int, ...]) -> torch.Tensor:
-    """int32 `cu_seqlens` on a device, remembered: all layers of a step ask for the same. The host does not wait."""
-    values = torch.tensor(boundaries, dtype=torch.int32)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """int32 `cu_seqlens` on a device, remembered: all layers of a step ask for the same."""
+    return on_device(torch.tensor(boundaries, dtype=torch.int32), device)
 
 
 def longest(boundaries: tuple[int, ...]) -> int:

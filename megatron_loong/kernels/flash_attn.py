@@ -23,10 +23,10 @@ from megatron_loong.kernels.common import (
     flash_backward_fault,
     gpu_capability,
     gpu_fault,
-    gpu_operand,
     longest,
     lse_from_bhs,
     lse_to_bhs,
+    operand,
     parameter_names,
     round_up,
 )
@@ -104,6 +104,10 @@ class FlashAttnPackage:
         width = round_up(max(q.shape[-1], v.shape[-1]), 8)
         return width, width
 
+    def _lse_index(self, function: Callable[..., Any]) -> int:
+        """Which of a forward's results is lse; how many there are says nothing."""
+        return 1
+
     def _function(self, backward: bool, rules: TileRules) -> Callable[..., Any]:
         names = self.entries if rules.boundaries is None else self.packed_entries
         return getattr(self._import(), names[backward])
@@ -142,8 +146,7 @@ class FlashAttnPackage:
             {**self._operands(q, k, v, rules), **self.asked_for, **self._said(function, rules, q.device)},
             _NEUTRAL,
         )
-        # Before 2.7 the inputs came back in between: (out, q, k, v, out_padded, lse, ...).
-        out, lse = results[0], results[5] if len(results) > 5 else results[1]
+        out, lse = results[0], results[self._lse_index(function)]
         if rules.boundaries is not None:
             out, lse = out.unsqueeze(0), lse.unsqueeze(0)
         return out[..., : v.shape[-1]], lse_from_bhs(lse, q.shape[1])
@@ -188,12 +191,6 @@ class FlashAttnPackage:
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
-def operand(x: torch.Tensor, width: int, rules: TileRules) -> torch.Tensor:
-    """x [b, s, h, d] -> [b, s, h, width] as the kernels read it, [s, h, width] where documents are packed."""
-    x = gpu_operand(x, width)
-    return x if rules.boundaries is None else x.squeeze(0)
-
-
 class FlashAttn2Kernel(FlashAttnPackage):
     """`AttentionKernel` on flash-attn 2.5 to 2.8. Shapes: `interface.AttentionKernel`. Gradients in q's dtype."""
 
@@ -213,6 +210,10 @@ class FlashAttn2Kernel(FlashAttnPackage):
             or self._import_fault()
             or self._softcap_fault(request)
         )
+
+    def _lse_index(self, function: Callable[..., Any]) -> int:
+        # Before 2.7, known by its windows, the inputs came back in between: (out, q, k, v, out_padded, lse, ...).
+        return 1 if "window_size_left" in parameter_names(function) else 5
 
     def _softcap_fault(self, request: KernelRequest) -> str | None:
         if request.softcap and "softcap" not in parameter_names(self._import()._flash_attn_backward):

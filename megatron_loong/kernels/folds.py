@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -20,7 +21,18 @@ from megatron_loong.kernels.sweep import sweep
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(target, source), of one shape; in any memory order, and of any floating point dtype each."""
 
-_triton_wanted = True
+TRITON_VARIABLE = "LOONG_TRITON"
+
+
+def wanted() -> bool:
+    """What the environment says: `LOONG_TRITON=0` has all of this done by PyTorch."""
+    value = os.environ.get(TRITON_VARIABLE, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"{TRITON_VARIABLE}={value!r}: 0 switches Triton off, 1 (or nothing) leaves it on")
+    return value == "1"
+
+
+_triton_wanted = wanted()
 
 
 def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
@@ -78,6 +90,8 @@ def copy_rows_(
 
 def triton_fault() -> str | None:
     """None where Triton serves tensors on the current GPU, else the reason why PyTorch does."""
+    if not wanted():
+        return f"{TRITON_VARIABLE}=0"
     return _import_fault() if torch.cuda.is_available() else "no GPU here"
 
 
@@ -121,10 +135,16 @@ def _move(
 
 
 def _by_triton(x: torch.Tensor) -> bool:
-    if not _triton_wanted or not x.is_cuda or triton_fault() is not None:
+    if not _triton_wanted or not x.is_cuda or not _served(x.device):
         return False
     # Triton launches on the current device, whatever device the tensors are on.
     return x.device.index == torch.cuda.current_device()
+
+
+@functools.cache
+def _served(device: torch.device) -> bool:
+    """Whether Triton does the passes of a GPU: asked once, for asking takes longer than launching."""
+    return triton_fault() is None
 
 
 def _triton() -> ModuleType:

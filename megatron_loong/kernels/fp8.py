@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_loong.kernels.common import gpu_capability, parameter_names, round_up, widen
-from megatron_loong.kernels.flash_attn import Arguments, FlashAttn3Kernel, FlashAttnPackage, operand
+from megatron_loong.kernels.common import gpu_capability, operand, parameter_names, round_up, widen
+from megatron_loong.kernels.flash_attn import Arguments, FlashAttn3Kernel, FlashAttnPackage
 from megatron_loong.kernels.flash_attn_4 import FlashAttn4Kernel
 from megatron_loong.kernels.interface import KernelRequest, TileRules
 

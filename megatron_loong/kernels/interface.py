@@ -30,6 +30,8 @@ class KernelRequest:
     softcap: bool = False
     alibi: bool = False
     dropout: bool = False
+    varying: bool = False
+    """Whether tiles come in ever new lengths: packed documents, or sequences of other lengths from call to call."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class AttentionKernel(Protocol):
     Shapes: q, dout, out [b, s_q, h, d]; k, v [b, s_kv, g, d] with h a multiple of g (query head i reads KV head
     i // (h // g)); lse [b, s_q, h], natural log, float32 (float64 when q is float64). Inputs may be strided views.
     No row is ever masked as a whole, no length is ever 0. A kernel with the attribute `packs` True takes
-    `TileRules.boundaries`: many short tiles are then one launch. One with `fp8_forward` True is never taken unasked.
+    `TileRules.boundaries`: many short tiles are then one launch. One with `fp8_forward` True is never taken unasked;
+    one with `plans` True takes about a second for every new shape, and is not taken unasked where lengths vary.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 
 from megatron_loong.kernels.common import dtype_name
@@ -32,6 +33,9 @@ KERNELS: dict[str, AttentionKernel] = {
         ReferenceKernel(),
     )
 }
+
+#: The environment's word for what "auto" takes.
+KERNEL_VARIABLE = "LOONG_KERNEL"
 
 #: What may stand for a name: the first kernel that computes in the inputs' dtype, or the first whose forward is in fp8.
 CHOICES = AUTO, AUTO_FP8 = "auto", "auto-fp8"
@@ -71,7 +75,9 @@ def choose_kernel(request: KernelRequest, name: str | AttentionKernel = "auto") 
     "auto" computes in the inputs' dtype; "auto-fp8" is the first whose forward is in fp8, and no other. `name` may be a
     kernel object, of one's own or for tests; it is asked `why_not` like the others. Raises `ValueError` with every
     reason when the name is unknown, when the named kernel cannot serve the request, or when a choice finds none.
-    "auto" takes `reference` on a CPU only: on a GPU it would train, slowly, unnoticed.
+    "auto" takes `reference` on a CPU only: on a GPU it would train, slowly, unnoticed. Where lengths vary it takes a
+    kernel that builds a plan for every new shape only if no other serves. `LOONG_KERNEL` in the environment is the name
+    in the place of "auto".
     Choices are remembered for the process; `forget_choices()` after installing or unloading a package.
     """
     if not isinstance(name, str):
@@ -79,7 +85,7 @@ def choose_kernel(request: KernelRequest, name: str | AttentionKernel = "auto") 
         if reason:
             raise ValueError(f"kernel={name.name}: {reason}, for {describe(request)}")
         return name
-    return _choose(request, name)
+    return _choose(request, *_asked(name))
 
 
 def forget_choices() -> None:
@@ -95,7 +101,7 @@ def explain(request: KernelRequest, name: str = "auto") -> str:
     >>> print(explain(cpu).splitlines()[-2])
     cpu_flash: taken
     """
-    lines, taken = [], None
+    lines, taken, name = [], None, _asked(name)[0]
     chosen = name in CHOICES
     for kernel_name, reason in _reasons(request, name).items():
         if reason is None and taken is None and (chosen or name == kernel_name):
@@ -113,16 +119,24 @@ def describe(request: KernelRequest) -> str:
         widths += f" (v {request.value_head_dim})"
     return (
         f"{dtype_name(request.dtype)} on {request.device_type}, heads {request.query_heads}:{request.kv_heads}, "
-        f"width {widths}" + (", deterministic" if request.deterministic else "")
+        f"width {widths}"
+        + (", deterministic" if request.deterministic else "")
+        + (", in lengths that vary" if request.varying else "")
     )
 
 
+def _asked(name: str) -> tuple[str, str]:
+    """The name to go by, and who gave it, in words."""
+    variable = os.environ.get(KERNEL_VARIABLE)
+    if name == AUTO and variable:
+        return variable, f"{KERNEL_VARIABLE}={variable}"
+    return name, f"--loong-kernel {name} / kernel={name!r}"
+
+
 @functools.lru_cache(maxsize=256)
-def _choose(request: KernelRequest, name: str) -> AttentionKernel:
+def _choose(request: KernelRequest, name: str, asked: str) -> AttentionKernel:
     if name not in (*CHOICES, *KERNELS):
-        raise ValueError(
-            f"--loong-kernel / kernel={name!r} is unknown; use {', '.join(CHOICES)} or one of {', '.join(KERNELS)}"
-        )
+        raise ValueError(f"{asked} is unknown; use {', '.join(CHOICES)} or one of {', '.join(KERNELS)}")
     reasons = _reasons(request, name)
     serving = [x for x, reason in reasons.items() if reason is None]
     if name in CHOICES:
@@ -130,15 +144,11 @@ def _choose(request: KernelRequest, name: str) -> AttentionKernel:
             return KERNELS[serving[0]]
         lines = "".join(f"\n  {x}: {reason}" for x, reason in reasons.items())
         instead = "" if name == AUTO else f"\n(or {AUTO}: forward in {dtype_name(request.dtype)} too)"
-        raise ValueError(
-            f"--loong-kernel {name} / kernel={name!r}: no kernel serves {describe(request)}{lines}{instead}"
-        )
+        raise ValueError(f"{asked}: no kernel serves {describe(request)}{lines}{instead}")
     if reasons[name] is None:
         return KERNELS[name]
     would_work = f"what would work: {', '.join(serving)}" if serving else "nor would any other kernel"
-    raise ValueError(
-        f"--loong-kernel {name} / kernel={name!r} cannot serve {describe(request)}: {reasons[name]}; {would_work}"
-    )
+    raise ValueError(f"{asked} cannot serve {describe(request)}: {reasons[name]}; {would_work}")
 
 
 def _reasons(request: KernelRequest, name: str) -> dict[str, str | None]:
@@ -153,4 +163,12 @@ def _reasons(request: KernelRequest, name: str) -> dict[str, str | None]:
             reasons[x] = reasons[x] or f"forward in fp8; ask for {AUTO_FP8} or for it by name if that is wanted"
         elif name == AUTO_FP8 and not in_fp8(x):
             reasons[x] = getattr(kernel, "why_not_fp8", "no forward in fp8")
+    if name == AUTO and request.varying:
+        ready = [x for x, kernel in KERNELS.items() if reasons[x] is None and not getattr(kernel, "plans", False)]
+        for x, reason in reasons.items():
+            if ready and reason is None and x not in ready:
+                reasons[x] = (
+                    f"builds a plan of about a second for every new length, and here lengths vary, so that {ready[0]} "
+                    "comes first; ask for it by name if it is wanted"
+                )
     return reasons

@@ -18,9 +18,8 @@ from megatron_loong.config import CAUSAL
 from megatron_loong.kernels.common import (
     boundaries_on,
     call_by_name,
+    cudnn_fault,
     feature_fault,
-    gpu_capability,
-    gpu_fault,
     lse_from_bhs,
     lse_to_bhs,
     parameter_names,
@@ -47,9 +46,10 @@ class TransformerEngineKernel:
     name = "te_fused"
     bottom_right = False
     proven_on = "nothing yet"
+    plans = True
     devices = "CUDA, compute capability 9.x or 10.x, cuDNN 9.15.1 or newer"
     dtypes = "bfloat16, float16"
-    head_widths = "up to 128; up to 256 on 9.x; 192 with v 128"
+    head_widths = "up to 128; up to 256 on 9.0; 192 with v 128"
     why_not_fp8 = (
         "cuDNN rounds scores and their gradients by scales of earlier steps, which TransformerEngine keeps for each "
         "layer and takes from all steps of a ring (or in MXFP8 blocks): not written"
@@ -57,19 +57,13 @@ class TransformerEngineKernel:
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
-        fault = gpu_fault(request, max_width=256) or feature_fault(request, "softcap", "alibi", "dropout")
+        fault = cudnn_fault(request) or feature_fault(request, "softcap", "alibi", "dropout")
         if fault:
             return fault
         if request.windowed:
             return "its windows want as many keys as queries or more, and not every tile has them"
         if request.deterministic:
             return "its backward is not deterministic on every GPU and cuDNN it takes"
-        capability = gpu_capability()
-        if capability is None or capability[0] not in (9, 10):
-            return "made for compute capability 9.x and 10.x"
-        widths = request.head_dim, request.value_head_dim
-        if capability[0] == 10 and max(widths) > 128 and widths != (192, 128):
-            return f"takes head widths up to 128, or 192 with v 128, on 10.x, not {max(widths)}"
         return self._import_fault()
 
     def _import_fault(self) -> str | None:

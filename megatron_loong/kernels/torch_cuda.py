@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 
-from megatron_loong.config import CAUSAL
+from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels.common import (
+    boundaries_on,
+    cudnn_fault,
     feature_fault,
     flash_backward_fault,
-    gpu_capability,
     gpu_fault,
     gpu_operand,
+    longest,
     lse_from_bhs,
     lse_to_bhs,
+    operand,
     round_up,
 )
 from megatron_loong.kernels.interface import KernelRequest, TileRules
@@ -38,21 +41,27 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 class TorchFlashKernel:
-    """`AttentionKernel` on `aten._scaled_dot_product_flash_attention`. Shapes: `interface.AttentionKernel`.
+    """`AttentionKernel` on `aten._flash_attention_forward`. Shapes: `interface.AttentionKernel`.
 
     GQA is native. Head widths are padded to one multiple of 8. Gradients come in q's dtype.
     """
 
     name = "torch_flash"
-    bottom_right = False
+    bottom_right = True
     proven_on = "nothing yet"
     devices = "CUDA, compute capability 8.0 or newer"
     dtypes = "bfloat16, float16"
     head_widths = "up to 256 (192 on sm_86, 89, 12x); k and v of different widths cost a padded copy"
 
+    @property
+    def packs(self) -> bool:
+        """Whether many documents can be one launch, with lse [h, t]; it was padded before it had its rng_state."""
+        return _operator("_flash_attention_forward")._schema.returns[2].name == "rng_state"
+
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason."""
-        fault = gpu_fault(request, max_width=256) or flash_backward_fault(request) or _plain_fault(request)
+        fault = gpu_fault(request, max_width=256) or flash_backward_fault(request)
+        fault = fault or feature_fault(request, "softcap", "alibi", "dropout")
         if fault is None and not torch.backends.cuda.is_flash_attention_available():
             fault = f"torch {torch.__version__} was built without flash attention"
         return fault
@@ -61,11 +70,14 @@ class TorchFlashKernel:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [b, s_q, h, dv] in q's dtype, lse [b, s_q, h] float32)."""
-        operands = (_operand(x, _common_width(q, v)) for x in (q, k, v))
-        out, lse, *_ = _operator("_scaled_dot_product_flash_attention")(
-            *operands, 0.0, rules.window == CAUSAL, False, scale=rules.softmax_scale
-        )
-        return out.transpose(1, 2)[..., : v.shape[-1]], lse_from_bhs(lse, q.shape[1])
+        width = _common_width(q, v)
+        out, lse, *_ = _operator("_flash_attention_forward")(
+            *(operand(x, width, rules) for x in (q, k, v)), *_lengths(q, k, rules), 0.0, rules.window == CAUSAL, False,
+            scale=rules.softmax_scale, **_window(rules),
+        )  # fmt: skip
+        if rules.boundaries is not None:
+            out, lse = out.unsqueeze(0), lse.unsqueeze(0)
+        return out[..., : v.shape[-1]], lse_from_bhs(lse, q.shape[1])
 
     def backward(
         self,
@@ -80,16 +92,17 @@ class TorchFlashKernel:
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this tile in q's dtype, from `out` and `lse` of the whole row."""
-        operands = [_operand(x, _common_width(q, v)) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
-        # Read only with dropout; made before deterministic mode, whose filling of new memory knows no uint64.
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        unused = torch.zeros((), dtype=torch.uint64, device=q.device)
+        width, lse = _common_width(q, v), lse_to_bhs(lse)
+        operands = [operand(x, width, rules) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
+        # The state of dropout's generator, and what followed it in older versions: not read without dropout.
+        rng_state, unused = (torch.zeros(x, dtype=torch.uint64, device=q.device) for x in ((2,), ()))
         with _deterministic_algorithms() if deterministic else contextlib.nullcontext():
-            dq, dk, dv = _operator("_scaled_dot_product_flash_attention_backward")(
-                *operands, lse_to_bhs(lse), None, None, q.shape[1], k.shape[1], 0.0, rules.window == CAUSAL,
-                rng_state, unused, scale=rules.softmax_scale,
+            grads = _operator("_flash_attention_backward")(
+                *operands, lse if rules.boundaries is None else lse.squeeze(0), *_lengths(q, k, rules), 0.0,
+                rules.window == CAUSAL, rng_state, unused, scale=rules.softmax_scale, **_window(rules),
             )  # fmt: skip
-        return _narrow(dq, q), _narrow(dk, k), _narrow(dv, v)
+        dq, dk, dv = (x if rules.boundaries is None else x.unsqueeze(0) for x in grads)
+        return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
 class TorchCudnnKernel:
@@ -101,24 +114,19 @@ class TorchCudnnKernel:
     name = "torch_cudnn"
     bottom_right = False
     proven_on = "nothing yet"
+    plans = True
     devices = "CUDA, compute capability 9.x or 10.x, cuDNN 9.15.1 or newer"
     dtypes = "bfloat16, float16"
-    head_widths = "up to 128, or 192 with v 128"
+    head_widths = "up to 128; up to 256 on 9.0; 192 with v 128"
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason."""
-        if (request.head_dim, request.value_head_dim) == (192, 128):
-            fault = gpu_fault(request, max_width=192)
-        else:
-            fault = gpu_fault(request, max_width=128)
-        fault = fault or _plain_fault(request)
+        fault = cudnn_fault(request) or feature_fault(request, "windowed", "softcap", "alibi", "dropout")
         if fault:
             return fault
         if request.deterministic:
             return "cuDNN's backward is not deterministic"
-        capability, version = gpu_capability(), torch.backends.cudnn.version() or 0
-        if capability is None or capability[0] not in (9, 10):
-            return "made for compute capability 9.x and 10.x"
+        version = torch.backends.cudnn.version() or 0
         if version < _CUDNN_VERSION:
             return f"needs cuDNN {_CUDNN_VERSION} or newer, found {version or 'none'}"
         if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") not in ("", "0"):
@@ -154,7 +162,10 @@ class TorchCudnnKernel:
             raise NotImplementedError("cuDNN's backward is not deterministic; use --loong-kernel torch_flash")
         if k.shape[1] == 1:
             return ReferenceKernel().backward(dout, q, k, v, out, lse, rules, deterministic=False)
-        operands = [_operand(x, round_up(x.shape[-1], 8)) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
+        # Up to torch 2.11 a plan is found by the strides of q, k and v alone, while those of dout and out are as they
+        # were when it was made: so they are always dense.
+        dout, out = (x.to(q.dtype).contiguous() for x in (dout, out))
+        operands = [_operand(x, round_up(x.shape[-1], 8)) for x in (dout, q, k, v, out)]
         lse = lse_to_bhs(lse)
         if _cudnn_lse_dims(q.device, q.dtype) == 4:
             lse = lse.unsqueeze(-1)
@@ -185,17 +196,34 @@ def _cudnn_lse_dims(device: torch.device, dtype: torch.dtype) -> int:
 
 @contextlib.contextmanager
 def _deterministic_algorithms() -> Iterator[None]:
-    """Torch's flash backward has no argument for it: it asks the global switch, and a mere warning does not count."""
-    before = torch.get_deterministic_debug_mode()
+    """Torch's flash backward has no argument for it: it asks the global switch, and a mere warning does not count.
+
+    The switch also has every new tensor filled, the operator's own sums among them: passes over memory for nothing.
+    """
+    memory: Any = torch.utils.deterministic
+    before, filling = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
+        memory.fill_uninitialized_memory = filling
         torch.set_deterministic_debug_mode(before)
 
 
-def _plain_fault(request: KernelRequest) -> str | None:
-    return feature_fault(request, "windowed", "softcap", "alibi", "dropout")
+def _lengths(q: torch.Tensor, k: torch.Tensor, rules: TileRules) -> tuple[Any, Any, int, int]:
+    """Where documents begin among rows and keys, None where there is but one, and the longest of them."""
+    if rules.boundaries is None:
+        return None, None, q.shape[1], k.shape[1]
+    rows, keys = rules.boundaries
+    return boundaries_on(q.device, rows), boundaries_on(q.device, keys), longest(rows), longest(keys)
+
+
+def _window(rules: TileRules) -> dict[str, int]:
+    """A sliding window in the operators' words; FULL and CAUSAL need none."""
+    if rules.window in (FULL, CAUSAL):
+        return {}
+    return dict(zip(("window_size_left", "window_size_right"), rules.window, strict=True))
 
 
 def _common_width(q: torch.Tensor, v: torch.Tensor) -> int:

@@ -57,12 +57,12 @@ def _merge(
 def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
     """`folds.merge_` in one pass: out and block_out [b, s, h, d] of any strides, lse and block_lse [b, s, h]."""
     b, s, h, d = out.shape
-    width = triton.next_power_of_2(d)
+    width = 1 << (d - 1).bit_length()
     rows = max(1, _TILE // width)
     arguments: list[Any] = []
     for x in (out, lse, block_out, block_lse):
         arguments += [x, *x.stride()]
-    _launch(_merge, (triton.cdiv(s, rows), h, b), [*arguments, s, d], ROWS=rows, WIDTH=width)
+    _launch(_merge, (-(-s // rows), h, b), [*arguments, s, d], ROWS=rows, WIDTH=width)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], **constants: int) -> None:
@@ -137,7 +137,7 @@ def move_(
     arguments: list[Any] = []
     total = 0
     for target, source, x in pairs:
-        tiles = triton.cdiv(x.rows, rows) * triton.cdiv(x.sizes[3], width)
+        tiles = -(-x.rows // rows) * -(-x.sizes[3] // width)  # not triton.cdiv, which takes longer than the rest
         total += tiles
         outer = (x.rows, *x.sizes[1:], *x.target_strides, *x.source_strides)
         arguments += [tiles, target, source, *outer]

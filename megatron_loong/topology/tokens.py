@@ -126,15 +126,13 @@ class TokenLayout:
             layouts.append(TokenLayout((0, starts[-1]), counted, self.head_parallel_size))
         return tuple(layouts)
 
-    def slice_rows(self, count: int) -> tuple[int, ...]:
+    def slice_runs(self, count: int) -> tuple[Run, ...]:
         """Where in this half the rows of its `slices` stand, slice after slice.
 
-        >>> TokenLayout((0, 8), (((0, 4),), ((4, 8),)), 2).slice_rows(2)
-        (0, 1, 4, 5, 2, 3, 6, 7)
+        >>> TokenLayout((0, 8), (((0, 4),), ((4, 8),)), 2).slice_runs(2)
+        ((0, 2), (4, 6), (2, 4), (6, 8))
         """
-        return tuple(
-            row for runs in self._sliced_runs(count) for start, stop in sorted(runs) for row in range(start, stop)
-        )
+        return tuple(run for runs in self._sliced_runs(count) for run in sorted(runs))
 
     def _sliced_runs(self, count: int) -> list[list[Run]]:
         """By slice: the run of every rank in this half."""

@@ -8,7 +8,8 @@ from megatron_loong.config import CAUSAL
 from megatron_loong.kernels.fp8 import FlashAttn3Fp8Kernel
 from megatron_loong.kernels.interface import TileRules
 from megatron_loong.kernels.reference import _scores
-from tests.one_process.test_kernel_packages import documents, package, play_backward, play_forward
+from tests.one_process.played_kernels import documents, play_backward, play_forward
+from tests.one_process.test_kernel_packages import package
 
 E4M3 = torch.float8_e4m3fn
 

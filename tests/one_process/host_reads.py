@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -47,9 +48,23 @@ def forget_indices() -> None:
     plan.forget_places()
 
 
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[None]:
+    """`FAKE`, in which the host has memory that it can pin: what is pinned says so."""
+
+    def pin_memory(x: torch.Tensor) -> torch.Tensor:
+        pinned: Any = x.clone()
+        pinned.pinned_here = True
+        return pinned
+
+    with FAKE, mock.patch.object(torch.Tensor, "pin_memory", pin_memory):
+        yield
+
+
 class HostReads(TorchDispatchMode):
-    """Writes down every operator that would synchronise host and device: `.item()` and its like, and copies between
-    the two that are not said to be non-blocking (`torch.tensor([...], device=...)`, an index given as a list)."""
+    """Writes down every operator that would synchronise host and device: `.item()` and its like, copies between
+    the two that are not said to be non-blocking (`torch.tensor([...], device=...)`, an index given as a list), and
+    those to the device from memory that is not pinned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +77,8 @@ class HostReads(TorchDispatchMode):
         result = func(*args, **kwargs)
         devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()}
         made = {x.device.type for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
-        crosses = len(devices | made) > 1 and bool(devices) and not kwargs.get("non_blocking")
+        waits = not kwargs.get("non_blocking") or (devices == {"cpu"} and not hasattr(args[0], "pinned_here"))
+        crosses = len(devices | made) > 1 and bool(devices) and waits
         if crosses:
             self.found.append(func._schema.name)
         return result
@@ -97,19 +113,18 @@ class _WithoutEngine:
 def host_reads(
     config: LoongConfig, heads: int, kv_heads: int, make_options: Callable[[torch.device], dict[str, Any]]
 ) -> list[str]:
-    """What one forward and backward would wait for on rank 0, in a second call: what is made once per layout is there.
+    """What a first forward and backward would wait for on rank 0, with all that is made once per layout.
 
     `make_options(device)` gives further arguments of `attention_2d`.
     """
-    with FAKE, folds.without_triton():  # a Triton kernel cannot run on tensors without data
+    with fake_gpu(), folds.without_triton():  # a Triton kernel cannot run on tensors without data
         device = torch.device("cuda", 0)
         seq_len = 16 * config.context_parallel_size
         groups = groups_without_processes(config, 0, Silent, timedelta(seconds=1))
         q, k, v, dout = (torch.empty(1, 16, n, 8, device=device) for n in (heads, kv_heads, kv_heads, heads))
         options = make_options(device)
-        for _ in range(2):
-            without_engine = _WithoutEngine()
-            with mock.patch.object(attention_2d_module, "Attention2D", without_engine), HostReads() as reads:
-                attention_2d(q, k, v, groups, seq_len=seq_len, kernel="reference", **options)
-                Attention2D.backward(without_engine.context, dout.transpose(0, 1))
+        without_engine = _WithoutEngine()
+        with mock.patch.object(attention_2d_module, "Attention2D", without_engine), HostReads() as reads:
+            attention_2d(q, k, v, groups, seq_len=seq_len, kernel="reference", **options)
+            Attention2D.backward(without_engine.context, dout.transpose(0, 1))
         return reads.found

@@ -250,6 +250,16 @@ def test_on_a_cpu_it_is_torch():
         assert folds.triton_fault() == "no GPU here"
 
 
+def test_the_environment_switches_triton_off(monkeypatch):
+    monkeypatch.setenv("LOONG_TRITON", "0")
+    assert folds.triton_fault() == "LOONG_TRITON=0" and not folds.wanted()
+    monkeypatch.setenv("LOONG_TRITON", "no")
+    with pytest.raises(ValueError, match=r"LOONG_TRITON='no': 0 switches Triton off, 1 .* leaves it on"):
+        folds.wanted()
+    monkeypatch.delenv("LOONG_TRITON")
+    assert folds.wanted()
+
+
 # -- compiled without a GPU ------------------------------------------------------------------------------------------
 
 

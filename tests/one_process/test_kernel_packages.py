@@ -16,12 +16,10 @@ from megatron_loong.kernels import registry
 from megatron_loong.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from megatron_loong.kernels.flash_attn_4 import FlashAttn4Kernel
 from megatron_loong.kernels.interface import TileRules
-from megatron_loong.kernels.reference import ReferenceKernel
 from megatron_loong.kernels.registry import choose_kernel, explain
 from megatron_loong.kernels.te_fused import TransformerEngineKernel
-from tests.one_process.test_kernels import CUDA, SCALE, SHAPES, check_close, hearsay, inputs, run
-
-REFERENCE = ReferenceKernel()
+from tests.one_process.played_kernels import REFERENCE, play_backward, play_forward
+from tests.one_process.test_kernels import CUDA, SCALE, SHAPES, as_if_on_gpu, check_close, hearsay, inputs, run
 
 
 @pytest.fixture(autouse=True)
@@ -41,48 +39,6 @@ def package(monkeypatch, name, **content):
             module.__spec__ = importlib.machinery.ModuleSpec(path, loader=None, is_package=True)
             monkeypatch.setitem(sys.modules, path, module)
     sys.modules[name].__dict__.update(content)
-
-
-# -- what the stand-ins compute --------------------------------------------------------------------------------------
-
-
-def documents(rules, cu_q, cu_k, rows, keys):
-    """(rows, keys) of each packed document, or of the whole tile."""
-    if cu_q is None:
-        return [(slice(0, rows), slice(0, keys))], rules
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    bounds = zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True)
-    return [(slice(*q), slice(*k)) for q, k in bounds], rules
-
-
-def play_forward(q, k, v, rules, cu_q=None, cu_k=None, longest=()):
-    """out and lse in the packages' layouts: [b, s, h, d] and [b, h, s], packed [t, h, d] and [h, t]."""
-    packed = cu_q is not None
-    if packed:
-        assert q.dim() == 3 and longest == (cu_q.diff().max(), cu_k.diff().max())
-        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    parts, rules = documents(rules, cu_q, cu_k, q.shape[1], k.shape[1])
-    results = [REFERENCE.forward(q[:, rows], k[:, keys], v[:, keys], rules) for rows, keys in parts]
-    out, lse = (torch.cat(x, 1) for x in zip(*results, strict=True))
-    lse = lse.transpose(1, 2).contiguous()
-    return (out[0], lse[0]) if packed else (out, lse)
-
-
-def play_backward(dout, q, k, v, out, lse, rules, cu_q=None, cu_k=None):
-    packed = cu_q is not None
-    assert lse.is_contiguous() and lse.shape == ((q.shape[1], q.shape[0]) if packed else q.shape[:3:2] + q.shape[1:2])
-    if packed:
-        dout, q, k, v, out, lse = (x.unsqueeze(0) for x in (dout, q, k, v, out, lse))
-    parts, rules = documents(rules, cu_q, cu_k, q.shape[1], k.shape[1])
-    lse = lse.transpose(1, 2)
-    results = [
-        REFERENCE.backward(
-            dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, rows], rules, deterministic=True
-        )
-        for rows, keys in parts
-    ]
-    grads = [torch.cat(x, 1) for x in zip(*results, strict=True)]
-    return [x[0] for x in grads] if packed else grads
 
 
 # -- flash-attn 4 ----------------------------------------------------------------------------------------------------
@@ -402,13 +358,17 @@ PACKING = {
 
 
 @pytest.mark.parametrize("window", [FULL, CAUSAL, (3, 1)], ids=str)
-@pytest.mark.parametrize("name", PACKING)
+@pytest.mark.parametrize("name", [*PACKING, "torch_flash"])
 def test_packed_documents_are_one_launch_with_each_documents_own_numbers(name, window, monkeypatch):
     """Five documents of odd lengths, of more keys than rows among them; k and v of unequal widths, GQA."""
-    kernel_class, module, functions = PACKING[name]
-    package(monkeypatch, module, **functions())
-    hearsay(monkeypatch, (10, 0))
-    kernel = kernel_class()
+    if name == "torch_flash":
+        as_if_on_gpu(monkeypatch, [])
+        kernel = registry.KERNELS[name]
+    else:
+        kernel_class, module, functions = PACKING[name]
+        package(monkeypatch, module, **functions())
+        hearsay(monkeypatch, (10, 0))
+        kernel = kernel_class()
     assert kernel.packs is True
     bounds = ((0, 1, 6, 14, 17, 30), (0, 4, 9, 17, 26, 39))
     q, k, v, dout = inputs((4, 2, 30, 39, 24, 16, True), b=1)
@@ -425,6 +385,21 @@ def test_packed_documents_are_one_launch_with_each_documents_own_numbers(name, w
             dout[:, rows], *one, want["out"][:, rows], want["lse"][:, rows], alone, deterministic=True
         )
     check_close(got, want)
+
+
+def test_how_many_results_a_forward_has_says_nothing_of_which_is_lse(monkeypatch):
+    """flash-attn 4 returned 2, then 4, then 5: with one more, lse must still be the second."""
+    kernel = install_4(monkeypatch)
+    module = sys.modules["flash_attn.cute.interface"]
+    forward = module._flash_attn_fwd
+
+    def _flash_attn_fwd(q, k, v, softmax_scale=None, causal=False, return_lse=False):
+        return *forward(q, k, v, softmax_scale=softmax_scale, causal=causal, return_lse=return_lse)[:2], *[None] * 6
+
+    monkeypatch.setattr(module, "_flash_attn_fwd", _flash_attn_fwd)
+    q, k, v, _ = inputs((2, 2, 4, 4, 8, 8, True))
+    _, lse = kernel.forward(q, k, v, TileRules(SCALE, CAUSAL))
+    assert torch.equal(lse, REFERENCE.forward(q, k, v, TileRules(SCALE, CAUSAL))[1])
 
 
 def test_a_version_that_may_pad_the_packed_lse_does_not_pack(monkeypatch):

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_loong import LoongConfig, attention_2d
+from megatron_loong.attention import attention_2d as attention_module
+from megatron_loong.bench.simulate import groups_without_processes
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels import common, registry, torch_cuda
 from megatron_loong.kernels.common import call_by_name
@@ -21,7 +24,9 @@ from megatron_loong.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.reference import ReferenceKernel
 from megatron_loong.kernels.registry import KERNELS, choose_kernel, explain, support_table
+from megatron_loong.kernels.te_fused import TransformerEngineKernel
 from tests.dense import band, dense_with_gradients
+from tests.one_process.played_kernels import play_backward, play_forward
 
 SCALE = 0.3
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -215,7 +220,7 @@ def test_cpu_flash_holds_no_score_matrix():
 # -- PyTorch's CUDA operators: schemas, meta kernels, and numbers with the reference in the operators' place ---------
 
 OPERATORS = {
-    "torch_flash": ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
+    "torch_flash": ("_flash_attention_forward", "_flash_attention_backward"),
     "torch_cudnn": ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
 }
 TORCH_CUDA = sorted(OPERATORS)
@@ -235,7 +240,7 @@ def bind(schema, args, kwargs):
 
 
 def as_if_on_gpu(monkeypatch, calls, lse_dims=3):
-    """Let the reference kernel play torch's CUDA operators, with their layouts [b, h, s, d] and lse [b, h, s(, 1)]."""
+    """Let the reference kernel play torch's CUDA operators; those of cuDNN have [b, h, s, d] and lse [b, h, s(, 1)]."""
     reference = ReferenceKernel()
 
     def operator(name):
@@ -243,7 +248,25 @@ def as_if_on_gpu(monkeypatch, calls, lse_dims=3):
 
         def play(*args, **kwargs):
             a = bind(schema, args, kwargs)
-            calls.append((name, a, torch.are_deterministic_algorithms_enabled()))
+            filling = torch.utils.deterministic.fill_uninitialized_memory
+            calls.append((name, a, torch.are_deterministic_algorithms_enabled(), filling))
+            return flash(a) if name in OPERATORS["torch_flash"] else cudnn(a)
+
+        def flash(a):
+            """[b, s, h, d] and lse [b, h, s], packed [t, h, d] and [h, t]; windows from the bottom right."""
+            window = tuple(a.get(f"window_size_{side}", -1) for side in ("left", "right"))
+            assert not (a["is_causal"] and window != FULL) and a["dropout_p"] == 0.0
+            asked = TileRules(a["scale"], CAUSAL if a["is_causal"] else window)
+            q, k, v, *cu = (a[x] for x in ("query", "key", "value", "cum_seq_q", "cum_seq_k"))
+            lengths = a["max_q"], a["max_k"]
+            assert cu[0] is not None or lengths == (q.shape[1], k.shape[1])
+            assert all(x.shape[-1] % 8 == 0 and x.stride(-1) == 1 for x in (q, k, v))
+            if "grad_out" not in a:
+                return *play_forward(q, k, v, asked, *cu, lengths), None, None, None
+            assert a["rng_state"].dtype == torch.uint64
+            return play_backward(a["grad_out"], q, k, v, a["out"], a["logsumexp"], asked, *cu)
+
+        def cudnn(a):
             q, k, v = (a[x].transpose(1, 2) for x in ("query", "key", "value"))
             asked = rules(a["is_causal"], a.get("scale") or q.shape[-1] ** -0.5)
             assert a["dropout_p"] == 0.0
@@ -256,11 +279,14 @@ def as_if_on_gpu(monkeypatch, calls, lse_dims=3):
                 return out.transpose(1, 2), lse, None, None, q.shape[1], k.shape[1], None, None, None
             assert (a["max_q"], a["max_k"]) == (q.shape[1], k.shape[1])
             assert a["logsumexp"].ndim == lse_dims and a["logsumexp"].is_contiguous(), "lse not as forward gave it"
+            dense = [a[x].transpose(1, 2).is_contiguous() for x in ("grad_out", "out")]
+            assert all(dense), "torch's cache of plans does not know their strides"
             dout, out = (a[x].transpose(1, 2) for x in ("grad_out", "out"))
             lse = a["logsumexp"].flatten(2).transpose(1, 2)
             grads = reference.backward(dout, q, k, v, out, lse, asked, deterministic=False)
             return tuple(x.transpose(1, 2) for x in grads)
 
+        play._schema = schema
         return play
 
     torch_cuda._cudnn_lse_dims.cache_clear()
@@ -307,7 +333,10 @@ def test_torch_flash_sets_determinism_for_its_backward_alone(deterministic, befo
         torch.set_deterministic_debug_mode(mode)
     assert set_after == set_before
     was_on = before != "default"
-    assert [on for _, _, on in calls] == [was_on, deterministic or was_on]
+    assert [on for _, _, on, _ in calls] == [was_on, deterministic or was_on]
+    # Where it is the adapter that switches it on, the operator's own sums are not filled first.
+    assert [filling for *_, filling in calls] == [True, not deterministic]
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_gpu_operands_are_aligned():
@@ -486,7 +515,7 @@ def install(monkeypatch):
 
 
 def hearsay(monkeypatch, capability):
-    for name in ("common", "flash_attn", "flash_attn_4", "fp8", "te_fused", "torch_cuda"):
+    for name in ("common", "flash_attn", "flash_attn_4", "fp8"):
         monkeypatch.setattr(f"megatron_loong.kernels.{name}.gpu_capability", lambda: capability)
     registry.forget_choices()
 
@@ -578,7 +607,9 @@ def test_kernel_object_is_taken_or_refused_with_its_reason():
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match=r"--loong-kernel / kernel='flash' is unknown.*flash_attn_4_fp8, cpu_flash"):
+    with pytest.raises(
+        ValueError, match=r"--loong-kernel flash / kernel='flash' is unknown.*flash_attn_4_fp8, cpu_flash"
+    ):
         choose_kernel(CPU, "flash")
 
 
@@ -607,7 +638,7 @@ WINDOWS = [FULL, CAUSAL, (3, 0), (0, 0), (2, 4), (-1, 3), (5, -1), (200, 0), (70
     ("kernel", "lengths", "window"),
     [
         pytest.param(kernel, lengths, window, id=f"{kernel.name}-{lengths}-{window}")
-        for kernel in (CpuFlashKernel(), ReferenceKernel())
+        for kernel in (CpuFlashKernel(), ReferenceKernel(), KERNELS["torch_flash"])
         for lengths in ((150, 150), (40, 150), (150, 40))
         for window in WINDOWS
         if (kernel.bottom_right or window != CAUSAL or lengths[0] == lengths[1])
@@ -615,8 +646,9 @@ WINDOWS = [FULL, CAUSAL, (3, 0), (0, 0), (2, 4), (-1, 3), (5, -1), (200, 0), (70
         and band(*lengths, window).any(1).all()
     ],
 )
-def test_windows_match_dense_attention_with_the_mask(kernel, lengths, window):
+def test_windows_match_dense_attention_with_the_mask(kernel, lengths, window, monkeypatch):
     """float64 to 1e-12, rows that see nothing left out as the ring leaves them out."""
+    as_if_on_gpu(monkeypatch, [])
     rows, keys = lengths
     q, k, v, dout = inputs((4, 2, rows, keys, 16, 16, False))
     window_rules = TileRules(SCALE, window)
@@ -686,7 +718,12 @@ def test_preference_on_a_gpu(install, monkeypatch):
     assert choose_kernel(CUDA).name == "torch_cudnn"
     assert choose_kernel(replace(CUDA, head_dim=192, value_head_dim=128)).name == "torch_cudnn"
     assert choose_kernel(replace(CUDA, deterministic=True)).name == "torch_flash"
-    assert choose_kernel(replace(CUDA, head_dim=256, value_head_dim=256)).name == "torch_flash"
+    wide = replace(CUDA, head_dim=256, value_head_dim=256)
+    assert choose_kernel(wide).name == "torch_cudnn"
+    hearsay(monkeypatch, (10, 0))
+    assert choose_kernel(wide).name == "torch_flash"
+    assert choose_kernel(replace(CUDA, head_dim=192, value_head_dim=128)).name == "torch_cudnn"
+    hearsay(monkeypatch, (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     registry.forget_choices()
     assert choose_kernel(CUDA).name == "torch_flash"
@@ -696,6 +733,47 @@ def test_preference_on_a_gpu(install, monkeypatch):
     hearsay(monkeypatch, (7, 5))
     with pytest.raises(ValueError, match=r"needs compute capability 8.0 or newer, this GPU has 7.5"):
         choose_kernel(CUDA)
+
+
+def test_lengths_that_vary_go_to_a_kernel_that_builds_no_plans(install, monkeypatch):
+    """cuDNN takes about a second for every new shape: only where it is named, or no other kernel serves."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91600)
+    monkeypatch.setattr(TransformerEngineKernel, "_import_fault", lambda self: None)
+    hearsay(monkeypatch, (9, 0))
+    varying = replace(CUDA, varying=True)
+    assert choose_kernel(CUDA).name == "torch_cudnn" and choose_kernel(varying).name == "torch_flash"
+    lines = dict(line.split(": ", 1) for line in explain(varying).splitlines())
+    for name in ("torch_cudnn", "te_fused"):
+        assert "a plan of about a second for every new length" in lines[name] and "torch_flash comes" in lines[name]
+        assert choose_kernel(varying, name).name == name
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    registry.forget_choices()
+    assert choose_kernel(varying).name == "torch_cudnn"
+
+
+def test_packed_documents_are_lengths_that_vary(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention_module, "choose_kernel", lambda request, name: asked.append(request) or KERNELS[name])
+    q = torch.zeros(1, 16, 2, 8)
+    groups = groups_without_processes(LoongConfig(1), 0, None)
+    for options in ({}, {"cu_seqlens": [0, 10, 16]}, {"window_size": (3, 0)}):
+        attention_2d(q, q, q, groups, kernel="reference", **options)
+    assert [(x.varying, x.windowed) for x in asked] == [(False, False), (True, False), (False, True)]
+
+
+def test_the_environment_says_what_auto_takes(monkeypatch):
+    monkeypatch.setenv("LOONG_KERNEL", "reference")
+    assert choose_kernel(CPU).name == "reference" and choose_kernel(CPU, "cpu_flash").name == "cpu_flash"
+    assert "cpu_flash: could serve, but reference was named" in explain(CPU).splitlines()
+    monkeypatch.setenv("LOONG_KERNEL", "flash")
+    with pytest.raises(ValueError, match=r"LOONG_KERNEL=flash is unknown; use .*torch_flash, .*cpu_flash, reference"):
+        choose_kernel(CPU)
+    monkeypatch.setenv("LOONG_KERNEL", "torch_flash")
+    with pytest.raises(ValueError, match=r"LOONG_KERNEL=torch_flash cannot serve .*would work: cpu_flash, reference"):
+        choose_kernel(CPU)
+    monkeypatch.setenv("LOONG_KERNEL", "")
+    assert choose_kernel(CPU).name == "cpu_flash"
 
 
 def test_no_kernel_claims_more_than_was_run():

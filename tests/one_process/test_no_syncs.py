@@ -56,8 +56,9 @@ def test_heads_that_do_not_divide_wait_for_nothing(config: LoongConfig) -> None:
         lambda x: x.cpu(),
         lambda x: torch.tensor([1, 2], device=x.device),
         lambda x: x[[0, 1]],
+        lambda x: torch.tensor([1, 2]).to(x.device, non_blocking=True),
     ],
-    ids=["item", "nonzero", "to-host", "from-list", "list-index"],
+    ids=["item", "nonzero", "to-host", "from-list", "list-index", "pageable"],
 )
 def test_what_waits_is_seen(wait: Callable[[torch.Tensor], Any]) -> None:
     with FAKE:
