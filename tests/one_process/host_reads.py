@@ -21,7 +21,7 @@ from megatron_loong.attention import plan
 from megatron_loong.attention.call import Attention2D
 from megatron_loong.bench.simulate import groups_without_processes
 from megatron_loong.comm.transport import End, Pending, Transport
-from megatron_loong.kernels import folds
+from megatron_loong.kernels import common, folds
 
 #: Operators that hand a device's data to the host, or whose result has a shape that depends on it.
 READS = {
@@ -39,7 +39,8 @@ FAKE = FakeTensorMode()
 
 
 def forget_indices() -> None:
-    """Empty the caches of the attention package, which hold tensors of `FAKE`."""
+    """Empty the caches that hold tensors of `FAKE`."""
+    common.boundaries_on.cache_clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron_loong.attention."):
             for x in vars(module).values():
