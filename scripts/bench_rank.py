@@ -1,10 +1,12 @@
 """How close one rank comes to the kernel that it runs: its whole schedule, its peers replaced by local copies.
 
     python scripts/bench_rank.py [--tokens-per-rank 8192 32768] [--ring 8] [--heads 64] [--kv-heads 8] [--json FILE]
+    python scripts/bench_rank.py --rivals     # and other people's rings, over the same kernel and the same copies
     python scripts/bench_rank.py --cpu        # small, on a CPU: shows that it runs, and nothing about a GPU
 
-Beside it other people's rings under the same copies, where they are installed. One GPU, one process, nothing to
-download. What an efficiency is: megatron_loong/bench/rank_alone.py.
+One GPU, one process, nothing to download; the rivals are those of requirements/bench.txt, which says how to install
+them. With --rivals the last rank alone, heads 64:8 and 32:32; each rival is held to the right answer at a small shape
+first. Exit code 3: no rival is here. What an efficiency is: megatron_loong/bench/rank_alone.py.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,11 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_loong.bench import rank_alone
 from megatron_loong.bench.local_copies import init_world_of_one
+from megatron_loong.bench.rivals.flash_attn_stand_in import OnGpu
 from megatron_loong.bench.rivals.interface import Shape
-from megatron_loong.bench.rivals.ring_alone import rings
+from megatron_loong.bench.rivals.ring_alone import error_of, rings
+from megatron_loong.bench.timing import Timing
 from megatron_loong.config import LoongConfig
 
-SMALL = {"tokens_per_rank": [64], "heads": 16, "kv_heads": 8, "head_dim": 16, "rounds": 3, "warmups": 1}
+RIVALS = {"heads": [64, 32], "kv_heads": [8, 32], "rounds": 3, "warmups": 1}
+SMALL = {"tokens_per_rank": [64], "heads": [16], "kv_heads": [8], "head_dim": 16, "rounds": 3, "warmups": 1}
+SMALL_RIVALS = {"heads": [16, 8], "kv_heads": [8, 8]}
+
+#: Relative RMS errors of bfloat16 are about 0.003; of a wrong schedule, 1.
+LARGEST_ERROR = 0.02
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,18 +46,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--ring", type=int, default=8, help="ring size")
     add("--head-parallel-size", type=int, default=1)
     add("--inner-ring-size", type=int, default=None, help="default: one ring")
-    add("--heads", type=int, default=64)
-    add("--kv-heads", type=int, default=8)
+    add("--heads", type=int, nargs="+", default=[64])
+    add("--kv-heads", type=int, nargs="+", default=[8], help="as many numbers as for --heads")
     add("--head-dim", type=int, default=128)
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--kernel", default="auto")
     add("--rank", type=int, nargs="+", help="ring ranks to run; default: the first, the middle one and the last")
+    add("--rivals", action="store_true", help="other people's rings too")
     add("--rounds", type=int, default=5)
     add("--warmups", type=int, default=2)
     add("--json", type=Path)
-    if "--cpu" in sys.argv[1:]:
-        parser.set_defaults(**SMALL)
+    small, rivals = ("--cpu" in sys.argv[1:]), ("--rivals" in sys.argv[1:])
+    for wanted, defaults in ((rivals, RIVALS), (small, SMALL), (small and rivals, SMALL_RIVALS)):
+        parser.set_defaults(**defaults if wanted else {})
     args = parser.parse_args()
+    if len(args.heads) != len(args.kv_heads):
+        parser.error(f"--heads has {len(args.heads)} numbers, --kv-heads {len(args.kv_heads)}; give as many")
+    if args.rivals and args.head_parallel_size > 1:
+        parser.error("--rivals are rings alone; leave --head-parallel-size out")
     if not args.cpu and not torch.cuda.is_available():
         parser.error("no CUDA device here; --cpu runs a small shape on a CPU")
     return args
@@ -63,46 +79,49 @@ def contestants(
     inputs = rank_alone.rank_inputs(shape, config.context_parallel_size, device)
     mine = rank_alone.timed(rank_alone.our_rank(config, cp_rank, shape, kernel), inputs)
     found = {f"loong rank {ring_rank}": (mine, counts.flops)}
-    if config.head_parallel_size > 1:
-        return found, {"other rings": "they are rings alone; ask for --head-parallel-size 1"}
-    others, missing = rings()
+    if not args.rivals:
+        return found, {}
+    others, missing = rings(kernel)
+    small = replace(shape, seq_len=128 * config.ring_size)
     bshd = [x.detach().transpose(0, 1).contiguous() for x in inputs]
     bshd = [x.requires_grad_() for x in bshd[:3]] + bshd[3:]
     for name, function in others.items():
         run = rank_alone.timed(function, bshd)
         try:
+            error = error_of(function, small, ring_rank, config.ring_size, device)
             run()
-        except Exception as error:  # whatever another's code does not like here, the others are measured
-            missing[name] = f"failed: {type(error).__name__}: {error}"
+        except Exception as raised:  # whatever another's code does not like here, the others are measured
+            missing[name] = f"failed: {type(raised).__name__}: {raised}"
+            continue
+        print(f"  {name}: relative RMS error of out and dq {error:.1e}", flush=True)
+        if not error <= LARGEST_ERROR:
+            missing[name] = f"wrong: relative RMS error {error:.1e} > {LARGEST_ERROR}"
             continue
         found[f"{name} rank {ring_rank}"] = run, counts.flops  # zigzag is theirs too: the rank has the same tiles
     return found, missing
 
 
-def measure(args: argparse.Namespace, tokens: int, device: torch.device) -> dict:
+def measure(args: argparse.Namespace, tokens: int, heads: tuple[int, int], device: torch.device) -> dict:
     """One shape as a record."""
     config = LoongConfig(args.ring * args.head_parallel_size, args.head_parallel_size, args.inner_ring_size)
     ranks = config.context_parallel_size
-    shape = Shape(tokens * ranks, args.heads, args.kv_heads, args.head_dim, getattr(torch, args.dtype))
+    shape = Shape(tokens * ranks, *heads, args.head_dim, getattr(torch, args.dtype))
     kernel = rank_alone.chosen_kernel(shape, config.head_parallel_size, device, args.kernel)
     reference = rank_alone.kernel_alone(shape, ranks, device, kernel)
     rows, left_out = [], {}
     print(f"{shape.describe()}, {config.describe()}, kernel {kernel.name}")
-    for ring_rank in args.rank or sorted({0, config.ring_size // 2, config.ring_size - 1}):
+    last = config.ring_size - 1
+    for ring_rank in args.rank or sorted({last} if args.rivals else {0, config.ring_size // 2, last}):
         init_world_of_one(ring_rank, config.ring_size)
         try:
             runs, left_out = contestants(args, config, shape, device, ring_rank)
+            copied = {name: stand_in_copies(run) for name, (run, _) in runs.items()}
             alone, found = rank_alone.efficiencies(runs, reference, args.rounds, args.warmups)
         finally:
             dist.destroy_process_group()
         for one in found:
-            print(
-                f"  {one.name:32} forward {one.forward_efficiency:.3f}  forward + backward {one.efficiency:.3f}"
-                f"  ({one.timing.forward_backward_s * 1e3:.2f} ms; kernel alone {alone.forward_backward_s * 1e3:.2f})"
-            )
-            rows.append({"name": one.name, "efficiency": one.efficiency, "forward_efficiency": one.forward_efficiency,
-                         "forward_s": one.timing.forward_s, "forward_backward_s": one.timing.forward_backward_s,
-                         "kernel_s": alone.forward_backward_s, "flops": one.flops})  # fmt: skip
+            rows.append(row_of(one, alone, reference[1], copied[one.name], device))
+            print(line_of(rows[-1]), flush=True)
     for name, reason in left_out.items():
         print(f"  {name}: {reason}")
     worst = min(row["efficiency"] for row in rows if row["name"].startswith("loong"))
@@ -111,15 +130,67 @@ def measure(args: argparse.Namespace, tokens: int, device: torch.device) -> dict
             "rounds": args.rounds, "worst_efficiency": worst, "results": rows, "left_out": left_out}  # fmt: skip
 
 
+def row_of(one: rank_alone.Efficiency, alone: Timing, alone_flops: int, copied: int, device: torch.device) -> dict:
+    """One contestant in the record; `copied`: bytes moved by the stand-in for flash-attn."""
+    taken_s, stand_in_s = one.timing.forward_backward_s, rank_alone.copy_s(copied, device) if copied else 0.0
+    return {
+        "name": one.name,
+        "efficiency": one.efficiency,
+        "forward_efficiency": one.forward_efficiency,
+        "forward_s": one.timing.forward_s,
+        "forward_backward_s": taken_s,
+        "kernel_s": alone.forward_backward_s,
+        "flops": one.flops,
+        "tflops": one.flops / taken_s / 1e12,
+        "kernel_tflops": alone_flops / alone.forward_backward_s / 1e12,
+        "stand_in_bytes": copied,
+        "stand_in_s": stand_in_s,
+        "efficiency_without_stand_in": one.efficiency / (1 - stand_in_s / taken_s),
+    }
+
+
+def line_of(row: dict) -> str:
+    """The same to read."""
+    text = (
+        f"  {row['name']:32} forward {row['forward_efficiency']:.3f}  forward + backward {row['efficiency']:.3f}"
+        f"  ({row['forward_backward_s'] * 1e3:.2f} ms, {row['tflops']:.3g} TFLOP/s; "
+        f"kernel alone {row['kernel_s'] * 1e3:.2f} ms, {row['kernel_tflops']:.3g} TFLOP/s)"
+    )
+    if row["stand_in_bytes"]:
+        text += (
+            f"\n    of it {row['stand_in_s'] * 1e3:.2f} ms for {row['stand_in_bytes'] / 1e9:.3g} GB of gradients "
+            f"which the stand-in\n    copies and flash-attn would not: {row['efficiency_without_stand_in']:.3f}"
+        )
+    return text
+
+
+def stand_in_copies(run: rank_alone.Contestant) -> int:
+    """Bytes that the stand-in for flash-attn moves in a forward and backward, and flash-attn itself would not."""
+    before = OnGpu.copied_bytes
+    run()
+    return OnGpu.copied_bytes - before
+
+
 def main() -> None:
     args = parse_arguments()
     device = torch.device("cpu" if args.cpu else "cuda")
     torch.manual_seed(0)
-    shapes = [measure(args, tokens, device) for tokens in args.tokens_per_rank]
+    name = "CPU" if args.cpu else torch.cuda.get_device_name()
+    record: dict = {"device": name, "torch": torch.__version__, "shapes": []}
+    for tokens in args.tokens_per_rank:
+        for heads in zip(args.heads, args.kv_heads, strict=True):
+            record["shapes"].append(measure(args, tokens, heads, device))
+            if args.json:  # as it comes, for whoever stops it
+                args.json.write_text(json.dumps(record, indent=1) + "\n")
+    results = [row["name"] for shape in record["shapes"] for row in shape["results"]]
+    if args.rivals and all(name.startswith("loong") for name in results):
+        reasons = [f"{name}: {reason}" for name, reason in record["shapes"][0]["left_out"].items()]
+        record["reason"] = "no rival could run; " + "; ".join(reasons)
+        print(record["reason"])
     if args.json:
-        name = "CPU" if args.cpu else torch.cuda.get_device_name()
-        record = {"device": name, "torch": torch.__version__, "shapes": shapes}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if "reason" in record:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,17 @@ def kernel_alone(shape: Shape, ranks: int, device: torch.device, kernel: Attenti
     return run, sum(tile_flops(q, k, True, products) for products in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS))
 
 
+def copy_s(moved_bytes: int, device: torch.device) -> float:
+    """How long the device takes to read and write so many bytes in all, by copies of 128 MiB; the best of three."""
+    source = torch.zeros(2**27, dtype=torch.uint8, device=device)
+    target, taken = source.clone(), []
+    for _ in range(3):
+        start = clock(device)
+        target.copy_(source)
+        taken.append(clock(device) - start)
+    return min(taken) * moved_bytes / (2 * source.numel())
+
+
 def clock(device: torch.device) -> float:
     """`time.perf_counter` when the device has done everything."""
     if device.type == "cuda":

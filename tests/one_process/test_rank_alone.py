@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,7 +168,45 @@ def test_the_script_measures_on_a_cpu(tmp_path: Path) -> None:
     for row in ours:
         expected = row["kernel_s"] / row["forward_backward_s"] * row["flops"] / (sum(x["flops"] for x in ours) / 2)
         assert row["efficiency"] == pytest.approx(expected, rel=0.05)
-    assert "TransformerEngine p2p" in shape["left_out"]
+    assert not shape["left_out"]
+
+
+def test_rivals_are_measured_or_said_to_be_missing(tmp_path: Path) -> None:
+    """Exit code 3 (`bench.gpu.outcome.CANNOT`) where none is installed; ours is measured all the same."""
+    done = bench_rank("--cpu", "--rivals", "--rounds", "1", "--json", str(tmp_path / "record.json"))
+    record = json.loads((tmp_path / "record.json").read_text())
+    here = [x for x in ring_alone.RINGS.values() if importlib.util.find_spec(x[0].split(".")[0])]
+    assert done.returncode == (0 if here else 3), done.stderr
+    assert [x["shape"].split(", ")[1:3] for x in record["shapes"]] == [["h 16", "g 8"], ["h 8", "g 8"]]
+    for shape in record["shapes"]:
+        assert len(shape["results"]) == 1 + len(here) and shape["results"][0]["name"] == "loong rank 7"
+        assert len(shape["left_out"]) == 1 + len(ring_alone.RINGS) - len(here)
+    assert ("no rival could run" in record.get("reason", "")) is not bool(here)
+
+
+def zigzag_of_equals(ring_rank: int, ranks: int, behind: int = 0) -> Any:
+    """Attention of one rank of a zigzag ring whose ranks all have its keys; `behind`: chunks that it forgets."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        half, outs = q.shape[1] // 2, []
+        k, v = (torch.cat([x[:, :half]] * ranks + [x[:, half:]] * ranks, 1) for x in (k, v))
+        for rows, chunk in ((slice(half), ring_rank), (slice(half, None), 2 * ranks - 1 - ring_rank)):
+            seen = slice(min(behind, chunk) * half, (chunk + 1) * half)
+            hidden = torch.ones(half, seen.stop - seen.start, dtype=torch.bool).triu(seen.stop - seen.start - half + 1)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q[:, rows], k[:, seen], v[:, seen])), ~hidden, enable_gqa=True
+            )
+            outs.append(out.transpose(1, 2))
+        return torch.cat(outs, 1)
+
+    return attend
+
+
+def test_rivals_are_held_to_the_right_answer() -> None:
+    shape = replace(SHAPE, dtype=torch.float32)
+    for ring_rank in (0, 2, 3):
+        assert ring_alone.error_of(zigzag_of_equals(ring_rank, 4), shape, ring_rank, 4, CPU) < 1e-5
+        assert ring_alone.error_of(zigzag_of_equals(ring_rank, 4, behind=1), shape, ring_rank, 4, CPU) > 0.02
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

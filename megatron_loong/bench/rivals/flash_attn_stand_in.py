@@ -15,11 +15,18 @@ from typing import Any
 import torch
 
 from megatron_loong.config import CAUSAL, FULL
-from megatron_loong.kernels.interface import TileRules
+from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.kernels.torch_cuda import TorchFlashKernel
 
 _VERSION = "2.8.0"
-_ON_GPU = TorchFlashKernel()
+
+
+class OnGpu:
+    """What serves there, and what it costs to play flash-attn, which writes gradients where they are wanted."""
+
+    kernel: AttentionKernel = TorchFlashKernel()
+    copied_bytes = 0
+    """Of gradients so far, copied to where they were wanted: read and written."""
 
 
 def _operands(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -42,7 +49,7 @@ def _flash_attn_forward(
     """[b, s, h, d] -> (out [b, s, h, d], lse [b, h, s], None, None)."""
     _refuse(causal and q.shape[1] != k.shape[1], dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
     if q.device.type == "cuda":
-        out, lse = _ON_GPU.forward(q, k, v, _rules(q, softmax_scale, causal))
+        out, lse = OnGpu.kernel.forward(q, k, v, _rules(q, softmax_scale, causal))
         return out, lse.transpose(1, 2).contiguous(), None, None
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_operands(q, k, v), 0.0, causal, scale=softmax_scale
@@ -74,7 +81,7 @@ def _flash_attn_backward(
     _refuse(causal and q.shape[1] != k.shape[1], dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
     if q.device.type == "cuda":
         lse, rules = softmax_lse.transpose(1, 2), _rules(q, softmax_scale, causal)
-        gradients = _ON_GPU.backward(dout, q, k, v, out, lse, rules, deterministic=deterministic)
+        gradients = OnGpu.kernel.backward(dout, q, k, v, out, lse, rules, deterministic=deterministic)
     else:
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_operands(dout, q, k, v, out), softmax_lse, 0.0, causal, scale=softmax_scale
@@ -82,6 +89,7 @@ def _flash_attn_backward(
         gradients = [x.transpose(1, 2) for x in gradients]
     for into, gradient in zip((dq, dk, dv), gradients, strict=True):
         into.copy_(gradient)
+        OnGpu.copied_bytes += into.numel() * (into.element_size() + gradient.element_size())
     return softmax_lse
 
 
@@ -125,8 +133,12 @@ def _missing(*args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError("the stand-in for flash_attn has no variable-length functions")
 
 
-def install_stand_in() -> None:
-    """Put the stand-in where `import flash_attn` finds it, unless the real one is there and has its GPU."""
+def install_stand_in(kernel: AttentionKernel | None = None) -> None:
+    """Put the stand-in where `import flash_attn` finds it, unless the real one is there and has its GPU.
+
+    kernel: what it calls on a GPU from now on; by default PyTorch's flash operator.
+    """
+    OnGpu.kernel = kernel or OnGpu.kernel
     if "flash_attn" in sys.modules or (torch.cuda.is_available() and importlib.util.find_spec("flash_attn")):
         return
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
