@@ -12,10 +12,12 @@ first. Exit code 3: no rival is here. What an efficiency is: megatron_loong/benc
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_loong.bench import rank_alone
+from megatron_loong.bench.gpu.outcome import write_json
 from megatron_loong.bench.local_copies import init_world_of_one
 from megatron_loong.bench.rivals.flash_attn_stand_in import OnGpu
 from megatron_loong.bench.rivals.interface import Shape
@@ -101,33 +104,47 @@ def contestants(
     return found, missing
 
 
-def measure(args: argparse.Namespace, tokens: int, heads: tuple[int, int], device: torch.device) -> dict:
-    """One shape as a record."""
+def measure(
+    args: argparse.Namespace,
+    tokens: int,
+    heads: tuple[int, int],
+    device: torch.device,
+    record: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """One shape, into `record` and saved after each rank. A rank that fails leaves its traceback in `failed`."""
     config = LoongConfig(args.ring * args.head_parallel_size, args.head_parallel_size, args.inner_ring_size)
     ranks = config.context_parallel_size
     shape = Shape(tokens * ranks, *heads, args.head_dim, getattr(torch, args.dtype))
     kernel = rank_alone.chosen_kernel(shape, config.head_parallel_size, device, args.kernel)
     reference = rank_alone.kernel_alone(shape, ranks, device, kernel)
-    rows, left_out = [], {}
-    print(f"{shape.describe()}, {config.describe()}, kernel {kernel.name}")
+    rows, failed = [], {}
+    record |= {"tokens_per_rank": tokens, "shape": shape.describe(), "layout": config.describe(), "kernel": kernel.name,
+               "rounds": args.rounds, "results": rows, "left_out": {}, "failed": failed}  # fmt: skip
+    print(f"{shape.describe()}, {config.describe()}, kernel {kernel.name}", flush=True)
     last = config.ring_size - 1
     for ring_rank in args.rank or sorted({last} if args.rivals else {0, config.ring_size // 2, last}):
         init_world_of_one(ring_rank, config.ring_size)
+        print(f"  rank {ring_rank} ...", flush=True)
         try:
-            runs, left_out = contestants(args, config, shape, device, ring_rank)
+            runs, record["left_out"] = contestants(args, config, shape, device, ring_rank)
             copied = {name: stand_in_copies(run) for name, (run, _) in runs.items()}
             alone, found = rank_alone.efficiencies(runs, reference, args.rounds, args.warmups)
+        except Exception:  # the other ranks and shapes are measured all the same
+            failed[f"rank {ring_rank}"] = traceback.format_exc()
+            print(failed[f"rank {ring_rank}"], flush=True)
+            continue
         finally:
             dist.destroy_process_group()
+            save()
         for one in found:
             rows.append(row_of(one, alone, reference[1], copied[one.name], device))
             print(line_of(rows[-1]), flush=True)
-    for name, reason in left_out.items():
+        record["worst_efficiency"] = min(row["efficiency"] for row in rows if row["name"].startswith("loong"))
+        save()
+    for name, reason in record["left_out"].items():
         print(f"  {name}: {reason}")
-    worst = min(row["efficiency"] for row in rows if row["name"].startswith("loong"))
-    print(f"  worst rank: {worst:.3f}")
-    return {"tokens_per_rank": tokens, "shape": shape.describe(), "layout": config.describe(), "kernel": kernel.name,
-            "rounds": args.rounds, "worst_efficiency": worst, "results": rows, "left_out": left_out}  # fmt: skip
+    print(f"  worst rank: {record.get('worst_efficiency', float('nan')):.3f}", flush=True)
 
 
 def row_of(one: rank_alone.Efficiency, alone: Timing, alone_flops: int, copied: int, device: torch.device) -> dict:
@@ -171,27 +188,32 @@ def stand_in_copies(run: rank_alone.Contestant) -> int:
     return OnGpu.copied_bytes - before
 
 
-def main() -> None:
+def main() -> int:
+    """Measure every shape; 1 when a rank of one failed, 3 when rivals were asked for and none could run."""
     args = parse_arguments()
     device = torch.device("cpu" if args.cpu else "cuda")
     torch.manual_seed(0)
-    name = "CPU" if args.cpu else torch.cuda.get_device_name()
-    record: dict = {"device": name, "torch": torch.__version__, "shapes": []}
+    name, shapes = "CPU" if args.cpu else torch.cuda.get_device_name(), list[dict[str, Any]]()
+    record: dict[str, Any] = {"device": name, "torch": torch.__version__, "shapes": shapes}
+
+    def save() -> None:
+        if args.json:  # as it comes, for whoever stops it
+            write_json(args.json, record)
+
     for tokens in args.tokens_per_rank:
         for heads in zip(args.heads, args.kv_heads, strict=True):
-            record["shapes"].append(measure(args, tokens, heads, device))
-            if args.json:  # as it comes, for whoever stops it
-                args.json.write_text(json.dumps(record, indent=1) + "\n")
-    results = [row["name"] for shape in record["shapes"] for row in shape["results"]]
-    if args.rivals and all(name.startswith("loong") for name in results):
-        reasons = [f"{name}: {reason}" for name, reason in record["shapes"][0]["left_out"].items()]
+            shapes.append({})
+            measure(args, tokens, heads, device, shapes[-1], save)
+    if any(shape["failed"] for shape in shapes):
+        return 1
+    if args.rivals and all(row["name"].startswith("loong") for shape in shapes for row in shape["results"]):
+        reasons = [f"{name}: {reason}" for name, reason in shapes[0]["left_out"].items()]
         record["reason"] = "no rival could run; " + "; ".join(reasons)
         print(record["reason"])
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    if "reason" in record:
-        sys.exit(3)
+        save()
+        return 3
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

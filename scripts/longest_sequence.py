@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import re
 from typing import Any
 
 import torch
@@ -84,12 +86,25 @@ def fits(args: argparse.Namespace, switches: set[str], seq_len: int) -> bool:
         with LiveBytes() as live:
             train_step(args, switches, seq_len, "cpu")
         return live.peak_bytes <= args.memory_gb * 1e9
+    # What the last step left in cycles (checkpoints, hooks, a traceback) would count as this one's.
+    gc.collect()
     torch.cuda.empty_cache()
     try:
         train_step(args, switches, seq_len, "cuda")
         return True
-    except torch.OutOfMemoryError:
-        return False
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if is_out_of_memory(error):
+            return False
+        raise
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, PyTorch's or that of cuDNN, cuBLAS or the host, which have no error type of their own.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    True
+    """
+    return bool(re.search(r"out of memory|ALLOC(ATION)?_FAILED|can't allocate memory", str(error)))
 
 
 if __name__ == "__main__":

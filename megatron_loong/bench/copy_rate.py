@@ -10,17 +10,18 @@ copy of one large dense tensor, and beside it that of the same pass made of PyTo
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from megatron_loong.bench.gpu.outcome import write_json
 from megatron_loong.kernels import folds
 
 AIM = 0.85
@@ -125,11 +126,14 @@ def check(name: str, one: Pass) -> None:
             raise RuntimeError(f"{name}: differs by {error:.1e} from PyTorch's own operators")
 
 
-def measure(args: argparse.Namespace) -> dict[str, object]:
-    """The record: the copy's rate and, by pass, its own and its share of the copy's."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The record, written after each pass: the copy's rate and, by pass, its own and its share of the copy's.
+
+    A pass that is wrong or raises is not timed, and leaves its traceback in `failed`.
+    """
     device = torch.device(args.device)
     copy = copy_bytes_per_s(args.copy_bytes, device, args.repeats)
-    record: dict[str, object] = {
+    record: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -138,25 +142,35 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "aim": AIM,
         "copy_bytes_per_s": copy,
     }
-    measured = record["passes"] = {}
+    measured, failed = record["passes"], record["failed"] = {}, {}
+    print(f"{record['device']}, copy {copy / 1e9:.0f} GB/s, Triton: {record['triton']}", flush=True)
     for name, one in passes(args.tokens, args.heads, args.kv_heads, args.width, args.peers, device).items():
-        check(name, one)
-        seconds = seconds_of(one.run, device, args.repeats)
-        with folds.without_triton():
-            torch_seconds = seconds_of(one.run, device, args.repeats)
-        rate = one.bytes_moved / seconds
-        measured[name] = {
-            "bytes": one.bytes_moved,
-            "seconds": seconds,
-            "bytes_per_s": rate,
-            "of_copy": rate / copy,
-            "torch_of_copy": one.bytes_moved / torch_seconds / copy,
-        }
+        try:
+            check(name, one)
+            seconds = seconds_of(one.run, device, args.repeats)
+            with folds.without_triton():
+                torch_seconds = seconds_of(one.run, device, args.repeats)
+        except Exception:  # the other passes are measured all the same
+            failed[name] = traceback.format_exc()
+            print(failed[name], flush=True)
+        else:
+            rate = one.bytes_moved / seconds
+            x = measured[name] = {
+                "bytes": one.bytes_moved,
+                "seconds": seconds,
+                "bytes_per_s": rate,
+                "of_copy": rate / copy,
+                "torch_of_copy": one.bytes_moved / torch_seconds / copy,
+            }
+            met = "" if x["of_copy"] >= AIM else f"  below {AIM:.0%}"
+            print(f"{name:>14}  {x['of_copy']:6.1%} of the copy, PyTorch's {x['torch_of_copy']:6.1%}{met}", flush=True)
+        if args.json is not None:
+            write_json(args.json, record)
     return record
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print a table, write the record. 2: no GPU here, and none was renounced."""
+    """Measure, print a table, write the record. 1: a pass is wrong; 2: no GPU here, and none was renounced."""
     parser = argparse.ArgumentParser(prog="copy_rate", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="where the record goes")
@@ -177,14 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--tokens {args.tokens} must be even, and --peers {args.peers} divide --heads {args.heads} and "
             f"--kv-heads {args.kv_heads}"
         )
-    record = measure(args)
-    print(f"{record['device']}, copy {record['copy_bytes_per_s'] / 1e9:.0f} GB/s, Triton: {record['triton']}")  # type: ignore[operator]
-    for name, x in record["passes"].items():  # type: ignore[attr-defined]
-        met = "" if x["of_copy"] >= AIM else f"  below {AIM:.0%}"
-        print(f"{name:>14}  {x['of_copy']:6.1%} of the copy, PyTorch's {x['torch_of_copy']:6.1%}{met}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
-    return 0
+    return 1 if measure(args)["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import runpy
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_loong import LoongConfig, build_groups
+from megatron_loong.bench.gpu import outcome
 from megatron_loong.integration import core_attention
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.kernels.reference import ReferenceKernel
@@ -247,3 +250,20 @@ def test_a_layer_compiles_to_one_graph() -> None:
     assert torch.equal(found, want)
     for x, y in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, want)), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "planted-fault"])
+def test_the_gpu_check_holds_the_layer_against_megatrons_own(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    """All ranks of a layout in one process, float32; the fault is a softmax scale that is off by 1%."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "check_core_attention.py"
+    check = runpy.run_path(str(script))["check"]
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # which it would leave behind for other tests
+    if wrong:
+        right = core_attention.attention_2d
+        scaled = lambda *args, softmax_scale, **rest: right(*args, softmax_scale=1.01 * softmax_scale, **rest)  # noqa: E731
+        monkeypatch.setattr(core_attention, "attention_2d", scaled)
+    run = outcome.Run(torch.device("cpu"))
+    check(run)
+    assert set(run.figures["relative_rms_megatron"]) == {"out", "dq", "dk", "dv"} and run.figures["one_rank_s"] > 0
+    assert max(run.figures["relative_rms_megatron"].values()) <= 1e-5
+    assert bool(run.failures) == wrong and (not wrong or "out: relative RMS error" in run.figures["reason"])

@@ -42,7 +42,7 @@ def test_packing_and_ordering_are_what_the_head_exchange_does():
     assert torch.equal(torch.cat([q, k, v], 1), pieces[order])
 
 
-def test_a_wrong_pass_is_not_timed(monkeypatch):
+def test_a_wrong_pass_is_not_timed_and_the_others_are(monkeypatch, tmp_path):
     right = folds.add_rows_
 
     def wrong(pairs):
@@ -51,8 +51,10 @@ def test_a_wrong_pass_is_not_timed(monkeypatch):
         right(pairs)
 
     monkeypatch.setattr(folds, "add_rows_", wrong)
-    with pytest.raises(RuntimeError, match="add dk, dv: differs by"):
-        copy_rate.main(SMALL)
+    assert copy_rate.main([*SMALL, "--json", str(tmp_path / "record.json")]) == 1
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert list(record["failed"]) == ["add dk, dv"] and "RuntimeError: add dk, dv: differs by" in str(record["failed"])
+    assert set(record["passes"]) == {"merge", "add dq", "pack q, k, v", "order q, k, v"}
 
 
 def test_without_a_gpu_it_says_what_to_do(capsys):

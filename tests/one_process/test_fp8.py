@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_loong import LoongConfig, attention_2d, shard_sequence
 from megatron_loong.bench.gpu import exact
 from megatron_loong.bench.gpu import fp8 as gpu_step
-from megatron_loong.bench.gpu.outcome import CannotRunError, WrongError
+from megatron_loong.bench.gpu import kernels as gpu_kernels
+from megatron_loong.bench.gpu.outcome import CannotRunError, Run
 from megatron_loong.bench.simulate import simulate
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels import fp8, registry
@@ -277,12 +278,13 @@ def test_blackwell_has_flash_attn_4s(monkeypatch) -> None:
 
 def test_the_gpu_check_runs_fp8_where_it_can_and_finds_a_lost_scale(monkeypatch) -> None:
     kernel, cpu = fp8_stand_in.install(monkeypatch), torch.device("cpu")
-    with pytest.raises(CannotRunError, match="no kernel with a forward in fp8 serves cpu"):
-        gpu_step.check(cpu)
+    with pytest.raises(CannotRunError, match="needs a CUDA device, the tensors are on cpu"):
+        gpu_kernels.check(Run(cpu), "flash_attn_4_fp8")
     monkeypatch.setitem(KERNELS, "flash_attn_3_fp8", kernel)
-    figures = gpu_step.check(cpu)
-    assert figures["flash_attn_4_fp8"] == {"not_here": "needs a CUDA device, the tensors are on cpu"}
-    assert set(figures["flash_attn_3_fp8"]["by_keys"]) == {64, 256}
+    run = Run(cpu)
+    gpu_kernels.check(run, "flash_attn_3_fp8")
+    assert run.failures == {} and set(run.figures["by_keys"]) == {64, 256}
     monkeypatch.setattr(fp8, "rounded", one_scale_for_all)
-    with pytest.raises(WrongError, match="flash_attn_3_fp8: heads of unequal size: out"):
-        gpu_step.check(cpu)
+    run = Run(cpu)
+    gpu_kernels.check(run, "flash_attn_3_fp8")
+    assert list(run.failures) == ["heads of unequal size"] and "AssertionError: out" in run.figures["reason"]

@@ -209,6 +209,15 @@ def test_rivals_are_held_to_the_right_answer() -> None:
         assert ring_alone.error_of(zigzag_of_equals(ring_rank, 4, behind=1), shape, ring_rank, 4, CPU) > 0.02
 
 
+def test_a_rank_that_fails_leaves_the_results_of_the_others(tmp_path: Path) -> None:
+    """Rank 8 of a ring of 8 does not exist."""
+    done = bench_rank("--cpu", "--rank", "0", "8", "--json", str(tmp_path / "record.json"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    (shape,) = json.loads((tmp_path / "record.json").read_text())["shapes"]
+    assert [row["name"] for row in shape["results"] if row["name"].startswith("loong")] == ["loong rank 0"]
+    assert shape["failed"]["rank 8"].startswith("Traceback") and shape["worst_efficiency"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_the_script_says_that_there_is_no_gpu() -> None:
     done = bench_rank()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -15,31 +16,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_loong.bench.gpu import outcome, page, records
+from megatron_loong.bench.gpu import child, outcome, page, records
 from megatron_loong.bench.gpu.records import ROOT, StepResult
-from megatron_loong.bench.gpu.steps import STEPS, Step
+from megatron_loong.bench.gpu.steps import KERNEL, PASSES, STEPS, Step
+from megatron_loong.kernels.registry import in_fp8
 
-TOTAL_LIMIT_S = 590.0
+#: Within which a killed process is gone; and the least time that a step is begun with.
+END_S, LEAST_S = 5.0, 5.0
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
-    parser.add_argument("--cpu", action="store_true", help="what a CPU can run of it; leaves no record")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="steps whose name has one of these words in it")
-    parser.add_argument("--json", type=Path, help="write the record here too")
-    parser.add_argument("--docs", action="store_true", help="make docs/gpu.md from benchmarks/records/ and end")
-    parser.add_argument("--list", action="store_true", help="show the commands and end")
+    add = parser.add_argument
+    add("--limit", type=float, default=520.0, metavar="S", help="seconds for all of it (default 520)")
+    add("--out", type=Path, metavar="FOLDER", help="for record.json, written anew after every step, and log.txt; "
+        "default: a folder in benchmarks/records/, in /tmp with --cpu or --only")  # fmt: skip
+    add("--cpu", action="store_true", help="what a CPU can run of it, which proves nothing about a GPU")
+    add("--only", nargs="+", metavar="WORD", help="steps whose name has one of these words in it")
+    add("--commit", help="for the record, where the checkout came without .git")
+    add("--docs", action="store_true", help="make docs/gpu.md from benchmarks/records/ and end")
+    add("--list", action="store_true", help="show the commands and end")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    # Importing PyTorch takes seconds, of which the script knows.
+    started = time.monotonic() - max(0.0, time.time() - float(os.environ.get("GPU_CHECK_STARTED", time.time())))
     if args.docs:
         (ROOT / "docs" / "gpu.md").write_text(page.render(records.read_all()))
         return 0
@@ -49,74 +59,134 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.list:
         for step in steps:
-            print(f"{step.name}:\n  {shlex.join(['python', *step.command]).replace('{json}', 'FILE')}")
+            print(f"{step.name}:\n  {shlex.join(['python', *step.arguments(args.cpu, 'FILE')])}")
         return 0
     if not args.cpu and not torch.cuda.is_available():
         print("There is no CUDA device here, so nothing was checked. --cpu runs what a CPU can run of it.")
         return 2
-    machine = records.describe_machine(args.cpu)
-    results = run_all(steps, args.cpu, TOTAL_LIMIT_S)
-    record = records.make_record(machine, results)
-    print("\n".join(["", f"{machine['device']}, commit {machine['commit'][:8]}", *page.table(record["steps"])]))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    if args.cpu:
-        print("On a CPU: no record is kept, and nothing about a GPU is shown.")
-    elif args.only:
-        print("Some steps only: no record is kept.")
-    else:
-        print(f"record: {records.write(record)}; scripts/gpu_check.sh --docs makes docs/gpu.md from it")
+    machine = records.describe_machine(args.cpu, args.commit)
+    if args.out is None:
+        partial = args.cpu or args.only
+        args.out = Path(tempfile.mkdtemp(prefix="gpu_check_")) if partial else records.folder_of(machine)
+    results = Check(machine, args.cpu, args.out, started + args.limit).run_all(steps)
     return 1 if any(result.is_failure for result in results) else 0
 
 
-def run_all(steps: Sequence[Step], cpu: bool, total_limit_s: float) -> list[StepResult]:
-    """Every step after the other; those for which no time is left are `not reached`."""
-    end, results = time.monotonic() + total_limit_s, []
-    for step in steps:
-        left_s = end - time.monotonic()
-        print(f"== {step.name}: {step.proves}", flush=True)
-        if cpu and not step.on_cpu:
-            result = StepResult(step.name, "cannot run here", 0.0, "needs a GPU")
-        elif step.missing:
-            result = StepResult(step.name, "cannot run here", 0.0, f"{step.missing} is missing")
-        elif left_s < 1:
-            result = StepResult(step.name, "not reached", 0.0, f"the check's {total_limit_s:g} s were over")
-        else:
-            result = run_step(step, cpu, min(step.limit_s, left_s))
-        results.append(result)
-        print(f"   {result.status}, {result.seconds:.0f} s. {result.reason}", flush=True)
-    return results
+class Check:
+    """One run of the check: its record and its log, which are written as things happen."""
 
+    def __init__(self, machine: dict[str, Any], cpu: bool, folder: Path, end: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._cpu, self._end, self._folder = cpu, end, folder
+        self._log = folder / "log.txt"
+        self._log.write_text("")
+        self._unseen = self._log.open(encoding="utf-8", errors="replace")
+        self.machine, self.results = machine, list[StepResult]()
 
-def run_step(step: Step, cpu: bool, limit_s: float) -> StepResult:
-    """One step in a process of its own, with all that it starts; its output goes where this one's goes."""
-    with tempfile.TemporaryDirectory(prefix="loong_gpu_check_") as folder:
-        file = Path(folder) / "figures.json"
-        command = [sys.executable, *(x.replace("{json}", str(file)) for x in step.command), *(["--cpu"] if cpu else [])]
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        start = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    def run_all(self, steps: Sequence[Step]) -> list[StepResult]:
+        """Every step after the other, and the record after each; those for which no time is left are `not reached`.
+
+        A step that failed before something was found that it can do without is run again without it.
+        """
+        self._say(json.dumps(self.machine))
+        waiting = deque(steps)
+        while waiting:
+            step, before = waiting.popleft(), switches(self.results)
+            self._say(f"== {step.name}: {step.proves}" + (f" {before}" if before else ""))
+            self.results.append(self._result(step, before))
+            self._save(finished=False)
+            result = self.results[-1]
+            self._say(f"   {result.status}, {result.seconds:.0f} s. {result.reason}")
+            if switches(self.results) != before:
+                failed = {x.name for x in self.results if x.is_failure and not x.name.startswith((KERNEL, PASSES))}
+                waiting.extendleft(x for x in reversed(steps) if x.name in failed)
+        self._save(finished=True)
+        lines = ["", f"{self.machine['device']}, commit {self.machine['commit'][:8]}"]
+        lines += page.table([dataclasses.asdict(x) for x in self.results])
+        self._say("\n".join([*lines, f"{self._folder}: record.json and log.txt"]))
+        return self.results
+
+    def _result(self, step: Step, environment: dict[str, str]) -> StepResult:
+        left_s = self._end - time.monotonic() - END_S
+        if (step.on_cpu if self._cpu else step.on_gpu) is None:
+            return StepResult(step.name, "cannot run here", 0.0, f"is for a {'GPU' if self._cpu else 'CPU'}")
         try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
+            fault = step.fault("cpu" if self._cpu else "cuda")
+        except Exception:  # the step itself will say more
+            fault = None
+        if fault is not None:
+            return StepResult(step.name, "cannot run here", 0.0, fault)
+        if left_s < LEAST_S:
+            return StepResult(step.name, "not reached", 0.0, "the check's time was over")
+        return self.run_step(step, min(step.limit_s, left_s), environment)
+
+    def run_step(self, step: Step, limit_s: float, environment: dict[str, str]) -> StepResult:
+        """One step in a process of its own, with all that it starts; its output goes to the log as it comes."""
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder, self._log.open("ab") as log:
+            file = Path(folder) / "figures.json"
+            process = subprocess.Popen(
+                child.command(limit_s, step.arguments(self._cpu, str(file))),
+                cwd=ROOT,
+                env={**os.environ, **_for_children(), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            while process.poll() is None and time.monotonic() < start + limit_s:
+                time.sleep(0.05)
+                self._show()
+            code = process.poll()
             _end(process)
-            return StepResult(step.name, "timed out", time.monotonic() - start, f"no end after {limit_s:.0f} s")
-        figures = json.loads(file.read_text()) if file.exists() else {}
-    return judge(step, code, time.monotonic() - start, figures)
+            self._show()
+            figures = json.loads(file.read_text()) if file.exists() else {}
+        seconds = time.monotonic() - start
+        if code is None:
+            reason = "; ".join(filter(None, [f"no end after {limit_s:.0f} s", figures.pop("reason", "")]))
+            return StepResult(step.name, "timed out", seconds, reason, figures, environment)
+        return dataclasses.replace(judge(step, code, seconds, figures), switches=environment)
+
+    def _save(self, finished: bool) -> None:
+        steps = [dataclasses.asdict(x) for x in self.results]
+        outcome.write_json(self._folder / "record.json", {**self.machine, "finished": finished, "steps": steps})
+
+    def _say(self, text: str) -> None:
+        with self._log.open("a") as log:
+            log.write(text + "\n")
+        self._show()
+
+    def _show(self) -> None:
+        """Print what is new in the log: all that is said goes there first."""
+        print(self._unseen.read(), end="", flush=True)
+
+
+def switches(results: Sequence[StepResult]) -> dict[str, str]:
+    """Environment variables for the steps to come, so that what failed does not take them with it."""
+    failed = {x.name for x in results if x.is_failure}
+    found = {"LOONG_TRITON": "0"} if PASSES in failed else {}
+    kernels = [x for x in results if x.name.startswith(KERNEL)]
+    names = [x.name.removeprefix(KERNEL) for x in kernels if x.status == "passed"]
+    useful = [x for x in names if x != "reference" and not in_fp8(x)]
+    if useful and any(x.is_failure and not in_fp8(x.name.removeprefix(KERNEL)) for x in kernels):
+        found["LOONG_KERNEL"] = useful[0]
+    return found
+
+
+def _for_children() -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a step and all that it started. torchrun's workers lead sessions of their own, so it gets time for them."""
-    for sign, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-            end = time.monotonic() + patience_s
-            while time.monotonic() < end:
-                process.poll()
-                os.killpg(process.pid, 0)  # raises when nobody is left
-                time.sleep(0.05)
-    process.wait()
+    """Kill what is left of a step and of all that it started, and wait a little until it is gone."""
+    end = time.monotonic() + END_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+        while time.monotonic() < end:
+            process.poll()
+            os.killpg(process.pid, 0)  # raises when nobody is left
+            time.sleep(0.05)
 
 
 def judge(step: Step, code: int, seconds: float, figures: dict[str, Any]) -> StepResult:
@@ -126,7 +196,7 @@ def judge(step: Step, code: int, seconds: float, figures: dict[str, Any]) -> Ste
         return StepResult(step.name, "passed", seconds, "", figures)
     if code == outcome.CANNOT:
         return StepResult(step.name, "cannot run here", seconds, reason)
-    reason = reason or ("it left no figures" if code == outcome.PASSED else f"ended with {code}; see its output above")
+    reason = reason or ("it left no figures" if code == outcome.PASSED else f"ended with {code}; see log.txt")
     return StepResult(step.name, "failed", seconds, reason, figures)
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as full_checkpoint
 
 from megatron_loong.attention import call
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.bench.gpu.outcome import main
+from megatron_loong.bench.gpu.outcome import Run, main
 from megatron_loong.bench.local_copies import LocalCopies
 from megatron_loong.bench.simulate import groups_without_processes
 from megatron_loong.config import LoongConfig
@@ -25,17 +25,19 @@ LAYERS, HEADS, KV_HEADS, WIDTH = 2, 8, 4, 64
 Checkpoint = Callable[..., Any]
 
 
-def check(device: torch.device) -> dict[str, Any]:
+def check(run: Run) -> None:
     """Selective Checkpoint++ on this device: gradients bit for bit those of full recomputation, half the forwards."""
-    local_len = 512 if device.type == "cuda" else 32
-    x = torch.randn(1, local_len, HEADS * WIDTH, device=device).to(torch.bfloat16)
-    weights = torch.randn(LAYERS, HEADS * WIDTH, (HEADS + 2 * KV_HEADS) * WIDTH, device=device).to(torch.bfloat16) / 32
+    local_len = 512 if run.device.type == "cuda" else 32
+    x = torch.randn(1, local_len, HEADS * WIDTH, device=run.device).to(torch.bfloat16)
+    shape = (LAYERS, HEADS * WIDTH, (HEADS + 2 * KV_HEADS) * WIDTH)
+    weights = torch.randn(shape, device=run.device).to(torch.bfloat16) / 32
     full, full_forwards = gradients(_full, x, weights)
     selective, forwards = gradients(selective_checkpoint, x, weights)
+    run.figures["layout"] = CONFIG.describe()
+    run.figures |= {"ring_forwards_full": full_forwards, "ring_forwards_selective": forwards}
     for name, one, other in zip(("dx", "dweights"), full, selective, strict=True):
         assert one.isfinite().all() and torch.equal(one, other), f"{name} differs from that of full recomputation"
     assert (full_forwards, forwards) == (2 * LAYERS, LAYERS), f"ring forwards: {full_forwards}, {forwards}"
-    return {"layout": CONFIG.describe(), "ring_forwards_full": full_forwards, "ring_forwards_selective": forwards}
 
 
 def _full(function: Callable[..., Any], *args: Any) -> Any:

@@ -1,18 +1,14 @@
-"""Kernels whose forward is in fp8 (e4m3), against float64: usual shapes, heads of unequal size, many keys; speed."""
+"""Kernels whose forward is in fp8 (e4m3), against float64: heads of unequal size, many keys."""
 
 from __future__ import annotations
-
-import sys
-from typing import Any
 
 import torch
 
 from megatron_loong.bench.gpu import exact
-from megatron_loong.bench.gpu.kernels import judge, verdict
-from megatron_loong.bench.gpu.outcome import main
+from megatron_loong.bench.gpu.outcome import Run
 from megatron_loong.config import FULL
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
-from megatron_loong.kernels.registry import KERNELS, in_fp8
+from megatron_loong.kernels.registry import KERNELS
 
 #: Largest RMS of the error over RMS of the right answer. e4m3 keeps 3 bits behind the leading one, so that rounding has
 #: an RMS of 2.5%: q and k bring 3.6% into scores of RMS 1, probabilities and v 2.5% each, 5% in all.
@@ -22,26 +18,16 @@ SPREAD = 3
 KEYS = {"cuda": (1024, 16384, 131072), "cpu": (64, 256)}
 
 
-def check(device: torch.device) -> dict[str, Any]:
-    """Kernels whose forward is in fp8 (e4m3), against float64, and their speed."""
-    figures = {name: look_at(kernel, device) for name, kernel in KERNELS.items() if in_fp8(name)}
-    return verdict(figures, f"no kernel with a forward in fp8 serves {device.type}")
-
-
-def look_at(kernel: AttentionKernel, device: torch.device) -> dict[str, Any]:
-    """As `kernels.judge`, and the errors of out with heads of unequal size, and by the number of keys."""
-    figures = judge(kernel, device, {torch.bfloat16: BOUND})
-    if "worst_relative_rms" not in figures:
-        return figures
-    try:
-        figures["worst_of_unequal_heads"] = worst_of_unequal_heads(kernel, device)
-        figures["by_keys"] = {keys: error_of_out(kernel, keys, device) for keys in KEYS[device.type]}
-    except Exception as raised:  # a kernel that raises must not hide the others
-        return {**figures, "wrong": f"{type(raised).__name__}: {raised}"}
-    errors = {"heads of unequal size": figures["worst_of_unequal_heads"]}
-    errors |= {f"{keys} keys": error for keys, error in figures["by_keys"].items()}
-    worst = max(errors, key=lambda x: errors[x])
-    return figures if errors[worst] <= BOUND else {**figures, "wrong": f"{worst}: out {errors[worst]:.1e} > {BOUND:g}"}
+def look_at(run: Run, kernel: AttentionKernel) -> None:
+    """The errors of out with heads of unequal size, and by the number of keys."""
+    with run.case("heads of unequal size"):
+        error = run.figures["worst_of_unequal_heads"] = worst_of_unequal_heads(kernel, run.device)
+        assert error <= BOUND, f"out {error:.1e} > {BOUND:g}"
+    by_keys = run.figures["by_keys"] = {}
+    for keys in KEYS[run.device.type]:
+        with run.case(f"{keys} keys"):
+            error = by_keys[keys] = error_of_out(kernel, keys, run.device)
+            assert error <= BOUND, f"out {error:.1e} > {BOUND:g}"
 
 
 def worst_of_unequal_heads(kernel: AttentionKernel, device: torch.device) -> float:
@@ -65,7 +51,3 @@ def error_of_out(kernel: AttentionKernel, keys: int, device: torch.device) -> fl
         for x, tensors in ((kernel, (q, k, v)), (KERNELS["reference"], (q.double(), k.double(), v.double())))
     )
     return exact.relative_rms(found, right)
-
-
-if __name__ == "__main__":
-    sys.exit(main(check))

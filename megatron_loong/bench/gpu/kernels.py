@@ -1,17 +1,23 @@
-"""Every kernel of the registry that serves this device, against float64, and its speed."""
+"""One kernel of the registry against float64, and its speed: `python -m megatron_loong.bench.gpu.kernels NAME`."""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_loong.attention.merge import merge_
-from megatron_loong.bench.gpu import exact
-from megatron_loong.bench.gpu.outcome import CannotRunError, WrongError, main
+from megatron_loong.bench.gpu import child, exact, fp8, outcome
+from megatron_loong.bench.gpu.outcome import CannotRunError, Run
 from megatron_loong.bench.rank_alone import tile_flops
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
@@ -20,7 +26,7 @@ from megatron_loong.kernels.registry import KERNELS, describe, in_fp8
 #: Largest RMS of the error over RMS of the right answer. The inputs are rounded already; what is left is the kernel.
 BOUNDS = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 #: (query, KV heads), (width of q and k, of v), length, causal.
-CASES = [
+SHAPES = [
     ((8, 8), (64, 64), 512, True),
     ((8, 2), (128, 128), 512, True),
     ((8, 1), (128, 128), 384, False),
@@ -28,50 +34,105 @@ CASES = [
     ((4, 2), (256, 256), 256, True),
     ((4, 2), (96, 96), 200, True),
 ]
+#: A CPU gets a quarter of the length: it shows that the check runs.
+CPU_SHARE = 4
+#: Of the second run of a failed case, and of the cases behind one that left the device unusable.
+AGAIN_LIMIT_S = 30.0
 
 
-def check(device: torch.device) -> dict[str, Any]:
-    """Every kernel of the registry that serves this device, against float64, and its speed.
+class Case(NamedTuple):
+    """One shape and dtype."""
 
-    Those whose forward is in fp8 have a step of their own (`bench.gpu.fp8`).
-    """
-    figures = {name: judge(kernel, device) for name, kernel in KERNELS.items() if not in_fp8(name)}
-    return verdict(figures, f"no kernel but the reference serves {device.type}")
+    dtype: torch.dtype
+    heads: tuple[int, int]
+    widths: tuple[int, int]
+    length: int
+    causal: bool
 
-
-def verdict(figures: dict[str, dict[str, Any]], nothing: str) -> dict[str, Any]:
-    """`figures` of kernels, unless one is wrong or none but the reference is here, which is said as `nothing`."""
-    wrong = [f"{name}: {x['wrong']}" for name, x in figures.items() if "wrong" in x]
-    if wrong:
-        raise WrongError("; ".join(wrong), figures)
-    if all("not_here" in x for name, x in figures.items() if name != "reference"):
-        raise CannotRunError(f"{nothing}: {figures}")
-    return figures
+    def request(self, device_type: str) -> KernelRequest:
+        """What is asked of the kernel."""
+        return KernelRequest(device_type, self.dtype, *self.widths, *self.heads)
 
 
-def judge(
-    kernel: AttentionKernel, device: torch.device, bounds: Mapping[torch.dtype, float] = BOUNDS
-) -> dict[str, Any]:
-    """A kernel's worst errors and speed; `not_here` with the reason, or `wrong` with the first thing that is."""
-    errors: dict[str, float] = {}
-    reason: str | None = None
-    for dtype, bound in bounds.items():
-        kind = str(dtype).removeprefix("torch.")
-        for heads, widths, length, causal in CASES:
-            request = KernelRequest(device.type, dtype, *widths, *heads)
-            fault = kernel.why_not(request)
-            if fault:
-                reason = reason or fault
-                continue
-            try:
-                error = compare(kernel, exact.inputs(length, heads, widths, dtype, device), causal)
-            except Exception as raised:  # a kernel that raises must not hide the others
-                return {"wrong": f"{describe(request)}: {type(raised).__name__}: {raised}"}
-            worst = max(error, key=lambda x: error[x])
-            if not error[worst] <= bound:
-                return {"wrong": f"{describe(request)}: {worst} {error[worst]:.1e} > {bound:g}"}
-            errors[kind] = max(errors.get(kind, 0.0), error[worst])
-    return {"worst_relative_rms": errors, **speed(kernel, device)} if errors else {"not_here": reason}
+def cases_of(name: str, device_type: str) -> list[Case]:
+    """Every shape in every dtype; bfloat16 alone for a kernel whose forward is in fp8."""
+    share = CPU_SHARE if device_type == "cpu" else 1
+    return [
+        Case(dtype, heads, widths, length // share, causal)
+        for dtype in ([torch.bfloat16] if in_fp8(name) else BOUNDS)
+        for heads, widths, length, causal in SHAPES
+    ]
+
+
+def fault(name: str, device_type: str) -> str | None:
+    """Why a kernel serves no case on this device; None where it does."""
+    reasons = [KERNELS[name].why_not(case.request(device_type)) for case in cases_of(name, device_type)]
+    return None if None in reasons else reasons[0]
+
+
+def check(run: Run, name: str, only: Sequence[int] | None = None) -> None:
+    """A kernel's worst errors and its speed. `only`: numbers of cases, of which then nothing is run again."""
+    kernel, cases = KERNELS[name], cases_of(name, run.device.type)
+    reason = fault(name, run.device.type)
+    if reason is not None:
+        raise CannotRunError(reason)
+    worst = run.figures["worst_relative_rms"] = {}
+    for index in range(len(cases)) if only is None else only:
+        case = cases[index]
+        request = case.request(run.device.type)
+        if kernel.why_not(request):
+            continue
+        label = f"{name}, {describe(request)}, {case.length} tokens, {'causal' if case.causal else 'full'}"
+        with run.case(label):
+            dtype = str(case.dtype).removeprefix("torch.")
+            error = worst_error(kernel, case, run.device)
+            worst[dtype] = max(worst.get(dtype, 0.0), error)
+        if label not in run.failures:
+            continue
+        if only is None and "again" not in run.figures and run.device.type == "cuda":
+            # Launches that block have the error raised by the call that made it.
+            run.figures["again"] = in_another_process(run, name, [index], CUDA_LAUNCH_BLOCKING="1")
+        if _is_lost(run.device):
+            rest = [x for x in (range(len(cases)) if only is None else only) if x > index]
+            run.figures["rest"] = in_another_process(run, name, rest) if rest else {}
+            return
+    if only is None and in_fp8(name):
+        fp8.look_at(run, kernel)
+    if only is None:
+        with run.case(f"{name}, speed"):
+            run.figures |= speed(kernel, run.device)
+
+
+def worst_error(kernel: AttentionKernel, case: Case, device: torch.device) -> float:
+    """The greatest of `compare`; `AssertionError` where it is above the bound."""
+    tensors = exact.inputs(case.length, case.heads, case.widths, case.dtype, device)
+    errors = compare(kernel, tensors, case.causal)
+    worst, bound = max(errors, key=lambda x: errors[x]), fp8.BOUND if in_fp8(kernel.name) else BOUNDS[case.dtype]
+    assert errors[worst] <= bound, f"{worst} {errors[worst]:.1e} > {bound:g}"
+    return errors[worst]
+
+
+def in_another_process(run: Run, name: str, cases: Sequence[int], **environment: str) -> dict[str, Any]:
+    """Figures of some cases in a process of their own."""
+    print(f"in another process, {environment}:", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        arguments = ["-m", __spec__.name, name, "--json", str(file), "--cases", *map(str, cases)]
+        command = child.command(AGAIN_LIMIT_S, [*arguments, *(["--cpu"] if run.device.type == "cpu" else [])])
+        try:
+            subprocess.run(command, env={**os.environ, **environment}, timeout=AGAIN_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            print(f"no end after {AGAIN_LIMIT_S:g} s", flush=True)
+        return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether the device refuses all further work of this process, as after an illegal access."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception:
+        return True
+    return False
 
 
 def compare(kernel: AttentionKernel, tensors: list[torch.Tensor], causal: bool) -> dict[str, float]:
@@ -134,5 +195,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def main() -> int:
+    """One kernel, all of it or some cases."""
+    parser = outcome.parser(__doc__)
+    parser.add_argument("name", choices=list(KERNELS))
+    parser.add_argument("--cases", type=int, nargs="+")
+    args = parser.parse_args()
+    return outcome.run(functools.partial(check, name=args.name, only=args.cases), args)
+
+
 if __name__ == "__main__":
-    sys.exit(main(check))
+    sys.exit(main())

@@ -1,11 +1,14 @@
-"""How a check says what came of it: an exit code for the one that ran it, and figures in JSON."""
+"""How a check says what came of it: figures in JSON as they come, a line around each case, an exit code."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +18,87 @@ import torch
 PASSED, FAILED, CANNOT = 0, 1, 3
 
 
-class WrongError(AssertionError):
-    """Something is wrong, and there are figures of the rest."""
-
-    def __init__(self, message: str, figures: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.figures = figures
-
-
 class CannotRunError(Exception):
     """What a check needs is not here; the message says what."""
 
 
-def main(check: Callable[[torch.device], dict[str, Any]], argv: list[str] | None = None) -> int:
-    """Run `check` on the GPU (--cpu: on the CPU), print its figures and write them to --json; returns the exit code.
+class Run:
+    """One run of a check on one device: its figures, and what failed."""
+
+    def __init__(self, device: torch.device, file: Path | None = None) -> None:
+        self.device, self._file = device, file
+        self.figures: dict[str, Any] = {}
+        self.failures: dict[str, str] = {}
+        """Traceback by case."""
+        self._reasons: list[str] = []
+
+    @contextlib.contextmanager
+    def case(self, label: str) -> Iterator[None]:
+        """A line before and after; what raises leaves its traceback, and the next case runs."""
+        print(f"{label} ...", flush=True)
+        start = time.perf_counter()
+        try:
+            yield
+            # Kernels run later than they are called: their errors must be this case's.
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        except CannotRunError:
+            raise
+        except Exception as error:
+            self.failures[label] = traceback.format_exc()
+            first_line = (str(error).splitlines() or [""])[0]
+            self._reasons.append(f"{label}: {type(error).__name__}: {first_line}")
+            print(f"{self.failures[label]}{label}: FAILED, {time.perf_counter() - start:.2f} s", flush=True)
+        else:
+            print(f"{label}: ok, {time.perf_counter() - start:.2f} s", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write what there is so far, so that it outlasts a crash of this process."""
+        if self.failures:
+            self.figures |= {"failures": self.failures, "reason": "; ".join(self._reasons)}
+        if self._file:
+            write_json(self._file, self.figures)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of every check."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--cpu", action="store_true", help="what of it a CPU can run, in a small size")
+    made.add_argument("--json", type=Path, help="where its figures go")
+    return made
+
+
+def main(check: Callable[[Run], object], argv: list[str] | None = None) -> int:
+    """`run` of a check that has no arguments of its own."""
+    return run(check, parser(check.__doc__).parse_args(argv))
+
+
+def run(check: Callable[[Run], object], args: argparse.Namespace) -> int:
+    """Run `check` on the GPU (--cpu: on the CPU), write its figures to --json; returns the exit code.
 
     A check raises `AssertionError` for a wrong result and `CannotRunError` for what is missing.
     """
-    parser = argparse.ArgumentParser(description=check.__doc__)
-    parser.add_argument("--cpu", action="store_true", help="what of it a CPU can run, in a small size")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
     torch.manual_seed(0)
-    code, result = _run(check, args.cpu)
-    for name, value in result.items():
-        print(f"{name}: {value}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return code
-
-
-def _run(check: Callable[[torch.device], dict[str, Any]], cpu: bool) -> tuple[int, dict[str, Any]]:
+    this = Run(torch.device("cpu"), args.json)
     try:
-        if not cpu and not torch.cuda.is_available():
-            raise CannotRunError("no CUDA device here")
-        return PASSED, check(torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device()))
+        if not args.cpu:
+            if not torch.cuda.is_available():
+                raise CannotRunError("no CUDA device here")
+            this.device = torch.device("cuda", torch.cuda.current_device())
+        with this.case("whole check"):
+            check(this)
     except CannotRunError as error:
-        return CANNOT, {"reason": str(error)}
-    except WrongError as error:
-        return FAILED, {**error.figures, "reason": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        return FAILED, {"reason": f"{type(error).__name__}: {error}"}
+        this.figures["reason"] = str(error)
+        this.save()
+        print(error, flush=True)
+        return CANNOT
+    print(json.dumps(this.figures, indent=1), flush=True)
+    return FAILED if this.failures else PASSED
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a file as a whole: whoever reads it meets the old one or the new one."""
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(beside, file)

@@ -11,20 +11,30 @@ _HEAD = """# GPUs: what has been proven
 
 <!-- Made by `scripts/gpu_check.sh --docs` from benchmarks/records/; do not edit. -->
 
-`scripts/gpu_check.sh` runs on any machine with PyTorch and one NVIDIA GPU, in ten minutes at most, and downloads
-nothing: this checkout is enough. Each step is a process of its own with a time limit. It ends with a table, and
-writes a record to `benchmarks/records/`; `scripts/gpu_check.sh --docs` then makes this page from the records. Send
-yours. `--cpu` runs what a CPU can run of it; that leaves no record, for it proves nothing about a GPU.
-`scripts/gpu_check.sh --list` shows the commands, each of which runs by itself too.
+On a machine with PyTorch and one NVIDIA GPU, in this checkout, without a network:
 
-Megatron's training needs megatron-core 0.17 or newer on `PYTHONPATH`, or a Megatron-LM checkout in `MEGATRON_LM_PATH`;
-other people's rings need yunchang and ring-flash-attn there. A step that lacks what it needs says so, and the others
-run.
+```bash
+scripts/gpu_check.sh --limit 520 --out gpu_run      # --commit $(git rev-parse HEAD) where .git did not come along
+```
+
+It ends within `--limit` seconds, and leaves two files: `gpu_run/record.json`, written anew after every step (device,
+driver, versions, commit; of each step the result, the figures, the traceback of what failed), and `gpu_run/log.txt`,
+all output as it came. A check that is killed leaves what it had. Each step, and each kernel, is a process with a time
+limit of its own. A kernel that fails is not used by later steps, nor Triton if its passes fail; the record says so
+(`switches`).
+
+Without `--out` both go to a folder of `benchmarks/records/`, from which `scripts/gpu_check.sh --docs` makes this page.
+Send yours. `--cpu` runs what a CPU can run of it; `--list` shows the commands, each of which runs by itself too.
+
+The two steps of Megatron need megatron-core 0.17 or newer on `PYTHONPATH` (or a Megatron-LM checkout there and in
+`MEGATRON_LM_PATH`); other people's rings need yunchang and ring-flash-attn. A step that lacks what it needs says so.
 """
 
 
 _NEEDS_MORE = """What takes several GPUs is in no step, and unproven: NCCL between devices.
 """
+
+_STEPS = [step for step in STEPS if step.on_gpu is not None]
 
 
 def render(records: Sequence[dict[str, Any]]) -> str:
@@ -36,9 +46,9 @@ def render(records: Sequence[dict[str, Any]]) -> str:
 def _proven(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         lines = ["**Nothing has been proven on a GPU yet**: there is no record. Unproven is each of these:", ""]
-        return "\n".join([*lines, *(f"- {step.name}: {step.proves}" for step in STEPS), ""])
+        return "\n".join([*lines, *(f"- {step.name}: {step.proves}" for step in _STEPS), ""])
     lines = ["| step | shows that | passed on | failed on |", "|---|---|---|---|"]
-    for step in STEPS:
+    for step in _STEPS:
         cells = [_devices(records, step, "passed"), _devices(records, step, "failed", "timed out")]
         lines.append(f"| {step.name} | {step.proves} | {cells[0] or '**nothing yet**'} | {cells[1]} |")
     return "\n".join([*lines, ""])
@@ -48,7 +58,7 @@ def _devices(records: Sequence[dict[str, Any]], step: Step, *statuses: str) -> s
     """Devices whose latest record of a step has one of these statuses."""
     latest: dict[str, str] = {}
     for record in records:
-        for result in record["steps"]:
+        for result in reversed(record["steps"]):  # one that was run again counts as it ended
             if result["name"] == step.name and result["status"] not in ("cannot run here", "not reached"):
                 latest.setdefault(record["device"], result["status"])
     return ", ".join(sorted(device for device, status in latest.items() if status in statuses))
@@ -75,7 +85,8 @@ def table(steps: Sequence[dict[str, Any]]) -> list[str]:
     """What came of each step, as the check prints it too."""
     lines = ["| step | result | s | |", "|---|---|---|---|"]
     for result in steps:
-        said = result["reason"].replace("\n", " ").replace("|", "/")
+        said = " ".join([*(f"{x}={y}" for x, y in result["switches"].items()), result["reason"]])
+        said = said.strip().replace("\n", " ").replace("|", "/")
         said = said if len(said) <= 160 else said[:157] + "..."
         lines.append(f"| {result['name']} | {result['status']} | {result['seconds']:.0f} | {said} |")
     return lines

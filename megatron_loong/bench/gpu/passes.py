@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 
 from megatron_loong.bench.gpu import exact
-from megatron_loong.bench.gpu.outcome import main
+from megatron_loong.bench.gpu.outcome import Run, main
 from megatron_loong.kernels import folds
 
 #: [b, s, h, d]: sizes that no block of a kernel divides among them.
@@ -16,18 +15,21 @@ SHAPES = [(1, 256, 8, 128), (2, 77, 3, 64), (1, 33, 5, 80)]
 BOUND = 1e-6
 
 
-def check(device: torch.device) -> dict[str, Any]:
+def check(run: Run) -> None:
     """The memory-bound passes (merge, adding up, packing) on this device against float64, by Triton where it serves."""
-    worst = {"merge": 0.0, "add": 0.0}
+    triton = folds.triton_fault() if run.device.type == "cuda" else "runs on CUDA only"
+    run.figures["triton"] = triton or "used"
+    worst = run.figures["worst_relative_rms"] = {}
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            worst["merge"] = max(worst["merge"], merge_error(shape, dtype, device))
-            worst["add"] = max(worst["add"], add_error(shape, dtype, device))
-            check_copies(shape, dtype, device)
-    for name, error in worst.items():
-        assert error <= BOUND, f"{name}: relative RMS error {error:.1e} > {BOUND:g}"
-    triton = folds.triton_fault() if device.type == "cuda" else "runs on CUDA only"
-    return {"worst_relative_rms": worst, "copies": "equal", "triton": triton or "used"}
+            what = f"{list(shape)} {dtype}"
+            for name, error_of in (("merge", merge_error), ("add", add_error)):
+                with run.case(f"{name}, {what}"):
+                    error = error_of(shape, dtype, run.device)
+                    worst[name] = max(worst.get(name, 0.0), error)
+                    assert error <= BOUND, f"{name}: relative RMS error {error:.1e} > {BOUND:g}"
+            with run.case(f"copies, {what}"):
+                check_copies(shape, dtype, run.device)
 
 
 def merge_error(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:

@@ -1,23 +1,27 @@
 """Several processes, attention over a real process group; they share a GPU where there are fewer than processes.
 
-python -m megatron_loong.bench.gpu.ranks --backend gloo [--cpu] [--ranks 4]
+python -m megatron_loong.bench.gpu.ranks --backend gloo [--cpu]
 """
 
 from __future__ import annotations
 
+import faulthandler
 import functools
+import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
+import time
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-from megatron_loong.bench.gpu import exact
-from megatron_loong.bench.gpu.outcome import CannotRunError, main
+from megatron_loong.bench.gpu import child, exact, outcome
+from megatron_loong.bench.gpu.outcome import CannotRunError, Run
 from megatron_loong.bench.gpu.simulated import one_rank
 from megatron_loong.config import LoongConfig
 from megatron_loong.sequence.sharding import token_positions
@@ -25,46 +29,72 @@ from megatron_loong.topology.groups import build_groups
 
 RANKS = 4
 LAYOUTS = [LoongConfig(RANKS), LoongConfig(RANKS, 1, 2), LoongConfig(RANKS, 2), LoongConfig(RANKS, 4)]
-#: What NCCL says of two ranks on one device where it does not allow them.
-REFUSAL = "Duplicate GPU detected"
+#: NCCL that takes several ranks on one device, when asked.
+SHARED_BY_NCCL = (2, 30)
+#: Of all ranks together.
+LIMIT_S = 60.0
 
 
-def start(backend: str, device: torch.device) -> dict[str, Any]:
+def fault(backend: str, device_type: str) -> str | None:
+    """Why this backend cannot have these ranks here; None where it can."""
+    if backend != "nccl":
+        return None
+    if device_type != "cuda" or not dist.is_nccl_available():
+        return "NCCL needs a CUDA device and a torch that has it"
+    if torch.cuda.device_count() < RANKS and nccl.version() < SHARED_BY_NCCL:
+        return f"NCCL {nccl.version()} has no two ranks on one device, which takes {SHARED_BY_NCCL} or {RANKS} GPUs"
+    return None
+
+
+def check(run: Run, backend: str) -> None:
     """Attention on four processes that share a device, or have one each, over a process group of this backend."""
-    if backend == "nccl" and (device.type != "cuda" or not dist.is_nccl_available()):
-        raise CannotRunError("NCCL needs a CUDA device and a torch that has it")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command = [*torchrun, "-m", __spec__.name, "--backend", backend, *(["--cpu"] if device.type == "cpu" else [])]
-    # NCCL 2.30 on takes several ranks on one device when asked.
-    environment = {**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(ended.stdout)
-    if ended.returncode and backend == "nccl" and REFUSAL in ended.stdout:
-        raise CannotRunError(f"this NCCL ({_nccl_version()}) does not allow several ranks on one device")
-    assert ended.returncode == 0, f"torchrun ended with {ended.returncode}; see above"
-    errors = [float(line.split()[-1]) for line in ended.stdout.splitlines() if "largest error" in line]
-    assert len(errors) == 1, f"{len(errors)} reports of a largest error, not one"
-    version = {"nccl": _nccl_version()} if backend == "nccl" else {}
-    devices = min(RANKS, torch.cuda.device_count()) if device.type == "cuda" else 0
-    return {
-        "ranks": RANKS,
-        "gpus": devices,
-        "layouts": [x.describe() for x in LAYOUTS],
-        "max_error_float64": errors[0],
-        **version,
-    }
+    reason = fault(backend, run.device.type)
+    if reason is not None:
+        raise CannotRunError(reason)
+    devices = min(RANKS, torch.cuda.device_count()) if run.device.type == "cuda" else 0
+    run.figures |= {"ranks": RANKS, "gpus": devices}
+    os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    # A server that has imported this file forks them: PyTorch is imported once more, not four times.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__spec__.name])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        shared = backend, run.device.type, Path(folder) / "store", file
+        ranks = [context.Process(target=one_of_them, args=(*shared, rank)) for rank in range(RANKS)]
+        try:
+            for x in ranks:
+                x.start()
+            end = time.monotonic() + LIMIT_S
+            # One that has failed leaves the others waiting for it.
+            while any(x.exitcode is None for x in ranks) and not any(x.exitcode for x in ranks):
+                assert time.monotonic() < end, f"no end after {LIMIT_S:g} s"
+                time.sleep(0.05)
+        finally:
+            codes = [x.exitcode for x in ranks]
+            for x in ranks:
+                x.kill()
+            if file.exists():
+                run.figures["max_error_float64"] = json.loads(file.read_text())
+        assert not any(codes), f"exit codes of the ranks: {codes}; see their output above"
+        assert len(run.figures["max_error_float64"]) == len(LAYOUTS)
 
 
-def one_of_them(backend: str, device: torch.device) -> None:
+def one_of_them(backend: str, device_type: str, store: Path, file: Path, rank: int) -> None:
     """What each process runs: float64, reference kernel, against one device. `AssertionError` names the layout."""
+    faulthandler.dump_traceback_later(LIMIT_S - child.MARGIN_S)
+    device = torch.device(device_type)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=60))
-    rank, worst = dist.get_rank(), torch.zeros((), dtype=torch.float64, device=device)
+    # A store in a file: no port that another could have.
+    address = f"file://{store}"
+    dist.init_process_group(backend, address, timedelta(seconds=60), world_size=RANKS, rank=rank)
     tensors = exact.inputs(64, (8, 4), (16, 16), torch.float64, device)
+    errors: dict[str, float] = {}
     for config in LAYOUTS:
-        groups = build_groups(config, range(RANKS))
+        if rank == 0:
+            print(f"{config.describe()} ...", flush=True)
+        groups, worst = build_groups(config, range(RANKS)), torch.zeros((), dtype=torch.float64, device=device)
         for causal in (True, False):
             right = exact.float64(tensors, causal)
             found = one_rank(groups, tensors, causal, "reference")
@@ -74,23 +104,21 @@ def one_of_them(backend: str, device: torch.device) -> None:
                 assert error <= 1e-12, f"{name} on rank {rank}, {config.describe()}, {causal=}: {error:.1e} > 1e-12"
                 worst.clamp_(min=error)
         groups.destroy()
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    if rank == 0:
-        print(f"largest error of all ranks and layouts {worst.item()}")
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        errors[config.describe()] = worst.item()
+        if rank == 0:
+            outcome.write_json(file, errors)
+            print(f"{config.describe()}: ok, largest error {worst.item():.1e}", flush=True)
     dist.destroy_process_group()
 
 
-def _nccl_version() -> str:
-    return ".".join(str(x) for x in nccl.version())
+def main() -> int:
+    """The step."""
+    parser = outcome.parser(__doc__)
+    parser.add_argument("--backend", required=True, choices=["gloo", "nccl"])
+    args = parser.parse_args()
+    return outcome.run(functools.partial(check, backend=args.backend), args)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    place = arguments.index("--backend")
-    wanted = arguments[place + 1]
-    del arguments[place : place + 2]
-    if "RANK" in os.environ:
-        one_of_them(wanted, torch.device("cpu" if "--cpu" in arguments else "cuda"))
-    else:
-        check = functools.partial(start, wanted)
-        sys.exit(main(check, arguments))
+    sys.exit(main())

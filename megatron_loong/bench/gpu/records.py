@@ -8,11 +8,13 @@ import platform
 import re
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.cuda import nccl
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORDS = ROOT / "benchmarks" / "records"
@@ -31,6 +33,8 @@ class StepResult:
     reason: str = ""
     """Why it did not pass."""
     figures: dict[str, Any] = field(default_factory=dict)
+    switches: dict[str, str] = field(default_factory=dict)
+    """Environment variables that kept it from what had failed before."""
 
     @property
     def is_failure(self) -> bool:
@@ -38,18 +42,21 @@ class StepResult:
         return self.status in ("failed", "timed out")
 
 
-def describe_machine(cpu: bool) -> dict[str, Any]:
-    """Device, driver, versions and commit."""
+def describe_machine(cpu: bool, commit: str | None = None) -> dict[str, Any]:
+    """Device, driver, versions and commit (by default that of the checkout)."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    machine: dict[str, Any] = {"device": "CPU", "commit": _commit(), "versions": versions}
+    date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())  # UTC
+    machine: dict[str, Any] = {"date": date, "device": "CPU", "commit": commit or _commit(), "versions": versions}
     if not cpu:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        if dist.is_nccl_available():
+            versions["nccl"] = ".".join(map(str, nccl.version()))
         machine |= {
             "device": properties.name,
             "memory_bytes": properties.total_memory,
@@ -59,26 +66,17 @@ def describe_machine(cpu: bool) -> dict[str, Any]:
     return machine
 
 
-def make_record(machine: dict[str, Any], results: list[StepResult]) -> dict[str, Any]:
-    """Ready for JSON; the date is UTC."""
-    date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
-    return {"date": date, **machine, "steps": [asdict(result) for result in results]}
-
-
-def write(record: dict[str, Any], folder: Path = RECORDS) -> Path:
-    """Write a GPU's record to `folder`, under a name that says device, date and commit. `ValueError` for a CPU's."""
-    if record["device"] == "CPU":
-        raise ValueError("a CPU's record proves nothing about a GPU and does not belong among the records")
-    folder.mkdir(parents=True, exist_ok=True)
-    words = (record["device"], re.sub(r"\D", "", record["date"]), record["commit"][:8])
-    path = folder / (re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_") + ".json")
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+def folder_of(machine: dict[str, Any]) -> Path:
+    """Where a whole run on a GPU goes unless it is told: among the records, under device, date and commit."""
+    words = (machine["device"], re.sub(r"\D", "", machine["date"]), machine["commit"][:8])
+    return RECORDS / re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
 
 
 def read_all(folder: Path = RECORDS) -> list[dict[str, Any]]:
-    """All records, the latest first."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """All records, the latest first; `ValueError` for that of a CPU."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
+    if any(record["device"] == "CPU" for record in records):
+        raise ValueError(f"a CPU's record proves nothing about a GPU and does not belong in {folder}")
     return sorted(records, key=lambda record: record["date"], reverse=True)
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megatron_loong.bench.gpu import kernels, ranks, training
+from megatron_loong.kernels.registry import KERNELS, in_fp8
 
 _CHECK = "megatron_loong.bench.gpu."
+KERNEL, PASSES = "kernel ", "passes over memory"
+
+
+def _no_fault(device_type: str) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -18,41 +27,68 @@ class Step:
     command: tuple[str, ...]
     """Arguments of Python; `{json}` stands for a file."""
     limit_s: float
-    on_cpu: bool = True
-    """Whether it has a small mode for a CPU (`--cpu`)."""
+    on_gpu: tuple[str, ...] | None = ()
+    """Further arguments on a GPU; None: it is for a CPU alone."""
+    on_cpu: tuple[str, ...] | None = ("--cpu",)
+    """Further arguments on a CPU; None: it is for a GPU alone."""
+    fault: Callable[[str], str | None] = _no_fault
+    """Why it cannot run on a device of this type, found without a process; None where it can."""
 
-    @property
-    def missing(self) -> str | None:
-        """The module that the command runs, when it is not there; else None."""
-        if self.command[0] != "-m" or importlib.util.find_spec(self.command[1]) is not None:
-            return None
-        return self.command[1]
-
-
-def _check(name: str, module: str, proves: str, limit_s: float, *arguments: str, on_cpu: bool = True) -> Step:
-    return Step(name, proves, ("-m", _CHECK + module, *arguments, "--json", "{json}"), limit_s, on_cpu)
+    def arguments(self, cpu: bool, json: str) -> list[str]:
+        """What Python is given."""
+        words = [*self.command, *((self.on_cpu if cpu else self.on_gpu) or ())]
+        return [x.replace("{json}", json) for x in words]
 
 
-#: In this order: what is wrong matters more than what is slow. The limits add up to more than the whole check may
-#: take, which has a limit of its own.
+def _check(
+    name: str,
+    module: str,
+    proves: str,
+    limit_s: float,
+    *arguments: str,
+    on_cpu: bool = True,
+    fault: Callable[[str], str | None] = _no_fault,
+) -> Step:
+    command = ("-m", _CHECK + module, *arguments, "--json", "{json}")
+    return Step(name, proves, command, limit_s, on_cpu=("--cpu",) if on_cpu else None, fault=fault)
+
+
+def _kernel(name: str) -> Step:
+    within = "stays within e4m3's error of" if in_fp8(name) else "agrees with"
+    proves = f"it {within} float64, whole and in blocks; its speed"
+    step = _check(KERNEL + name, "kernels", proves, 60, name, fault=functools.partial(kernels.fault, name))
+    return replace(step, on_gpu=None) if name == "cpu_flash" else step
+
+
+def _ranks(backend: str, name: str, proves: str) -> Step:
+    fault = functools.partial(ranks.fault, backend)
+    return _check(name, "ranks", proves, ranks.LIMIT_S + 20, "--backend", backend, fault=fault)
+
+
+def _rank_alone(tokens: int, aim: float, limit_s: float, on_cpu: tuple[str, ...] | None) -> Step:
+    return Step(
+        f"one rank against its kernel, {tokens // 1024}K",
+        f"efficiency of a rank's whole schedule at {tokens} tokens a rank; aim {aim:g} on H100 and H200",
+        ("scripts/bench_rank.py", "--json", "{json}"),
+        limit_s,
+        on_gpu=("--tokens-per-rank", str(tokens)),
+        on_cpu=on_cpu,
+    )
+
+
+#: What is worth most when time runs out comes first. The limits add up to more than the whole check may take, which
+#: has a limit of its own.
 STEPS = (
-    _check("kernels", "kernels", "every kernel that serves this device agrees with float64; its speed", 120),
-    _check(
-        "attention in fp8",
-        "fp8",
-        "kernels with a forward in fp8 stay within e4m3's error of float64, heads of unequal size and many keys too",
+    *(_kernel(name) for name in KERNELS),
+    _rank_alone(8192, 0.95, 90, on_cpu=("--cpu",)),
+    _check(PASSES, "passes", "merging, adding up and packing agree with float64, by Triton", 60),
+    Step(
+        "copy rates",
+        "merging, adding up and packing beside the card's copy bandwidth; aim 85%",
+        ("-m", "megatron_loong.bench.copy_rate", "--json", "{json}"),
         60,
-        on_cpu=False,
+        on_cpu=("--device", "cpu", "--tokens", "64", "--copy-bytes", "65536"),
     ),
-    _check("passes over memory", "passes", "merging, adding up and packing agree with float64, by Triton", 60),
-    _check(
-        "all ranks on one device",
-        "simulated",
-        "attention of 8 ranks in one process is exact in float64, and in bfloat16 as accurate as one call",
-        60,
-    ),
-    _check("4 processes, staged gloo", "ranks", "ranks that share a GPU agree, over gloo", 90, "--backend", "gloo"),
-    _check("4 processes, NCCL", "ranks", "the same over NCCL, where it allows that", 90, "--backend", "nccl"),
     _check(
         "no synchronisation, CUDA graphs",
         "syncs",
@@ -60,24 +96,34 @@ STEPS = (
         60,
         on_cpu=False,
     ),
-    _check("Selective Checkpoint++", "checkpoint", "its gradients are those of full recomputation, bit for bit", 60),
+    _check(
+        "all ranks on one device",
+        "simulated",
+        "attention of 8 ranks in one process is exact in float64, and in bfloat16 as accurate as one call",
+        90,
+    ),
+    _rank_alone(32768, 0.97, 120, on_cpu=None),
+    _check(
+        "NCCL, one rank",
+        "self_messages",
+        "messages and all-to-all to oneself: numbers, no wait of the host, beside a computation, in a CUDA graph",
+        60,
+    ),
+    _ranks("nccl", "4 processes, NCCL", "ranks that share a GPU agree, over NCCL, where it allows that"),
+    _ranks("gloo", "4 processes, staged gloo", "ranks that share a GPU agree, over gloo"),
+    _check("Selective Checkpoint++", "checkpoint", "its gradients are those of full recomputation, bit for bit", 40),
+    Step(
+        "Megatron's layer",
+        "the plugin's core attention on 4 ranks in one process beside Megatron's own on one",
+        ("scripts/check_core_attention.py", "--json", "{json}"),
+        60,
+        fault=lambda device_type: training.not_installed("megatron.core"),
+    ),
     _check(
         "Megatron training, one rank",
         "training",
-        "losses with and without the plugin are equal, step times within 1%",
-        150,
-    ),
-    Step(
-        "copy rates",
-        "merging, adding up and packing at 85% of the card's copy bandwidth",
-        ("-m", "megatron_loong.bench.copy_rate", "--json", "{json}"),
-        90,
-        on_cpu=False,
-    ),
-    Step(
-        "one rank against its kernel",
-        "efficiency of a rank's whole schedule: 0.95 at 8K tokens a rank, 0.97 at 32K, on H100 and H200",
-        ("scripts/bench_rank.py", "--json", "{json}"),
-        180,
+        "losses with and without the plugin are equal; the ratio of step times",
+        2 * training.LIMIT_S + 10,
+        fault=lambda device_type: training.fault(),
     ),
 )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from megatron_loong.bench.gpu import exact
-from megatron_loong.bench.gpu.outcome import CannotRunError, main
+from megatron_loong.bench.gpu.outcome import CannotRunError, Run, main
 from megatron_loong.bench.local_copies import LocalCopies
 from megatron_loong.bench.rank_alone import chosen_kernel, our_rank, rank_inputs
 from megatron_loong.bench.rivals.interface import Shape
@@ -23,21 +22,23 @@ TOLERANCE = 1e-2
 SHAPE = Shape(4096, 16, 8, 128, torch.bfloat16)
 
 
-def check(device: torch.device) -> dict[str, Any]:
+def check(run: Run) -> None:
     """Attention never makes the host wait for the GPU, and a layer of it can be captured in a CUDA graph."""
-    if device.type != "cuda":
+    if run.device.type != "cuda":
         raise CannotRunError("a CPU has no synchronisation to find; tests/one_process/test_no_syncs.py is its part")
-    captured = {}
+    without = run.figures["layouts without a synchronisation"] = []
+    errors = run.figures["graph_relative_rms"] = {}
     for config in LAYOUTS:
-        step = one_step(config, device)
-        for _ in range(2):  # what is made once per layout is made here
-            expected = step()
-        with no_synchronisation():
-            step()
-        captured[config.describe()] = graph_difference(step, expected)
-        error = captured[config.describe()]
-        assert error <= TOLERANCE, f"{config.describe()}: results of the graph are {error:.1e} from those before"
-    return {"layouts without a synchronisation": [x.describe() for x in LAYOUTS], "graph_relative_rms": captured}
+        step, layout = one_step(config, run.device), config.describe()
+        with run.case(f"no synchronisation, {layout}"):
+            for _ in range(2):  # what is made once per layout is made here
+                step()
+            with no_synchronisation():
+                step()
+            without.append(layout)
+        with run.case(f"graph, {layout}"):
+            error = errors[layout] = graph_difference(step, step())
+            assert error <= TOLERANCE, f"{layout}: results of the graph are {error:.1e} from those before"
 
 
 def one_step(config: LoongConfig, device: torch.device) -> Callable[[], list[torch.Tensor]]:
