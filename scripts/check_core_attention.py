@@ -83,9 +83,11 @@ def megatron_on(device: torch.device) -> Iterator[None]:
             tracker = SimpleNamespace(fork=contextlib.nullcontext)
             played.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: device))
             played.enter_context(mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker))
-        yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def their_layer(dtype: torch.dtype, width: int) -> torch.nn.Module:

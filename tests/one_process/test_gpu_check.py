@@ -98,6 +98,7 @@ WRITE = 'open(sys.argv[1], "w").write(\'{"x": 1, "reason": "because"}\'); '
     ("code", "status", "reason"),
     [
         (WRITE, "passed", ""),
+        ("import planted; " + WRITE, "passed", ""),
         ("pass", "failed", "it left no figures"),
         (WRITE + "sys.exit(1)", "failed", "because"),
         ("raise KeyError", "failed", "ended with 1; see log.txt"),
@@ -105,7 +106,7 @@ WRITE = 'open(sys.argv[1], "w").write(\'{"x": 1, "reason": "because"}\'); '
         (WRITE + "sys.exit(3)", "cannot run here", "because"),
         (WRITE + "time.sleep(60)", "timed out", "no end after 2 s; because"),
     ],
-    ids=["passes", "no-figures", "fails", "raises", "crashes", "cannot", "hangs"],
+    ids=["passes", "imports-what-lies-beside-it", "no-figures", "fails", "raises", "crashes", "cannot", "hangs"],
 )
 def test_what_becomes_of_a_step(
     code: str, status: str, reason: str, tmp_path: Path, check_in: Callable[..., runner.Check]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import runpy
+from pathlib import Path
+
+import pytest
 import torch
 
 from megatron_loong.bench.live_bytes import LiveBytes
@@ -43,3 +48,34 @@ def test_the_peak_can_be_looked_for_anew_and_counting_paused() -> None:
     assert (live.peak_bytes, live.live_bytes) == (400, 400)
     del unseen, small
     assert live.live_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "is_one"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("CUDA ran out of memory outside PyTorch's allocator", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_the_longest_sequence_ends_where_memory_does(
+    message: str, is_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever's memory ran out; any other error is one."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "longest_sequence.py"
+    fits = runpy.run_path(str(script))["fits"]
+
+    def train_step(*args: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setitem(fits.__globals__, "train_step", train_step)
+    args = argparse.Namespace(cpu=False)
+    if is_one:
+        assert not fits(args, set(), 1)
+        return
+    with pytest.raises(RuntimeError, match=message):
+        fits(args, set(), 1)

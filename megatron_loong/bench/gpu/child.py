@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 #: Between the traceback and the limit.
@@ -32,6 +33,7 @@ def main() -> None:
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as Python does, for what lies beside a script
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
