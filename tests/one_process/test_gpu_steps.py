@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_check_tells_wrong_from_missing(tmp_path: Path, capsys: pytest.Capture
     assert outcome.main(wrong, ["--cpu", "--json", str(file)]) == outcome.FAILED
     made = json.loads(file.read_text())
     assert made["first"] == made["second"] == 1 and made["reason"] == "first: AssertionError: dk is wrong"
-    assert "test_gpu_check.py" in made["failures"]["first"] and list(made["failures"]) == ["first"]
+    assert "test_gpu_steps.py" in made["failures"]["first"] and list(made["failures"]) == ["first"]
     said = capsys.readouterr().out
     assert "first ...\nTraceback" in said and "first: FAILED" in said and "second: ok" in said
     assert outcome.main(syncs.check, ["--cpu"]) == outcome.CANNOT
@@ -92,8 +93,35 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.figures["worst_relative_rms"]["float32"] <= 1e-5 and run.figures["forward_tflops"] >= 0
 
 
+def test_a_failed_case_runs_again_and_those_behind_a_lost_device_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With launches that block; the device is lost in the second case of four."""
+    asked: list[tuple[list[int], dict[str, str]]] = []
+
+    def worst_error(kernel: Any, case: kernels.Case, device: torch.device) -> float:
+        if case.length == kernels.SHAPES[1][2]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
+        return 0.0
+
+    def elsewhere(run: outcome.Run, name: str, cases: list[int], **environment: str) -> dict[str, Any]:
+        asked.append((cases, environment))
+        return {"case": cases}
+
+    shapes = [(*kernels.SHAPES[0][:2], length, True) for length in (1, 2, 3, 4)]
+    for name, value in {"SHAPES": shapes, "BOUNDS": {torch.bfloat16: 1.0}, "worst_error": worst_error}.items():
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels, "in_another_process", elsewhere)
+    monkeypatch.setattr(kernels, "_is_lost", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setitem(kernels.KERNELS, "broken", SimpleNamespace(why_not=lambda request: None))  # type: ignore[arg-type]
+    run = outcome.Run(CPU)
+    run.device = CUDA
+    kernels.check(run, "broken")
+    assert asked == [([1], {"CUDA_LAUNCH_BLOCKING": "1"}), ([2, 3], {})]
+    assert (run.figures["again"], run.figures["rest"]) == ({"case": [1]}, {"case": [2, 3]})
+    assert len(run.failures) == 1 and run.figures["reason"].endswith("illegal memory access was encountered")
+
+
 def test_cases_in_another_process_leave_their_figures() -> None:
-    """As one that failed is run again with launches that block, and as those behind a lost device are run."""
     run = outcome.Run(CPU)
     figures = kernels.in_another_process(run, "cpu_flash", [14], CUDA_LAUNCH_BLOCKING="1")
     assert list(figures["worst_relative_rms"]) == ["float32"]
