@@ -22,6 +22,7 @@ try:
 except ImportError as error:
     sys.exit(f"{error}: this needs megatron-core 0.17 or newer, or else the pretrain_gpt.py of a Megatron-LM checkout")
 from megatron.core import mpu
+from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
@@ -30,6 +31,8 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import arguments, get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_loong.integration.dataset_helpers import compile_if_missing
 
 BATCH_KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 UNREAD_ARGUMENTS = """sft mtp_num_layers fim_data hybrid_context_parallel dataloader_inter_document_masking spec
@@ -116,4 +119,5 @@ if __name__ == "__main__":  # guarded: Megatron's checkpoint writer imports this
     if "cfg_container" in inspect.signature(training.pretrain).parameters:  # 0.18 on
         configs = import_module("megatron.training.argument_utils")
         parts["cfg_container"] = configs.pretrain_cfg_container_from_args(arguments.parse_and_validate_args())
+    dataset_utils.compile_helpers = compile_if_missing(dataset_utils.compile_helpers)  # also without the launcher
     training.pretrain(**parts)

@@ -96,6 +96,7 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
             _attribute(_module(f"{_LANGUAGE_MODULE}.language_module"), "LanguageModule"), "compute_language_model_loss"
         ),
         "mlp_forward": Seam(_attribute(_module("megatron.core.transformer.mlp"), "MLP"), "forward"),
+        "compile_helpers": Seam(_module("megatron.core.datasets.utils"), "compile_helpers"),
     }
     mtp = _module("megatron.core.transformer.multi_token_prediction")
     if hasattr(mtp, "_compute_mtp_acceptance_counts"):  # from 0.19 on

@@ -25,10 +25,8 @@ import multiprocessing.spawn
 import os
 import runpy
 import sys
-import sysconfig
 import time
 import types
-import unittest.mock
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -290,7 +288,6 @@ def _stand_in_inside_megatron() -> None:
     try:
         with _stand_in_for_triton():
             initialize: Any = importlib.import_module("megatron.training.initialize")
-            dataset_utils: Any = importlib.import_module("megatron.core.datasets.utils")
     except ModuleNotFoundError:
         return  # megatron-core 0.16 alone has no training loop: the script says so itself
     # Draws random numbers of a shape that depends on the CP size, after seeding: without warm-up a CP 1 and a CP 4
@@ -301,21 +298,6 @@ def _stand_in_inside_megatron() -> None:
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 without TransformerEngine compares a name it never set
         moe_utils.te_general_gemm = None
-    compile_helpers = dataset_utils.compile_helpers
-
-    @functools.wraps(compile_helpers)
-    def compile_helpers_if_missing() -> None:
-        """Runs `make` in Megatron's folder: which a wheel does not need, and may not allow."""
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-            return
-        # In a virtual environment, make would ask the wrong python3 and python3-config about headers and suffix.
-        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        with unittest.mock.patch.dict(os.environ, PATH=path, MAKEFLAGS=f"LIBEXT={suffix}"):
-            compile_helpers()
-        importlib.invalidate_caches()  # find_spec has just remembered that there is no such file
-
-    dataset_utils.compile_helpers = compile_helpers_if_missing
 
 
 # ---- child processes -----------------------------------------------------------------------------------------

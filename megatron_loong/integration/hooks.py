@@ -24,6 +24,7 @@ from megatron_loong.integration import (
 )
 from megatron_loong.integration.checks import check_args, check_options, check_parts
 from megatron_loong.integration.core_attention import LoongCoreAttention
+from megatron_loong.integration.dataset_helpers import compile_if_missing
 from megatron_loong.integration.memory_options import check_tiled
 from megatron_loong.integration.options import LoongOptions, fields_of
 from megatron_loong.integration.recompute import checkpoint_function, te_checkpoint
@@ -229,6 +230,7 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "language_model_loss": _with_options(language_model_loss),
     "acceptance_counts": _with_options(acceptance_counts),
     "mlp_forward": _with_options(mlp_forward),
+    "compile_helpers": lambda _, original: compile_if_missing(original),
     **data_hooks.HOOKS,
     **hybrid_loop.HOOKS,
 }

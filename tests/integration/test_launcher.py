@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_loong.launch import command as command_line
-from tests.integration.megatron_runs import REPOSITORY
+from tests.integration.megatron_runs import REPOSITORY, own_script
 
 
-def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """A Python process that finds megatron_loong; its output as text."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RANK": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RANK": "0", **variables}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -115,3 +115,38 @@ def test_cpu_mode_maps_cuda_and_reaches_spawned_processes(tmp_path: Path) -> Non
     assert ended.returncode == 0, ended.stderr
     assert "megatron_loong CPU mode: torch.cuda calls are mapped to the CPU" in ended.stdout
     assert "the child sees it too" in ended.stdout
+
+
+#: The part of `megatron.training`'s start that runs `make`, reached through each door without a GPU.
+COMPILE = """
+import runpy, sys, types
+import torch.distributed as dist
+from megatron import training
+from megatron.training import global_vars, initialize
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+global_vars.set_args(types.SimpleNamespace())
+training.pretrain = lambda **parts: initialize._compile_dependencies()
+if sys.argv[1:]:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+else:
+    training.pretrain()
+print("training would start now")
+"""
+
+
+@pytest.mark.parametrize("door", ["launcher", "own-script-alone"])
+def test_training_from_the_wheel_runs_no_make(door: str, tmp_path: Path) -> None:
+    own = own_script()
+    if own is None:
+        pytest.skip("needs megatron-core 0.17 or newer, whose wheel brings megatron.training")
+    program = tmp_path / "compile.py"
+    program.write_text(COMPILE)
+    make = tmp_path / "make"
+    make.write_text("#!/bin/sh\necho make was run\nexit 2\n")
+    make.chmod(0o755)
+    arguments = ["-m", "megatron_loong", str(program)] if door == "launcher" else [str(program), str(own)]
+    ended = run_python(*arguments, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "make was run" not in ended.stdout
+    assert ended.returncode == 0, ended.stderr
+    assert "training would start now" in ended.stdout
