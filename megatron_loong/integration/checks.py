@@ -102,6 +102,8 @@ def _is_set(value: Any) -> bool:
     return bool(value)
 
 
+_GATED_DELTA_NET = ("gated_delta_net", "gdn")  # the second after 0.19
+
 #: Looked up on the args before anything starts, and on each layer's TransformerConfig. An attribute that the version
 #: at hand lacks is not set.
 REFUSALS = (
@@ -114,12 +116,14 @@ REFUSALS = (
     Refusal("batch_invariant_mode", _is_set, "--batch-invariant-mode", "training without it"),
     Refusal(
         "experimental_attention_variant",
-        lambda v: v not in (None, "gated_delta_net"),
+        lambda v: v not in (None, *_GATED_DELTA_NET),
         "--experimental-attention-variant {value}",
         "dot-product attention or multi-latent attention",
     ),
     Refusal("cache_mla_latents", _is_set, "--cache-mla-latents (absorbed MLA)", "multi-latent attention without it"),
+    # megatron.core.context_parallel (after 0.19) converts between the layouts of layers; with zigzag for all, nothing.
     Refusal("attention_cp_layout", lambda v: v not in (None, "zigzag"), "attention_cp_layout={value}", "zigzag"),
+    Refusal("linear_cp_layout", lambda v: v not in (None, "zigzag"), "linear_cp_layout={value}", "zigzag"),
 )
 
 
@@ -190,9 +194,13 @@ def refuse_beside_packs(holder: Any) -> None:
     `holder`: a TransformerConfig or Megatron's args; None is not checked.
     """
     reason = None
-    if getattr(holder, "experimental_attention_variant", None) == "gated_delta_net":
+    variant = getattr(holder, "experimental_attention_variant", None)
+    if variant in _GATED_DELTA_NET:
         # Its kernels compute TransformerEngine's per-document zigzag themselves.
-        reason, instead = "--experimental-attention-variant gated_delta_net", "sequences of one length, without packing"
+        reason, instead = f"--experimental-attention-variant {variant}", "sequences of one length, without packing"
+    elif getattr(holder, "mtp_hsm", False):
+        # It rolls hidden states, of which our roll for packs passes no gradient on.
+        reason, instead = "--mtp-hsm", "multi-token prediction without it"
     elif getattr(holder, "multi_latent_attention", False) and getattr(holder, "apply_rope_fusion", False):
         reason, instead = "fused rotary embedding in multi-latent attention", "--no-rope-fusion"
     elif getattr(holder, "position_embedding_type", None) == "mrope" or getattr(holder, "mrope_section", None):

@@ -8,15 +8,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_loong.integration import signatures
+
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module"
+_MODELS = ("gpt.gpt_model", "mamba.mamba_model", "hybrid.hybrid_model")
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 
@@ -106,15 +109,28 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
     found.update(_te_checkpoint_seams())
     found.update(_token_layout_seams())
     found.update(_hybrid_seams())
-    for seam in found.values():
-        seam.original()
-    for name in ("attention_init", "mla_init"):
-        parameters = list(inspect.signature(found[name].original()).parameters)
-        if parameters[1:3] != ["config", "submodules"]:
-            raise _unsupported(f"{found[name]}(self, config, submodules, ...)")
-    if "context_parallel_size" not in inspect.signature(found["initialize_model_parallel"].original()).parameters:
-        raise _unsupported("initialize_model_parallel(context_parallel_size=...)")
+    for name, seam in found.items():
+        problem = signatures.problem(name.partition("@")[0], seam.original())
+        if problem:
+            raise _unsupported(f"{seam}{problem}")
     return found
+
+
+def untested(megatron: Megatron, found: Mapping[str, Seam]) -> str | None:
+    """One line about a Megatron that is not among the tested versions: what its hooked functions take besides."""
+    if is_tested(megatron.version):
+        return None
+    news = {seam.name: signatures.news(name.partition("@")[0], seam.original()) for name, seam in found.items()}
+    differing = "; ".join(f"{name} takes {', '.join(new)}" for name, new in news.items() if new)
+    return (
+        f"megatron-core {megatron.version} was not tested with it ({', '.join(TESTED_VERSIONS)} were); "
+        f"{differing or 'the functions that it hooks into take nothing new'}"
+    )
+
+
+def is_tested(version: str) -> bool:
+    """Whether `version` is one of `TESTED_VERSIONS`; a wheel names its commit after a plus."""
+    return version.partition("+")[0] in TESTED_VERSIONS
 
 
 def _te_checkpoint_seams() -> dict[str, Seam]:
@@ -146,8 +162,12 @@ def _token_layout_seams() -> dict[str, Seam]:
         "pipeline_interleaved": Seam(schedules, "forward_backward_pipelining_with_interleaving"),
     }
     gpt_model = _module("megatron.core.models.gpt.gpt_model")
-    if hasattr(gpt_model, "roll_tensor"):  # before 0.17
+    if hasattr(gpt_model, "roll_tensor"):  # before 0.17, where the loss of MTP is part of GPTModel.forward
         found["roll@gpt_model"] = Seam(gpt_model, "roll_tensor")
+    for name in ("transformer.multi_token_prediction", *(f"models.{x}" for x in _MODELS)):  # all but one by value
+        holder = _importable(f"megatron.core.{name}")
+        if hasattr(holder, "process_mtp_loss"):
+            found[f"mtp_loss@{name}"] = Seam(holder, "process_mtp_loss")
     if getattr(rope, "fused_apply_rotary_pos_emb_thd", None) is not None:  # None without TransformerEngine
         found["fused_rotary_thd"] = Seam(rope, "fused_apply_rotary_pos_emb_thd")
     # 0.19, 0.18: functions that get_batch_on_this_cp_rank looks up when it is called.
@@ -214,13 +234,16 @@ def _stock_core_attentions() -> list[Any]:
 
 
 def _absorbed_mla_class() -> type | None:
-    name = "megatron.core.transformer.experimental_attention_variant.absorbed_mla"
+    module = _importable("megatron.core.transformer.experimental_attention_variant.absorbed_mla")
+    return getattr(module, "AbsorbedMLASelfAttention", None)
+
+
+def _importable(name: str) -> ModuleType | None:
+    """A module of Megatron that not every version has, or that needs packages of its own: who lacks it uses none."""
     try:
-        if importlib.util.find_spec(name) is None:
-            return None
-        return getattr(importlib.import_module(name), "AbsorbedMLASelfAttention", None)
+        return importlib.import_module(name)
     except ImportError:
-        return None  # experimental, and needs packages of its own: who cannot import it cannot build it
+        return None
 
 
 def _training_arguments() -> tuple[ModuleType | None, str | None]:

@@ -5,6 +5,7 @@ Each takes the original and returns what stands in its place. The original runs 
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -87,10 +88,10 @@ def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callab
 
 def _hook_slice_packed(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def slice_packed(batch: dict[str, Any], cp_group: Any) -> Any:
+    def slice_packed(batch: dict[str, Any], cp_group: Any, **kwargs: Any) -> Any:
         cu_seqlens = _boundaries(batch)
         if packed.layout_config(state, cp_group.size()) is None or cu_seqlens is None:
-            return original(batch, cp_group)
+            return original(batch, cp_group, **kwargs)
         return slice_batch(state, batch, cp_group, cu_seqlens)
 
     return slice_packed
@@ -122,17 +123,22 @@ def _cp_group(state: Runtime, given: Any) -> Any:
 
 def _hook_rotary_thd(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
     rope = importlib.import_module(original.__module__)
+    signature = inspect.signature(original)
+    row_by_row = inspect.signature(rope._apply_rotary_pos_emb_bshd).parameters
 
     @functools.wraps(original)
-    def _apply_rotary_pos_emb_thd(
-        t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *args: Any, cp_group: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def _apply_rotary_pos_emb_thd(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        t, cp_group = given["t"], given.get("cp_group")
         size, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
         config, rank = dynamic.layout_and_rank(state, size, rank)
         if config is None:
-            return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
-        local = packed.rotary_freqs(config, rank, t.shape[0] * config.context_parallel_size, cu_seqlens, freqs)
-        return rope._apply_rotary_pos_emb_bshd(t.unsqueeze(1), local, *args, **kwargs).squeeze(1)
+            return original(*args, **kwargs)
+        tokens = t.shape[0] * config.context_parallel_size
+        local = packed.rotary_freqs(config, rank, tokens, given["cu_seqlens"], given["freqs"])
+        # All but what says where the documents lie, which the rows of `local` do already (max_seqlen, after 0.19).
+        how = {name: x for name, x in given.items() if name in row_by_row and name not in ("t", "freqs")}
+        return rope._apply_rotary_pos_emb_bshd(t.unsqueeze(1), local, **how).squeeze(1)
 
     return _apply_rotary_pos_emb_thd
 
@@ -160,35 +166,41 @@ def _hook_fused_rotary_thd(state: Runtime, original: Callable[..., Any]) -> Call
 
 
 def _hook_roll_packed(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def _roll_tensor_packed_seq(
-        tensor: torch.Tensor, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None
-    ) -> Any:
+    def _roll_tensor_packed_seq(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        cp_group, tensor, shifts, dims = (given[name] for name in ("cp_group", "tensor", "shifts", "dims"))
         config = None if cp_group is None else packed.layout_config(state, cp_group.size())
         if config is None:
-            return original(tensor, shifts, dims, packed_seq_params, cp_group)
+            return original(*args, **kwargs)
         if shifts != -1 or dims not in (-1, tensor.dim() - 1):
             raise NotImplementedError(
                 f"rolling a packed tensor by {shifts} along dimension {dims} does not work with "
                 "--context-parallel-impl loong; supported: by -1 along the last"
             )
-        return packed.rolled(tensor, _padded_boundaries(packed_seq_params), config, cp_group)
+        result, total = packed.rolled(tensor, _padded_boundaries(given["packed_seq_params"]), config, cp_group)
+        return result, total if given.get("return_sum", True) else None  # the flag: after 0.19
 
     return _roll_tensor_packed_seq
 
 
 def _hook_roll(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
     """MTP divides its loss by the sum of the rolled mask: make that the mean of the ranks, see `integration.loss`."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def roll_tensor(
-        tensor: Any, shifts: int = -1, dims: int = -1, cp_group: Any = None, packed_seq_params: Any = None
-    ) -> Any:
-        result, total = original(tensor, shifts, dims, cp_group, packed_seq_params)
+    def roll_tensor(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        tensor, cp_group = given["tensor"], given.get("cp_group")
+        result, total = original(*args, **kwargs)
         if (
-            packed_seq_params is None
+            total is not None
+            and given.get("packed_seq_params") is None
             and cp_group is not None
-            and tensor is not None
             and tensor.is_floating_point()
             and packed.layout_config(state, cp_group.size()) is not None
         ):
@@ -196,6 +208,42 @@ def _hook_roll(state: Runtime, original: Callable[..., Any]) -> Callable[..., An
         return result, total
 
     return roll_tensor
+
+
+def _hook_mtp_loss(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`process_mtp_loss` (0.17 on) that counts the tokens of all ranks where Megatron counts this rank's.
+
+    Each token with a loss is given the weight cp: then the sum of a rolled mask, which our rolls make the mean of the
+    ranks, is the number of all tokens, and Megatron's `clamp(min=1)` of it as on one rank. What Megatron then averages
+    over the ranks (gradients, logged losses) is one rank's.
+    """
+    signature = inspect.signature(original)
+    mtp = importlib.import_module(original.__module__)
+
+    @functools.wraps(original)
+    def process_mtp_loss(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        cp_group, labels, mask = given.get("cp_group"), given["labels"], given.get("loss_mask")
+        if cp_group is None or packed.layout_config(state, cp_group.size()) is None:
+            return original(*args, **kwargs)
+        roll = functools.partial(mtp.roll_tensor, cp_group=cp_group, packed_seq_params=given.get("packed_seq_params"))
+        tokens = given.get("input_ids") if labels is None else labels
+        if tokens is None:
+            return original(*args, **kwargs)
+        mask = torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float()
+        if labels is None:  # as Megatron derives them from input_ids
+            labels, mask = roll(tokens)[0], roll(mask)[0]
+        given.update(labels=labels, loss_mask=mask * cp_group.size())
+        if given["config"].calculate_per_token_loss:
+            # Here gradients are summed over the ranks and divided by the tokens of the main loss. Megatron makes up for
+            # that by this rank's number of them; by all of them, it is the average times that number.
+            config = given["config"] = copy.copy(given["config"])
+            config.calculate_per_token_loss = False
+            config.mtp_loss_scaling_factor *= loss.sum_over(mask.sum(), cp_group) / cp_group.size()
+        return original(*bound.args, **bound.kwargs)
+
+    return process_mtp_loss
 
 
 def _hook_calc_loss(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,10 +276,12 @@ def _padded_boundaries(packed_seq_params: Any) -> torch.Tensor:
 def _hook_mamba_order(reorder: Callable[..., torch.Tensor]) -> Hook:
     def hook(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def attention_load_balancing(input_: torch.Tensor, cp_size: int, packed_seq_params: Any = None) -> Any:
+        def attention_load_balancing(
+            input_: torch.Tensor, cp_size: int, packed_seq_params: Any = None, **kwargs: Any
+        ) -> Any:
             config = None if packed_seq_params is None else packed.layout_config(state, cp_size)
             if config is None:
-                return original(input_, cp_size, packed_seq_params)
+                return original(input_, cp_size, packed_seq_params, **kwargs)
             # Megatron numbers the tokens' documents for Mamba before the batch is cut, and so without our padding.
             numbered = getattr(packed_seq_params, "seq_idx", None)
             if numbered is not None and numbered.shape[-1] != input_.shape[0]:
@@ -269,6 +319,7 @@ HOOKS: dict[str, Hook] = {
     "rotary_thd": _hook_rotary_thd,
     "fused_rotary_thd": _hook_fused_rotary_thd,
     "roll": _hook_roll,
+    "mtp_loss": _hook_mtp_loss,
     "roll_packed": _hook_roll_packed,
     "calc_loss": _hook_calc_loss,
     "mamba_undo": _hook_mamba_order(packed.in_order_of_the_pack),

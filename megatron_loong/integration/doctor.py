@@ -16,7 +16,7 @@ import megatron_loong
 from megatron_loong.config import LoongConfig
 from megatron_loong.integration.arguments import add_loong_arguments
 from megatron_loong.integration.checks import check_kernel_name, check_options
-from megatron_loong.integration.compat import TESTED_VERSIONS, find_megatron, seams
+from megatron_loong.integration.compat import TESTED_VERSIONS, find_megatron, is_tested, seams
 from megatron_loong.integration.options import LoongOptions, fields_of_attributes, resolve
 from megatron_loong.topology.placement import cp_ranks_per_node
 
@@ -72,7 +72,7 @@ def megatron() -> dict[str, Any]:
         return {"version": version_of("megatron-core"), "works": False, "problem": f"{type(error).__name__}: {error}"}
     return {
         "version": here.version,
-        "tested": here.version.partition("+")[0] in TESTED_VERSIONS,  # a wheel names its commit after a plus
+        "tested": is_tested(here.version),
         "tested_versions": list(TESTED_VERSIONS),
         "works": True,
         "hooks": hooks,

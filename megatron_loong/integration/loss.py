@@ -1,9 +1,9 @@
 """One average over all tokens of a micro-batch, where Megatron averages on each rank and then over the ranks.
 
 Megatron divides a rank's loss by the rank's own number of tokens with loss and averages gradients over the ranks. That
-is the average over all tokens only where every rank has equally many: not with packs, padding or masked prompts. (The
-same average per rank is upstream issue 3943 for MTP.) `--calculate-per-token-loss` divides once by all tokens and needs
-none of this, MTP's part apart.
+is the average over all tokens only where every rank has equally many: not with packs, padding or masked prompts.
+`--calculate-per-token-loss` divides once by all tokens and needs none of this; MTP's loss does with and without it
+(upstream issues 3943, 7498), see `data_hooks`.
 """
 
 from __future__ import annotations

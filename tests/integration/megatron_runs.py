@@ -59,6 +59,8 @@ class Step:
     grad_norm: float
     ring_forwards: int
     """How often the reporting rank, one of the last stage, ran the forward of a ring since the step before."""
+    mtp_loss: float = 0.0
+    """Summed over the depths of multi-token prediction."""
 
 
 def checkout_script() -> Path | None:
@@ -97,12 +99,12 @@ def train(script: Path, world_size: int, *flags: str, timeout_s: int = 300) -> l
 
 
 def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = RELATIVE_TOLERANCE) -> None:
-    """Every loss and gradient norm within `tolerance` of its size; a failure names the step and the quantity."""
+    """Every loss (MTP's too) and gradient norm within `tolerance` of its size; a failure names step and quantity."""
     assert len(steps) == len(expected)
     for number, (step, wanted) in enumerate(zip(steps, expected, strict=True), start=1):
-        for quantity in ("lm_loss", "grad_norm"):
+        for quantity in ("lm_loss", "grad_norm", "mtp_loss"):
             value, reference = getattr(step, quantity), getattr(wanted, quantity)
-            error = abs(value - reference) / abs(reference)
+            error = 0 if value == reference else abs(value - reference) / (abs(reference) or 1)
             assert error <= tolerance, (
                 f"{quantity} of step {number}: {value} instead of {reference}, relative error {error:.1e}"
             )
@@ -148,13 +150,24 @@ def _tail(log: str, lines: int = 40) -> str:
 def _record_steps() -> None:
     """Wrap Megatron's `training_log`, whose arguments are the numbers before rounding, and count ring forwards."""
     import torch.distributed
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training import training
 
     from megatron_loong.attention import call as attention_call
 
     original, ring_forward = training.training_log, attention_call.ring_forward
     signature = inspect.signature(original)
-    ring_forwards = 0
+    ring_forwards, mtp_loss = 0, 0.0
+    track_mtp_metrics = MTPLossLoggingHelper.track_mtp_metrics
+
+    def tracked(loss_scale, iteration, writer, wandb_writer, total_loss_dict):
+        nonlocal mtp_loss
+        step: dict = {}
+        track_mtp_metrics(loss_scale, iteration, writer, wandb_writer, step)
+        mtp_loss = float(sum(step.values()))
+        total_loss_dict.update({name: total_loss_dict.get(name, 0) + loss for name, loss in step.items()})
+
+    MTPLossLoggingHelper.track_mtp_metrics = staticmethod(tracked)
 
     def counted(*args, **kwargs):
         nonlocal ring_forwards
@@ -167,11 +180,12 @@ def _record_steps() -> None:
     def training_log(*args, **kwargs):
         nonlocal ring_forwards
         values = signature.bind(*args, **kwargs).arguments
+        result = original(*args, **kwargs)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:  # the last stage has the loss
-            step = Step(float(values["loss_dict"]["lm loss"]), float(values["grad_norm"]), ring_forwards)
+            step = Step(float(values["loss_dict"]["lm loss"]), float(values["grad_norm"]), ring_forwards, mtp_loss)
             print(f"\n{RECORD}{json.dumps(vars(step))}", flush=True)
         ring_forwards = 0
-        return original(*args, **kwargs)
+        return result
 
     training.training_log = training_log
 

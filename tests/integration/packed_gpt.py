@@ -2,7 +2,7 @@
 
 `scripts/pretrain_gpt.py` with what the tests need besides: documents (`--dataloader-inter-document-masking`, or toy
 packs with `--sft`), and MTP. On one rank Megatron's local attention refuses packed sequences, so there it gets the mask
-as a tensor, spelled out document by document: the reference that context parallelism must repeat.
+as a tensor, spelled out document by document, and MTP its documents besides: the reference to repeat.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron.core import mpu, utils
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import multi_token_prediction
 from megatron.training import arguments, get_args
 
 KEYS = (*base.BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen")
@@ -92,6 +93,14 @@ def spelled_out(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
     return ~((document[:, None] == document[None]) & (place[:, None] >= place[None]))[None, None]
 
 
+roll_tensor = multi_token_prediction.roll_tensor
+
+
+def roll_inside(packed: PackedSeqParams, *args: Any, **kwargs: Any) -> Any:
+    """Megatron's roll for MTP inside documents, of which a model without packed attention is not told."""
+    return roll_tensor(*args, **{**kwargs, "packed_seq_params": packed})
+
+
 def forward_step(data_iterator, model):
     """One micro-batch: documents told to attention by boundaries, or on one rank by a mask."""
     args: Any = get_args()
@@ -102,12 +111,13 @@ def forward_step(data_iterator, model):
     batch = utils.flatten_batch_for_packed_sequences(batch)
     cu_seqlens, tokens = batch["cu_seqlens"].squeeze(0), batch["tokens"].shape[1]
     cp_group: Any = mpu.get_context_parallel_group()
-    packed = None
+    longest = int(batch["max_seqlen"].max())
+    packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
     if cp_group.size() == 1:
         batch["attention_mask"] = spelled_out(cu_seqlens, tokens)
+        multi_token_prediction.roll_tensor = partial(roll_inside, packed)
+        packed = None
     else:
-        longest = int(batch["max_seqlen"].max())
-        packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
         whole = args.dataloader_inter_document_masking
         batch = utils.get_batch_on_this_cp_rank(batch, False, cp_group, use_per_sequence_balancing=whole)
     named = {key: batch[key] for key in ("position_ids", "attention_mask", "labels", "loss_mask")}

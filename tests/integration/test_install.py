@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import subprocess
 import sys
 import types
@@ -19,7 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_loong.integration import LoongOptions, compat, install, runtime, uninstall
+from megatron_loong.integration import LoongOptions, compat, install, runtime, signatures, uninstall
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.integration.spec import swapped_submodules
 
@@ -27,7 +28,7 @@ LOONG = {"context_parallel_impl": "loong"}
 
 
 @pytest.fixture(autouse=True)
-def _uninstalled() -> Iterator[None]:
+def _uninstalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # before a test's own patches are undone
     uninstall()
     yield
     uninstall()
@@ -102,6 +103,61 @@ def test_a_changed_constructor_is_a_missing_seam(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "__init__", lambda self, submodules, config: None)
     with pytest.raises(NotImplementedError, match=r"Attention\.__init__\(self, config, submodules, \.\.\.\)"):
         install()
+
+
+def changed(function: Any, *new: str) -> Any:
+    """`function` as a later Megatron might have it, with further parameters."""
+    old = inspect.signature(function)
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in new]
+
+    def later(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    later.__signature__ = old.replace(parameters=[*old.parameters.values(), *more])  # type: ignore[attr-defined]
+    return later
+
+
+def test_the_table_of_signatures_is_this_megatron_s(seams: dict[str, compat.Seam]) -> None:
+    assert compat.untested(compat.find_megatron(), seams) is None
+    assert not any(signatures.news(name.partition("@")[0], seam.original()) for name, seam in seams.items())
+
+
+def test_an_untested_megatron_is_said_in_one_line_with_what_differs(
+    seams: dict[str, compat.Seam], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seam = seams["roll"]
+    monkeypatch.setattr("megatron.core.__version__", "0.99.0")
+    monkeypatch.setattr(seam.owner, seam.name, changed(seam.original(), "backwards"))
+    install()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "megatron-core 0.99.0 was not tested" in line and "roll_tensor takes backwards" in line
+
+
+@pytest.mark.parametrize("name", ["roll_packed", "rotary_thd", "mamba_undo"])
+def test_an_argument_that_a_hook_would_lose_is_an_error_at_start(
+    name: str, seams: dict[str, compat.Seam], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seam = seams[name]
+    monkeypatch.setattr(seam.owner, seam.name, changed(seam.original(), "backwards"))
+    with pytest.raises(NotImplementedError, match=f"no .*{seam.name} without backwards, which megatron_loong holds on"):
+        install()
+
+
+def test_what_megatron_passes_besides_reaches_the_original(
+    seams: dict[str, compat.Seam], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    seam, passed = seams["roll"], []
+
+    def later(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None, return_sum=True):
+        passed.append(return_sum)
+        return tensor, None
+
+    monkeypatch.setattr(seam.owner, seam.name, later)
+    install(LOONG)
+    assert seam.original()(torch.ones(4), -1, -1, None, None, return_sum=False)[1] is None
+    assert passed == [False]
 
 
 def test_importing_the_package_imports_neither_torch_nor_megatron() -> None:
@@ -182,6 +238,7 @@ def test_context_parallel_size_1_is_native_beside_the_model_and_an_error_on_the_
         ("experimental_attention_variant", "dsa", "--experimental-attention-variant dsa"),
         ("cache_mla_latents", True, "absorbed MLA"),
         ("attention_cp_layout", "contiguous", "attention_cp_layout=contiguous .*supported: zigzag"),
+        ("linear_cp_layout", "contiguous", "linear_cp_layout=contiguous .*supported: zigzag"),
     ],
 )
 def test_what_does_not_work_yet_is_refused_when_the_layer_is_built(attribute: str, value: Any, message: str) -> None:
