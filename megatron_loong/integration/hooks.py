@@ -64,6 +64,11 @@ def install(options: LoongOptions | Mapping[str, Any] | str | os.PathLike[str] |
         _hooked[seam] = (original, replacement)
 
 
+def is_installed() -> bool:
+    """Whether `install` was called, and `uninstall` not since."""
+    return bool(_hooked)
+
+
 def uninstall() -> None:
     """Put back what `install` replaced, the very objects, and release all groups. Without `install`, nothing.
 

@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_loong.planner.candidate import RECOMPUTE, Workload
 from megatron_loong.planner.hardware import Hardware, load_hardware
@@ -15,8 +16,9 @@ from megatron_loong.planner.model import MODELS, ModelShape, model_from
 from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.report import as_json, as_text
 from megatron_loong.planner.search import Limits, Outcome, search
+from megatron_loong.planner.units import tokens
 
-_MODEL_FLAGS = [f.name for f in dataclasses.fields(ModelShape) if f.name != "gated"]
+_MODEL_FIELDS = [f for f in dataclasses.fields(ModelShape) if f.name != "gated"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,13 +34,16 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, required=True)
     add("--nics-per-node", type=int, help="instead of the profile's")
     add("--nic-gbit", type=float, metavar="GBIT_PER_S", help="line rate of one NIC, instead of the profile's")
-    add("--seq-length", type=size, required=True, metavar="TOKENS", help="such as 131072, 128K or 1M")
+    add("--seq-length", type=tokens, required=True, metavar="TOKENS", help="such as 131072, 128K or 1M")
     add("--global-batch-size", type=int, required=True, metavar="SEQUENCES")
     add("--micro-batch-size", type=int, default=1)
     model = parser.add_argument_group("the model: a name, sizes as Megatron's flags, or a name and what differs")
     model.add_argument("--model", help=", ".join(MODELS))
-    for name in _MODEL_FLAGS:
-        model.add_argument("--" + name.replace("_", "-"), type=int)
+    for field in _MODEL_FIELDS:
+        form: dict[str, Any] = {"type": float if isinstance(field.default, float) else int}
+        if isinstance(field.default, bool):
+            form = {"action": argparse.BooleanOptionalAction, "default": None}
+        model.add_argument("--" + field.name.replace("_", "-"), **form)
     model.add_argument("--no-gated-mlp", action="store_true", help="two matrices in the MLP instead of SwiGLU's three")
     fixed = parser.add_argument_group("what is decided already")
     fixed.add_argument("--tensor-model-parallel-size", type=int, dest="tensor")
@@ -53,19 +58,6 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--script", default="pretrain_gpt.py", help="what it runs (default pretrain_gpt.py)")
     output.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the plan (needs matplotlib)")
     return parser
-
-
-def size(text: str) -> int:
-    """A number of tokens; K and M stand for 1024 and 1024 x 1024.
-
-    >>> size("128K"), size("1M"), size("4096")
-    (131072, 1048576, 4096)
-    """
-    factor = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
-    try:
-        return int(text[:-1] if factor > 1 else text) * factor
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length; write 131072, 128K or 1M") from None
 
 
 def main(argv: list[str]) -> int:
@@ -133,5 +125,5 @@ def _hardware(args: argparse.Namespace) -> Hardware:
 
 
 def _model(args: argparse.Namespace) -> ModelShape:
-    sizes = {name: getattr(args, name) for name in _MODEL_FLAGS}
-    return model_from(args.model, {**sizes, "gated": False if args.no_gated_mlp else None})
+    given = {field.name: getattr(args, field.name) for field in _MODEL_FIELDS}
+    return model_from(args.model, {**given, "gated": False if args.no_gated_mlp else None})

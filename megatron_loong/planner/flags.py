@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.model import ModelShape
 
@@ -9,33 +11,58 @@ from megatron_loong.planner.model import ModelShape
 TILED_LOSS_TOKENS, TILED_MLP_PIECES = 1024, 8
 
 
+#: The variable by which CUDA limits the queues of a device; Megatron asks for a value.
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+#: What a run needs besides, in the words of the pretrain scripts.
+LEFT_TO_THE_USER = (
+    "tokenizer and data (--tokenizer-type, --tokenizer-model, --data-path), length and rate of training "
+    "(--train-iters, --lr), checkpoints (--save, --load)"
+)
+
+
 def model_flags(model: ModelShape) -> list[str]:
-    """The words that describe the model, without biases, to Megatron; the vocabulary comes with the tokenizer."""
-    sizes = {
+    """The words that make Megatron build this model; its parser's defaults are another one, a GPT of 2019.
+
+    The tokenizer is left to the user. The table of embeddings has the model's size whatever the tokenizer's is.
+    """
+    values = {
         "--num-layers": model.num_layers,
         "--hidden-size": model.hidden_size,
         "--num-attention-heads": model.num_attention_heads,
         "--kv-channels": model.head_dim,
         "--ffn-hidden-size": model.ffn_hidden_size,
+        "--padded-vocab-size": model.vocab_size,
+        "--normalization": "RMSNorm",
+        "--norm-epsilon": model.norm_epsilon,
+        "--position-embedding-type": "rope",
+        "--rotary-base": model.rotary_base,
+        "--attention-dropout": 0,
+        "--hidden-dropout": 0,
     }
-    if model.num_experts:
-        sizes["--num-experts"] = model.num_experts
-        sizes["--moe-router-topk"] = model.moe_router_topk
-        sizes["--moe-ffn-hidden-size"] = model.moe_ffn_hidden_size or model.ffn_hidden_size
-    if model.moe_shared_expert_intermediate_size:
-        sizes["--moe-shared-expert-intermediate-size"] = model.moe_shared_expert_intermediate_size
-    words = [word for flag, value in sizes.items() for word in (flag, str(value))]
     if model.num_query_groups != model.num_attention_heads:
-        words += ["--group-query-attention", "--num-query-groups", str(model.num_query_groups)]
-    words.append("--disable-bias-linear")
-    return [*words, "--swiglu"] if model.gated else words
+        values["--num-query-groups"] = model.num_query_groups
+    if model.num_experts:
+        values["--num-experts"] = model.num_experts
+        values["--moe-router-topk"] = model.moe_router_topk
+        values["--moe-ffn-hidden-size"] = model.moe_ffn_hidden_size or model.ffn_hidden_size
+        values["--moe-router-load-balancing-type"] = "aux_loss"
+        values["--moe-aux-loss-coeff"] = model.moe_aux_loss_coeff
+    if model.moe_shared_expert_intermediate_size:
+        values["--moe-shared-expert-intermediate-size"] = model.moe_shared_expert_intermediate_size
+    switches = {
+        "--group-query-attention": "--num-query-groups" in values,
+        "--swiglu": model.gated,
+        "--disable-bias-linear": True,
+        "--add-qkv-bias": model.add_qkv_bias,
+        "--qk-layernorm": model.qk_layernorm,
+        "--use-rope-scaling": model.use_rope_scaling,
+        "--untie-embeddings-and-output-weights": True,
+    }
+    return [*_words(values), *(flag for flag, is_on in switches.items() if is_on)]
 
 
 def flags_of(candidate: Candidate, work: Workload) -> list[str]:
-    """The words to put behind a pretrain script; the model's own flags and the data's are the user's.
-
-    Expert and FSDP flags come only where the plan uses them.
-    """
+    """The words that carry out a plan, beside those of `model_flags`; expert and FSDP flags only where it uses them."""
     c, config = candidate, candidate.attention
     sizes = {
         "--tensor-model-parallel-size": c.tensor,
@@ -48,7 +75,9 @@ def flags_of(candidate: Candidate, work: Workload) -> list[str]:
     }
     if c.expert > 1:
         sizes["--expert-model-parallel-size"] = c.expert
-    words = [word for flag, value in sizes.items() for word in (flag, str(value))]
+    words = _words(sizes)
+    if c.expert > 1:  # Megatron's default gathers every token on every rank
+        words += ["--moe-token-dispatcher-type", "alltoall"]
     if c.tensor > 1:
         words.append("--sequence-parallel")
     if c.context > 1:
@@ -64,11 +93,43 @@ def flags_of(candidate: Candidate, work: Workload) -> list[str]:
         words += ["--loong-tiled-loss", str(TILED_LOSS_TOKENS)]
     if c.tiled_mlp:
         words += ["--loong-tiled-mlp", str(TILED_MLP_PIECES)]
-    words += ["--bf16", "--attention-dropout", "0", "--use-distributed-optimizer"]
+    words += ["--bf16", "--use-distributed-optimizer"]
     copies = c.data * c.context // c.zero.optimizer
     if copies > 1:
         words += ["--num-distributed-optimizer-instances", str(copies)]
     if c.zero.grads > 1:
         strategy = "optim_grads_params" if c.zero.params > 1 else "optim_grads"
-        words += ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", strategy]
+        words += ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]
+        words += ["--data-parallel-sharding-strategy", strategy]
     return [*words, "--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+def _words(values: Mapping[str, object]) -> list[str]:
+    return [word for flag, value in values.items() for word in (flag, str(value))]
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The word after the last `flag`, or None.
+
+    >>> flag_value(["--context-parallel-size", "4", "--bf16"], "--context-parallel-size")
+    '4'
+    """
+    found = None
+    for i, word in enumerate(arguments):
+        if word == flag:
+            found = arguments[i + 1] if i + 1 < len(arguments) else None
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def connections(words: Sequence[str]) -> str | None:
+    """What `CUDA_DEVICE_MAX_CONNECTIONS` has to be for these flags; None: not 1, which FSDP refuses.
+
+    Without FSDP, Megatron asks for 1 as soon as TP or CP is above 1, on GPUs before Blackwell.
+
+    >>> connections(["--context-parallel-size", "4"]), connections(["--loong-zero-grad-size", "all"])
+    ('1', None)
+    """
+    sharded = any(flag_value(words, f"--loong-zero-{what}-size") not in (None, "1") for what in ("param", "grad"))
+    return None if sharded or {"--use-megatron-fsdp", "--use-torch-fsdp2"} & {*words} else "1"

@@ -1,4 +1,4 @@
-"""The transformer that is to be trained, in the numbers that cost time and memory, and its FLOPs."""
+"""The transformer that is to be trained: what its flags say, what costs time and memory, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer; fields are Megatron's flags, which the `ValueError` of the constructor names."""
+    """A decoder-only transformer with RMSNorm, rotary embedding and an output layer of its own.
+
+    Fields are Megatron's flags, which the `ValueError` of the constructor names. Norms, biases and routers are small
+    and cost nothing here.
+    """
 
     num_layers: int
     hidden_size: int
@@ -29,13 +33,27 @@ class ModelShape:
     moe_ffn_hidden_size: int | None = None
     """None: as ffn_hidden_size."""
     moe_shared_expert_intermediate_size: int = 0
+    moe_aux_loss_coeff: float = 0.01
+    """Of the loss that balances the experts."""
+    rotary_base: int = 10_000
+    use_rope_scaling: bool = False
+    """Llama 3.1's scaling of low frequencies, by 8."""
+    norm_epsilon: float = 1e-5
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
+            value, flag = getattr(self, item.name), "--" + item.name.replace("_", "-")
+            if value is None or isinstance(value, bool):
+                continue
+            if isinstance(item.default, float):
+                if not 0 <= value < 1:
+                    raise ValueError(f"{flag} {value} must be a number from 0 to 1")
+                continue
             least = 0 if item.name == "moe_shared_expert_intermediate_size" else 1
-            if value is not None and not isinstance(value, bool) and (not isinstance(value, int) or value < least):
-                raise ValueError(f"--{item.name.replace('_', '-')} {value} must be a whole number of at least {least}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{flag} {value} must be a whole number of at least {least}")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
@@ -103,24 +121,40 @@ class ModelShape:
         return 6.0 * params + 6.0 * self.num_layers * self.attention_width * seq_len
 
 
-def _llama(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int) -> ModelShape:
-    return ModelShape(layers, hidden, heads, groups, ffn, vocab)
+def _llama3(layers: int, hidden: int, heads: int, ffn: int) -> ModelShape:
+    return ModelShape(layers, hidden, heads, 8, ffn, 128256, rotary_base=500_000, use_rope_scaling=True)
 
 
-#: Models by name, from their published configurations.
+#: Models by name, from their published configurations; what a paper leaves out is from config.json on Hugging Face.
 MODELS: dict[str, ModelShape] = {
-    "llama2-7b": _llama(32, 4096, 32, 32, 11008, 32000),  # arXiv 2307.09288
-    "llama2-7b-gqa": _llama(32, 4096, 32, 8, 11008, 32000),  # LoongTrain's 7B-GQA: 8 KV heads, section 6.1
-    "llama2-13b": _llama(40, 5120, 40, 40, 13824, 32000),  # arXiv 2307.09288
-    "llama2-70b": _llama(80, 8192, 64, 8, 28672, 32000),  # arXiv 2307.09288
-    "llama3-8b": _llama(32, 4096, 32, 8, 14336, 128256),  # arXiv 2407.21783, table 3
-    "llama3-70b": _llama(80, 8192, 64, 8, 28672, 128256),  # arXiv 2407.21783, table 3
-    "llama3-405b": _llama(126, 16384, 128, 8, 53248, 128256),  # arXiv 2407.21783, table 3
-    "qwen2.5-14b": _llama(48, 5120, 40, 8, 13824, 152064),  # arXiv 2412.15115
+    "llama2-7b": ModelShape(32, 4096, 32, 32, 11008, 32000),  # arXiv 2307.09288
+    "llama2-7b-gqa": ModelShape(32, 4096, 32, 8, 11008, 32000),  # LoongTrain's 7B-GQA: 8 KV heads, section 6.1
+    "llama2-13b": ModelShape(40, 5120, 40, 40, 13824, 32000),  # arXiv 2307.09288
+    "llama2-70b": ModelShape(80, 8192, 64, 8, 28672, 32000),  # arXiv 2307.09288
+    "llama3-8b": _llama3(32, 4096, 32, 14336),  # arXiv 2407.21783, table 3; rope_scaling as released (Llama 3.1)
+    "llama3-70b": _llama3(80, 8192, 64, 28672),  # the same
+    "llama3-405b": _llama3(126, 16384, 128, 53248),  # the same
+    "qwen2.5-14b": ModelShape(
+        48, 5120, 40, 8, 13824, 152064, rotary_base=1_000_000, add_qkv_bias=True
+    ),  # arXiv 2412.15115
     "qwen3-30b-a3b": ModelShape(
-        48, 2048, 32, 4, 6144, 151936, kv_channels=128, num_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768
+        48,
+        2048,
+        32,
+        4,
+        6144,
+        151936,
+        kv_channels=128,
+        num_experts=128,
+        moe_router_topk=8,
+        moe_ffn_hidden_size=768,
+        moe_aux_loss_coeff=0.001,
+        rotary_base=1_000_000,
+        norm_epsilon=1e-6,
+        qk_layernorm=True,
     ),  # Hugging Face Qwen/Qwen3-30B-A3B, config.json
-    "mixtral-8x7b": ModelShape(32, 4096, 32, 8, 14336, 32000, num_experts=8, moe_router_topk=2),  # arXiv 2401.04088
+    # arXiv 2401.04088; the balancing loss is weighed as in Megatron-LM's examples/mixtral
+    "mixtral-8x7b": ModelShape(32, 4096, 32, 8, 14336, 32000, num_experts=8, rotary_base=1_000_000),
 }
 
 

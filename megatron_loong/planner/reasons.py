@@ -12,6 +12,7 @@ from megatron_loong.planner.links import next_on
 from megatron_loong.planner.search import Outcome, Plan
 from megatron_loong.planner.simulate import simulate_pass
 from megatron_loong.planner.step import EXPOSED_TERMS
+from megatron_loong.planner.units import duration
 
 _GIB = 1 << 30
 _WORTH_SAYING = 0.98
@@ -46,8 +47,8 @@ def reasons(plan: Plan, hardware: Hardware) -> list[str]:
         lines.append(_on_the_network(candidate, plan, hardware))
         total, waiting = forward.seconds + backward.seconds, forward.exposed_s + backward.exposed_s
         lines.append(
-            f"in a layer's attention ({_ms(forward.seconds)} forward, {_ms(backward.seconds)} backward) ranks compute "
-            f"for {100 * (1 - waiting / total):.0f}% of the time and wait for {_ms(waiting)}"
+            f"in a layer's attention ({duration(forward.seconds)} forward, {duration(backward.seconds)} backward) "
+            f"ranks compute for {100 * (1 - waiting / total):.0f}% of the time and wait for {duration(waiting)}"
         )
     lost = {name: plan.cost.terms_s[name] for name in EXPOSED_TERMS if plan.cost.terms_s[name] > 0}
     if lost:
@@ -56,6 +57,11 @@ def reasons(plan: Plan, hardware: Hardware) -> list[str]:
         lines.append(f"nothing hides {share:.1f}% of the step; the largest part of that is: {most}")
     used, there = sum(plan.memory.values()) / _GIB, hardware.memory_bytes / _GIB
     lines.append(f"{used:.1f} of {there:.0f} GiB are taken at the peak, by {_recompute_words(candidate)}")
+    if plan.cost.mfu > 1:
+        lines.append(
+            "an MFU above 100% cannot be: the profile's rates of matrix products and attention are above its "
+            "peak_flops_per_s, or that is not the data sheet's; correct the profile before trusting any of this"
+        )
     return lines
 
 
@@ -71,13 +77,13 @@ def _on_the_network(candidate: Candidate, plan: Plan, hardware: Hardware) -> str
     nics = {link: sent for link, sent in forward.link_bytes.items() if link[0] == "nic"}
     busiest_s = max(nics.values()) / hardware.nic_bytes_per_s
     overlapped = "" if set(crossing) == {"head"} else ", beside "
-    behind = f"{overlapped}{_ms(forward.compute_s)} of computing" if overlapped else ", which nothing hides"
+    behind = f"{overlapped}{duration(forward.compute_s)} of computing" if overlapped else ", which nothing hides"
     inside = [names[a] for a, n in _active_axes(candidate).items() if n > 1 and a not in crossing]
     stays = f"; {' and '.join(inside)} {'stay' if len(inside) > 1 else 'stays'} inside a node" if inside else ""
     # One TP rank is simulated; its neighbours send as much, on NICs of their own or on the same one.
     used = min(hardware.nics_per_node, len(nics) * candidate.tensor // candidate.site(hardware).nic_sharers)
     return (
-        f"{who} {verb} nodes on {used} of {hardware.nics_per_node} NICs at once, {_ms(busiest_s)} of traffic on "
+        f"{who} {verb} nodes on {used} of {hardware.nics_per_node} NICs at once, {duration(busiest_s)} of traffic on "
         f"the busiest per layer and forward{behind}{stays}"
     )
 
@@ -103,7 +109,7 @@ def against(plan: Plan, winner: Plan) -> str:
     most = max(grown, key=grown.__getitem__)
     if slower < 0.2 or grown[most] <= 0:
         return "as fast"
-    return f"{slower:.1f}% slower; {most} takes {grown[most]:.3g} s more"
+    return f"{slower:.1f}% slower; {most} takes {duration(grown[most])} more"
 
 
 def changes(outcome: Outcome, work: Workload, hardware: Hardware) -> Iterator[str]:
@@ -158,7 +164,3 @@ def _zero_words(candidate: Candidate) -> str:
 
 def _tiled_words(candidate: Candidate) -> str:
     return ", MLP and loss in tiles" if candidate.tiled_mlp else ", loss in tiles" if candidate.tiled_logits else ""
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"

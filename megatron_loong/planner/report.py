@@ -6,10 +6,11 @@ import shlex
 from typing import Any
 
 from megatron_loong.planner.candidate import Workload
-from megatron_loong.planner.flags import flags_of, model_flags
+from megatron_loong.planner.flags import CONNECTIONS, LEFT_TO_THE_USER, connections, flags_of, model_flags
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.reasons import against, changes, crossing_axes, describe, reasons
 from megatron_loong.planner.search import Outcome, Plan
+from megatron_loong.planner.units import duration, number
 
 _GIB = 1 << 30
 
@@ -17,31 +18,41 @@ _GIB = 1 << 30
 def as_text(outcome: Outcome, work: Workload, hardware: Hardware) -> str:
     """The plan, why, what else, what would change it, and the flags."""
     winner = outcome.plans[0]
-    cost = winner.cost
+    cost, flags = winner.cost, flags_of(winner.candidate, work)
     lines = [
         f"Best plan for {work.gpus} x {hardware.name}, {work.seq_len} tokens, {work.global_batch_size} sequences",
         f"  {describe(winner.candidate)}",
-        f"  {cost.seconds:.4g} s a step, {cost.tokens_per_gpu_s:.4g} tokens/GPU/s, MFU {100 * cost.mfu:.1f}%; modelled",
+        f"  {duration(cost.seconds)} a step, {number(cost.tokens_per_gpu_s)} tokens/GPU/s, MFU {100 * cost.mfu:.1f}%; "
+        "modelled",
         "",
         "Why",
         *(f"  - {line}" for line in reasons(winner, hardware)),
         "",
-        "Where the time goes (s a step)",
-        *_rows({name: f"{s:.4g}" for name, s in cost.terms_s.items() if s >= 5e-4 * cost.seconds}),
+        "Where the time of a step goes",
+        *_rows({name: duration(s) for name, s in cost.terms_s.items() if s >= 5e-4 * cost.seconds}),
         "",
         "Peak memory of a rank (GiB)",
         *_rows({name: f"{size / _GIB:.2f}" for name, size in winner.memory.items() if size}),
         "",
         "Runner-ups",
-        *(f"  {describe(plan.candidate)}: {against(plan, winner)}" for plan in outcome.plans[1:5]),
+        *([f"  {describe(plan.candidate)}: {against(plan, winner)}" for plan in outcome.plans[1:5]] or ["  none"]),
         "",
         "What would change the choice",
         *([f"  - {line}" for line in changes(outcome, work, hardware)] or ["  - none of the cases that were tried"]),
         "",
-        "Flags for the pretrain script",
-        f"  {shlex.join(flags_of(winner.candidate, work))}",
+        "Flags for the pretrain script: the model",
+        f"  {shlex.join(model_flags(work.model))}",
+        "and the plan",
+        f"  {shlex.join(flags)}",
+        f"Yours to add: {LEFT_TO_THE_USER}.",
+        f"In the environment: {_environment(flags)}",
     ]
     return "\n".join(lines)
+
+
+def _environment(flags: list[str]) -> str:
+    needed = connections(flags)
+    return f"{CONNECTIONS} unset, for Megatron-FSDP refuses 1" if needed is None else f"{CONNECTIONS}={needed}"
 
 
 def _rows(values: dict[str, str]) -> list[str]:

@@ -1,0 +1,52 @@
+"""Numbers as people write and read them."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def tokens(text: str) -> int:
+    """A length in tokens; K and M stand for 1024 and 1024 x 1024.
+
+    >>> tokens("128K"), tokens("1M"), tokens("1.5M"), tokens("4096")
+    (131072, 1048576, 1572864, 4096)
+    """
+    factor = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
+    try:
+        value = float(text[:-1]) * factor if factor > 1 else int(text)
+        if value != int(value) or value < 1:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a length of at least 1 token; write 131072, 128K or 1M"
+        ) from None
+    return int(value)
+
+
+def number(value: float) -> str:
+    """Three digits or more, never an exponent.
+
+    >>> number(109.81), number(25547.3), number(0.01234)
+    ('110', '25,547', '0.0123')
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that fit its size.
+
+    >>> duration(25547), duration(59.96), duration(13.65), duration(0.00283), duration(2e-5), duration(200_000)
+    ('7 h 6 min', '1 min 0 s', '13.7 s', '2.83 ms', '20 us', '2 d 8 h')
+    """
+    if seconds < 59.95:
+        for unit, factor in (("s", 1.0), ("ms", 1e3)):
+            if seconds * factor >= 0.9995:
+                return f"{number(seconds * factor)} {unit}"
+        return f"{number(seconds * 1e6)} us"
+    large, small, per_large, unit_s = ("d", "h", 24, 3600)
+    if seconds < 3600:
+        large, small, per_large, unit_s = ("min", "s", 60, 1)
+    elif seconds < 24 * 3600:
+        large, small, per_large, unit_s = ("h", "min", 60, 60)
+    whole, rest = divmod(round(seconds / unit_s), per_large)
+    return f"{whole:,} {large} {rest} {small}"
