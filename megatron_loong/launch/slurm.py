@@ -8,23 +8,39 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import megatron_loong
+from megatron_loong.planner.flags import connections, flag_value
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 #: What Megatron, NCCL and the rings want, and why. Set only where the cluster has not set it already.
 ENVIRONMENT = (
-    ("CUDA_DEVICE_MAX_CONNECTIONS", "1", "Megatron asserts it for TP and CP on GPUs before Blackwell"),
     ("OMP_NUM_THREADS", "1", "else each rank's CPU work would take every core"),
     ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "long sequences fragment the allocator's memory"),
     ("NCCL_CROSS_NIC", "0", "a ring stays on the NIC of its own GPU; set 1 where the network has no rails"),
     ("NCCL_DEBUG", "WARN", "say why a communicator failed"),
 )
+#: With Megatron-FSDP or torch's, which refuse 1, and without, where TP and CP ask for it (before Blackwell).
+UNSET_CONNECTIONS = """\
+# FSDP refuses 1; unset, CUDA has 8
+[ "${CUDA_DEVICE_MAX_CONNECTIONS:-}" != 1 ] || unset CUDA_DEVICE_MAX_CONNECTIONS"""
+SET_CONNECTIONS = """\
+# Megatron asserts it for TP and CP on GPUs before Blackwell
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"""
 
+#: Values that stand on #SBATCH lines, and what they may hold: sbatch and bash read such a line by rules of their own.
+NAMES = {
+    "name": (r"[\w .,:+@=-]+", "letters, digits, spaces and .,:+@=-_"),
+    "partition": (r"[\w.,-]+", "letters, digits and .,-_"),
+    "account": (r"[\w.,:+@-]+", "letters, digits and .,:+@-_"),
+    "time": (r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "days-hours:minutes:seconds, such as 1-12:00:00"),
+    "interface": (r"[\w=^,:.-]+", "interfaces as NCCL_SOCKET_IFNAME takes them, such as bond0 or =eth0,eth1"),
+    "hca": (r"[\w=^,:.-]+", "adapters as NCCL_IB_HCA takes them, such as =mlx5_0:1,mlx5_1:1"),
+}
 
 GPU_BINDING = """
 # A task keeps the cores next to it, and sees all GPUs of its node: NCCL finds the NIC next to each by itself, which it
@@ -61,21 +77,27 @@ class Job:
     """The plan that the flags came from, kept beside the logs."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.hca is not None and not re.fullmatch(r"[\w=^,:.-]+", self.hca):
-            raise ValueError(
-                f"--hca {self.hca!r} is not a list of adapters as NCCL_IB_HCA takes it, such as =mlx5_0:1,mlx5_1:1"
-            )
+        for name in ("nodes", "ranks_per_node", "cpus_per_task"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{_flag(name)} {value} must be at least 1")
         if self.max_restarts < 0:
             raise ValueError(f"--max-restarts {self.max_restarts} must be at least 0")
-        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
-            raise ValueError(
-                f"--time {self.time} is not a Slurm time; use days-hours:minutes:seconds, such as 1-12:00:00"
-            )
+        self._check_text()
         self._check_checkpoint()
         self._check_world_size()
+
+    def _check_text(self) -> None:
+        """What reaches the script is a name of a known form, or a word that is quoted and has no line break."""
+        for name, (form, words) in NAMES.items():
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(form, value):
+                raise ValueError(f"{_flag(name)} {value!r} is not of its form: {words}")
+        for name in ("script", "log_dir", "python", "plan"):
+            value = getattr(self, name)
+            # rank.sh is written by a here-document, which a line of its own could end.
+            if value is not None and (not value or not value.isprintable()):
+                raise ValueError(f"{_flag(name)} {value!r} must be a word without line breaks and control characters")
 
     def _check_checkpoint(self) -> None:
         if self.max_restarts and "--save" not in self.arguments:
@@ -89,7 +111,9 @@ class Job:
         product = 1
         for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"):
             value = flag_value(self.arguments, flag) or "1"
-            product *= int(value) if value.isdigit() else 1  # what is no number, Megatron's parser refuses
+            product *= (
+                int(value) or 1 if value.isdecimal() else 1
+            )  # what is no number above 0, Megatron's parser refuses
         world = self.nodes * self.ranks_per_node
         if world % product:
             raise ValueError(
@@ -113,19 +137,8 @@ class Job:
         return (*self.arguments, *extra)
 
 
-def flag_value(arguments: Sequence[str], flag: str) -> str | None:
-    """The word after the last `flag`, or None.
-
-    >>> flag_value(["--context-parallel-size", "4", "--bf16"], "--context-parallel-size")
-    '4'
-    """
-    found = None
-    for i, word in enumerate(arguments):
-        if word == flag:
-            found = arguments[i + 1] if i + 1 < len(arguments) else None
-        elif word.startswith(f"{flag}="):
-            found = word.partition("=")[2]
-    return found
+def _flag(field: str) -> str:
+    return "SCRIPT" if field == "script" else "--" + field.replace("_", "-")
 
 
 def header(job: Job) -> str:
@@ -153,10 +166,10 @@ def environment(job: Job) -> str:
     for name, value, reason in ENVIRONMENT:
         if not (job.cpu and name.startswith(("NCCL", "PYTORCH_CUDA"))):
             lines += [f"# {reason}", f"export {name}=${{{name}:-{value}}}"]
+    lines.append(UNSET_CONNECTIONS if connections(job.arguments) is None else SET_CONNECTIONS)
+    # In quotes that these two, being of the form in NAMES, cannot end; bare, one that begins with = looks like a test.
     if job.interface:
-        lines += [
-            f"export {name}={shlex.quote(job.interface)}" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-        ]
+        lines += [f"export {name}='{job.interface}'" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")]
     if job.hca:
         lines.append(f"export NCCL_IB_HCA='{job.hca}'")
     return "\n".join(lines)
@@ -196,14 +209,16 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def flags_of_plan(path: Path) -> list[str]:
-    """Megatron's flags out of a plan: JSON with `flags`, a list of words or one string. `ValueError` otherwise."""
+    """Megatron's flags out of a plan: JSON with `flags`, and `model_flags` before them; each a list of words or one
+    string. `ValueError` otherwise."""
     try:
-        flags = json.loads(path.read_text(encoding="utf-8"))["flags"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        parts = [plan.get("model_flags", []), plan["flags"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--plan {path}: not a JSON file with an entry 'flags' ({type(error).__name__}: {error})"
         ) from None
-    return shlex.split(flags) if isinstance(flags, str) else [str(word) for word in flags]
+    return [str(word) for part in parts for word in (shlex.split(part) if isinstance(part, str) else part)]
 
 
 def parser() -> argparse.ArgumentParser:

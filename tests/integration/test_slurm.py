@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -68,7 +69,8 @@ def test_a_requeued_job_saves_before_its_time_is_up_and_loads() -> None:
     [
         ("--nodes 3 --ranks-per-node 8 s.py --context-parallel-size 16", "= 24 ranks are not a multiple of .* = 16"),
         ("--nodes 0 s.py", "--nodes 0 must be at least 1"),
-        ("--time tomorrow s.py", "--time tomorrow is not a Slurm time"),
+        ("--cpus-per-task 0 s.py", "--cpus-per-task 0 must be at least 1"),
+        ("--time tomorrow s.py", "--time 'tomorrow' is not of its form: days-hours"),
         ("--max-restarts 2 s.py", "--max-restarts 2 resumes from a checkpoint, but .* no --save"),
         ("--plan nothing.json s.py", "--plan nothing.json: not a JSON file with an entry 'flags'"),
     ],
@@ -84,11 +86,21 @@ def test_what_does_not_fit_is_refused_before_the_queue(
 
 def test_a_plan_gives_flags_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"flags": "--context-parallel-size 8 --loong-head-parallel-size 4"}))
+    flags = "--context-parallel-size 8 --loong-head-parallel-size 4"
+    plan.write_text(json.dumps({"flags": flags, "model_flags": ["--num-layers", "2"]}))
     assert slurm.main(["--plan", str(plan), "pretrain_gpt.py", "--bf16"]) == 0
     text = capsys.readouterr().out
-    assert "    --context-parallel-size\n    8\n    --loong-head-parallel-size\n    4\n    --bf16\n" in text
+    assert "    --num-layers\n    2\n    --context-parallel-size\n    8\n" in text
+    assert "    --loong-head-parallel-size\n    4\n    --bf16\n" in text
     assert f'cp {plan} "$run_dir/plan.json"' in text
+
+
+def test_fsdp_gets_the_environment_that_megatron_asks_for() -> None:
+    unset = "|| unset CUDA_DEVICE_MAX_CONNECTIONS"
+    assert unset not in slurm.render(KINDS["single node"])
+    for words in (["--use-megatron-fsdp"], ["--loong-zero-param-size", "all"], ["--loong-zero-grad-size=8"]):
+        text = slurm.render(slurm.Job("s.py", (*ARGUMENTS, *words)))
+        assert unset in text and "CUDA_DEVICE_MAX_CONNECTIONS:-1}" not in text
 
 
 # ---- bash, and a stand-in for srun -----------------------------------------------------------------------------
@@ -153,6 +165,31 @@ def test_a_job_that_ends_well_says_done_and_keeps_the_record(submit) -> None:
     kept = {path.name for path in run_dir.iterdir()}
     assert {"job.sbatch", "arguments.txt", "code_version.txt", "environment.txt", "doctor.json"} <= kept
     assert "MASTER_ADDR=localhost" in (run_dir / "environment.txt").read_text()
+
+
+HOSTILE = ("a\ntouch pwned\n#", "a'\ntouch pwned\n'", "$(touch pwned)", "`touch pwned`", "'; touch pwned; '")
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_value_becomes_a_command(value: str, submit, tmp_path: Path) -> None:
+    """Each is refused by the name of its flag, or stands in the script as one word. Setup lines alone are commands."""
+    fields = ("name", "partition", "account", "time", "interface", "hca", "log_dir", "python", "plan", "script")
+    for field in fields:
+        words = {"script": "s.sh", field: value}
+        script = words.pop("script")
+        try:
+            text = slurm.render(slurm.Job(script, (), **words))  # type: ignore[arg-type]
+        except ValueError as error:
+            assert str(error).startswith("SCRIPT" if field == "script" else f"--{field.replace('_', '-')} ")
+            continue
+        assert "\n" not in value and shlex.quote(value) in text, field
+    accepted = {} if "\n" in value else {"log_dir": value, "plan": value}
+    process, run_dir = submit("printf '%s' \"$1\"", value, **accepted)
+    assert process.wait(60) == 0
+    if accepted:
+        run_dir = tmp_path / value / "7"
+    assert (run_dir / "rank0.log").read_text() == value
+    assert not [*tmp_path.rglob("pwned")]
 
 
 def test_the_rank_that_failed_first_is_named(submit) -> None:
