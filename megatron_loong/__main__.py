@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import runpy
+import signal
 import sys
 
+import megatron_loong
 from megatron_loong.launch import command as command_line
+
+_WITHOUT_TORCH = (
+    f"torch is not installed in {sys.executable}; install it with `pip install torch`, or take the Python that has it "
+    "(plan, memory, sbatch and patch need none)"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a script or a subcommand; return the exit code. 2: the command line was wrong, and stderr says how."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in command_line.SUBCOMMANDS:
-        module, _, function = command_line.SUBCOMMANDS[argv[0]][0].partition(":")
-        return getattr(importlib.import_module(module), function)(argv[1:])
+    is_subcommand = bool(argv) and argv[0] in command_line.SUBCOMMANDS
+    if argv[is_subcommand : is_subcommand + 1] == ["--version"]:
+        print(f"megatron_loong {megatron_loong.__version__}")
+        return 0
+    if is_subcommand:
+        return _run_subcommand(*argv)
     try:
         command = command_line.parse(argv)
     except command_line.UsageError as error:
@@ -24,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         print(command_line.usage())
         return 0
     command_line.take_the_place_of_python(command)
+    if importlib.util.find_spec("torch") is None:
+        return _refuse(ModuleNotFoundError(_WITHOUT_TORCH))
     if command.cpu_requests:
         from megatron_loong.integration import cpu_mode
 
@@ -40,7 +53,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _refuse(error: ValueError) -> int:
+def _run_subcommand(name: str, *argv: str) -> int:
+    """Its exit code; what the machine refuses (a file, a missing torch) is one line, and `| head` is no error."""
+    module, _, function = command_line.SUBCOMMANDS[name][0].partition(":")
+    try:
+        code = getattr(importlib.import_module(module), function)([*argv])
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + signal.SIGPIPE
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        return _refuse(ModuleNotFoundError(f"{name}: {_WITHOUT_TORCH}"))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _refuse(error)
+
+
+def _refuse(error: Exception) -> int:
     """Say why on one rank; end all of them alike."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"megatron_loong: {error}", file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_loong.config import GRADIENT_WIRES
@@ -85,6 +86,19 @@ def add_loong_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, action=_Removed, nargs="?", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
+def refuse_misspelt(unknown: Iterable[str]) -> None:
+    """Raise `ValueError` for a word that no parser knows and that was meant to be one of ours; it names the nearest."""
+    ours = [flag_of(field) for field in _HELP]
+    for word in unknown:
+        flag = word.partition("=")[0]
+        # At 0.9, a letter or two of a flag are wrong; Megatron has no flag that is so near to one of ours.
+        near = difflib.get_close_matches(flag, ours, n=1, cutoff=0.0 if flag.startswith("--loong") else 0.9)
+        if near:
+            raise ValueError(
+                f"there is no flag {flag}; did you mean {near[0]}? (SCRIPT --help lists those of megatron_loong)"
+            )
+
+
 def mend_help(parser: argparse.ArgumentParser) -> None:
     """Escape a bare % in help texts (Megatron 0.18 and 0.19 have one), at which `--help` would end in an error."""
     for action in parser._actions:  # argparse has no public view of its options
@@ -104,6 +118,7 @@ def listen(parser: argparse.ArgumentParser, on_parsed: Callable[[argparse.Namesp
 
     def parse_and_tell(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = parse_known_args(*args, **kwargs)
+        refuse_misspelt(rest)  # else a script that ignores unknown words would train without the flag
         on_parsed(namespace)
         return namespace, rest
 

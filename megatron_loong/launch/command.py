@@ -19,7 +19,7 @@ Everything after SCRIPT goes to it as it is; `SCRIPT --help` lists the flags tha
 options:
   --cpu   train on the CPU over gloo, without a GPU (slow: for tests and for trying a recipe); the flags that
           a CPU needs are appended unless given. Where a GPU is present, ask twice: --cpu --cpu
-  --help  this text
+  --version, --help
 """
 
 #: Other things `python -m megatron_loong NAME ...` can do: name -> ("module:function", one line of help).
@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> Command:
             return Command(script=None)
         elif word.startswith("-"):
             raise UsageError(
-                f"{word} is not an option of megatron_loong; it knows --cpu and --help, "
+                f"{word} is not an option of megatron_loong; it knows --cpu, --version and --help, "
                 f"and Megatron's own arguments come after the script"
             )
         elif not os.path.isfile(word):

@@ -289,6 +289,16 @@ def test_flags_beside_a_yaml_config_would_be_ignored_and_are_refused() -> None:
         parser.parse_args("--yaml-cfg model.yaml --context-parallel-impl loong".split())
 
 
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_misspelt_flag_names_the_nearest_even_where_unknown_words_are_ignored(
+    arguments: types.ModuleType, monkeypatch: pytest.MonkeyPatch, ignore: bool
+) -> None:
+    install()
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL, "--loong-tiled-los", "64", "--mine"])
+    with pytest.raises(ValueError, match="there is no flag --loong-tiled-los; did you mean --loong-tiled-loss?"):
+        arguments.parse_args(ignore_unknown_args=ignore)
+
+
 def test_listening_to_one_parser_leaves_the_others_alone() -> None:
     heard: list[argparse.Namespace] = []
     first, second = argparse.ArgumentParser(), argparse.ArgumentParser()
