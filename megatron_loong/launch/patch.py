@@ -95,9 +95,10 @@ def carry_out(tree: Path, *, check: bool = False, revert: bool = False) -> str:
     name = f"{patch.file.parent.name}/{patch.file.name}"
     state = patch.state_in(tree)
     if state == "changed":
+        by_hand = "remove from it by hand" if revert else "add to its end by hand"
         raise PatchError(
-            f"{tree / patch.target} is not as {patch.file.parent.name} has it, so a patch without context lines could "
-            f"land anywhere; add the lines of {patch.file} that begin with '+' to its end by hand"
+            f"{tree / patch.target} is not as {patch.file.parent.name} has it{', patched' * revert}, so a patch "
+            f"without context lines could land anywhere; {by_hand} the lines of {patch.file} that begin with '+'"
         )
     if state == ("clean" if revert else "applied"):
         return f"{name} is {'not applied' if revert else 'applied already'}; nothing to do"

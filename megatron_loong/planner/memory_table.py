@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from typing import Any
 
-from megatron_loong.planner.memory import MemoryPlan, MemoryReport, longest_sequence, peak
+from megatron_loong.config import divisors
+from megatron_loong.planner.memory import MemoryPlan, MemoryReport, layer_bytes, longest_sequence, peak, state_bytes
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
-
-GIB = 1 << 30
+from megatron_loong.planner.units import tokens
 
 #: The order in which a user would turn them on: what costs least time first. Each adds to those above it.
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -19,6 +20,14 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ --loong-tiled-mlp", {"tiled_mlp": 64}),
     ("+ --loong-offload-activations", {"offload_activations": True}),
     ("+ --optimizer-cpu-offload", {"offload_optimizer": True}),
+)
+#: What `--zero` assumes to be spread over the context-parallel ranks, and Megatron's means for it.
+ZERO = (
+    "nothing is spread, every rank holds all states (--zero 3: all are spread)",
+    "optimizer states are spread over the CP ranks (ZeRO-1: --use-distributed-optimizer)",
+    "gradients and optimizer states are spread over the CP ranks (ZeRO-2: Megatron-FSDP, optim_grads)",
+    "parameters, gradients and optimizer states are spread over the CP ranks (ZeRO-3: Megatron-FSDP; --zero 1: the "
+    "distributed optimizer alone)",
 )
 SELECTIVE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Selective Checkpoint++", {"selective_checkpoint": "ring"}),
@@ -32,13 +41,15 @@ def main(argv: list[str]) -> int:
     try:
         print(table(args))
     except ValueError as error:
-        print(f"megatron_loong memory: {error}", file=sys.stderr)
+        print(f"megatron_loong: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m megatron_loong memory", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="megatron-loong memory", description="The longest sequence that fits, switch by switch."
+    )
     parser.add_argument("--model", default="llama3-8b", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that train one copy of the model")
     parser.add_argument("--gpu-memory-gb", type=float, default=80.0, help="of one GPU, 1e9 bytes each")
@@ -54,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loong-inner-ring-size", type=int, default=None)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=3, help="states spread over all CP ranks")
     parser.add_argument("--gradient-bytes", type=int, choices=(2, 4), default=4, help="of one gradient")
-    parser.add_argument("--seq-length", type=int, default=None, help="show the terms of this length instead")
+    parser.add_argument(
+        "--seq-length", type=tokens, metavar="TOKENS", help="show the terms of this length instead; such as 64K or 1M"
+    )
     return parser
 
 
@@ -68,21 +81,35 @@ def table(args: argparse.Namespace) -> str:
     head = (
         f"{args.model} on {args.gpus} GPU(s) of {args.gpu_memory_gb:g} GB, of which {budget / 1e9:.1f} GB are counted "
         f"on; CP {plan.context_parallel_size} (head parallel {plan.head_parallel_size}), "
-        f"TP {plan.tensor_parallel_size}, PP {plan.pipeline_parallel_size}, ZeRO-{args.zero}. MODELLED, not measured."
+        f"TP {plan.tensor_parallel_size}, PP {plan.pipeline_parallel_size}. MODELLED, not measured.\n"
+        f"Assumed: {ZERO[args.zero]}. All figures are GB (1e9 bytes) of one GPU, or of host memory for each GPU."
     )
     rows = [(name, dataclasses.replace(plan, **changes)) for name, changes in _cumulative()]
     if args.seq_length:
-        lines = [_terms(name, peak(model, dataclasses.replace(row, seq_len=args.seq_length))) for name, row in rows]
-        return "\n".join([head, f"peak bytes of one rank at --seq-length {args.seq_length}", *lines])
-    lines = [f"{'switches':44} {'longest sequence':>16}   what fills the memory"]
+        rows = [(name, dataclasses.replace(row, seq_len=args.seq_length)) for name, row in rows]
+        lines = [_terms(name, peak(model, row), host_bytes(model, row)) for name, row in rows]
+        return "\n".join([head, f"the peak of one rank at --seq-length {args.seq_length:,}", *lines])
+    lines = [f"{'switches':48} {'longest sequence':>16} {'host':>7}   what fills the GPU"]
     for name, row in rows:
         found = longest_sequence(model, row, budget)
         if found is None:
             least = peak(model, dataclasses.replace(row, seq_len=1024 * row.context_parallel_size))
-            lines.append(f"{name:44} {'none':>16}   {_largest(least)}: {least.peak_bytes / 1e9:.0f} GB")
+            lines.append(f"{name:48} {'none':>16} {'-':>7}   {_largest(least)}: {least.peak_bytes / 1e9:.0f}")
         else:
-            lines.append(f"{name:44} {found[0]:>16,}   {_largest(found[1])}")
+            seq_len, report = found
+            host = host_bytes(model, dataclasses.replace(row, seq_len=seq_len))
+            lines.append(f"{name:48} {seq_len:>16,} {f'{host / 1e9:.0f}' if host else '-':>7}   {_largest(report)}")
     return "\n".join([head, *lines])
+
+
+def host_bytes(model: ModelShape, plan: MemoryPlan) -> int:
+    """What the offloads put into host memory for one GPU of the first pipeline stage."""
+    layer, stages = layer_bytes(model, plan), plan.pipeline_parallel_size
+    calls = math.ceil(model.num_layers / stages) * (plan.micro_batches_in_flight or stages)
+    stash = layer.out + layer.lse if plan.selective_checkpoint == "ring" else 0
+    kept = calls * (layer.hidden * plan.offload_activations + stash * plan.offload_attention)
+    on_the_gpu = state_bytes(model, dataclasses.replace(plan, offload_optimizer=False))
+    return kept + on_the_gpu["optimizer states"] * plan.offload_optimizer
 
 
 def _cumulative() -> list[tuple[str, dict[str, Any]]]:
@@ -100,10 +127,15 @@ def _cumulative() -> list[tuple[str, dict[str, Any]]]:
 
 def _plan(args: argparse.Namespace, model: ModelShape) -> MemoryPlan:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.gpus < 1 or args.gpus % (tp * pp):
+    if min(args.gpus, tp, pp) < 1 or args.gpus % (tp * pp):
         raise ValueError(
             f"--gpus {args.gpus} is not a multiple of --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp}"
+            f"--pipeline-model-parallel-size {pp}; all three are at least 1"
+        )
+    if model.num_attention_heads % tp:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the {model.num_attention_heads} heads of {args.model}; "
+            f"try one of {divisors(model.num_attention_heads)}"
         )
     cp = args.gpus // (tp * pp)
     heads = model.num_attention_heads // tp
@@ -130,6 +162,7 @@ def _largest(report: MemoryReport) -> str:
     return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in shown)
 
 
-def _terms(name: str, report: MemoryReport) -> str:
-    rows = [f"  {term:28} {size / GIB:9.3f} GiB" for term, size in report.terms.items()]
-    return "\n".join([f"{name}: {report.peak_bytes / GIB:.3f} GiB", *rows])
+def _terms(name: str, report: MemoryReport, host: int) -> str:
+    shown = {**report.terms, "(in host memory)": host} if host else report.terms
+    rows = [f"  {term:28} {size / 1e9:9.3f}" for term, size in shown.items()]
+    return "\n".join([f"{name}: {report.peak_bytes / 1e9:.3f} GB", *rows])

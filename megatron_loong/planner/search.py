@@ -22,6 +22,7 @@ from megatron_loong.planner.bound import computing_bound, pass_bound
 from megatron_loong.planner.candidate import RECOMPUTE, Candidate, Workload, ZeroSizes
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.links import Site
+from megatron_loong.planner.nearest import why_not
 from megatron_loong.planner.simulate import PassTime, simulate_pass
 from megatron_loong.planner.step import StepCost, step_cost
 from megatron_loong.planner.traffic import AttentionShape
@@ -171,7 +172,7 @@ def search(
     for shards in _SHARDS:
         families = list(_bounded_families(work, hardware, limits, shards))
         if not families:
-            raise ValueError(_nothing_divides(work, hardware))
+            raise ValueError(why_not(work, limits, lambda w, x: is_possible(w, hardware, x)))
         for bound, _, _, configs, variants in sorted(families, key=lambda family: family[:3]):
             if len(outcome.plans) == keep and bound * (1 + _WORTHWHILE) >= outcome.plans[-1].cost.seconds:
                 break
@@ -204,11 +205,12 @@ def _bounded_families(work: Workload, hardware: Hardware, limits: Limits, shards
         yield bound, tensor, context, configs, variants
 
 
-def _nothing_divides(work: Workload, hardware: Hardware) -> str:
-    return (
-        f"no sizes fit {work.gpus} GPUs of {hardware.gpus_per_node} a node, {work.model.num_attention_heads} heads, "
-        f"{work.model.num_layers} layers, --seq-length {work.seq_len} (a multiple of 2 x context-parallel size) and "
-        f"--global-batch-size {work.global_batch_size} (a multiple of data-parallel size)"
+def is_possible(work: Workload, hardware: Hardware, limits: Limits) -> bool:
+    """Whether any sizes go together, whatever they take and need."""
+    return any(
+        next(layouts(context, work.model.num_attention_heads // tensor, limits.head_parallel), None)
+        and next(_variants(tensor, context, work, hardware, limits, "optimizer"), None)
+        for tensor, context in _families(work, hardware, limits)
     )
 
 

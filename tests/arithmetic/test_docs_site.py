@@ -116,7 +116,7 @@ def test_the_memory_page_has_the_figures_of_the_command(capsys: pytest.CaptureFi
     columns = []
     for gpus in ("1", "8", "32"):
         memory_table.main(["--model", "llama3-8b", "--gpus", gpus])
-        lines = capsys.readouterr().out.splitlines()[2:]
+        lines = capsys.readouterr().out.splitlines()[3:]
         columns.append(dict(re.match(r"(.*?)  +([\d,]+|none)", line).groups() for line in lines))  # type: ignore[union-attr]
     for name in columns[1]:
         one = columns[0][name] if name.startswith(("full recomputation", "+")) and "Selective" not in name else "-"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from typing import Any
 
@@ -94,9 +95,32 @@ def test_the_longest_sequence_fits_and_the_next_does_not() -> None:
 def test_each_switch_lengthens_the_sequence_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "--model", "llama3-8b", "--gpus", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    lengths = [int(line[44:62].replace(",", "")) for line in lines[2:7]]
+    lengths = [int(line[48:65].replace(",", "")) for line in lines[3:8]]
     assert lengths == sorted(lengths) and len(set(lengths)) == 5
-    assert "MODELLED" in lines[0]
+    assert "MODELLED" in lines[0] and "ZeRO-3" in lines[1]
+    offload = next(line for line in lines if line.startswith("+ --loong-offload-activations"))
+    assert re.search(r" 3,997,696 +131 ", offload)  # 32 layers x 499,712 tokens x 4096 x 2 bytes
+
+
+def test_lengths_are_written_as_for_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for length in ("65536", "64K"):
+        assert main(["memory", "--gpus", "8", "--seq-length", length]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and "--seq-length 65,536" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpus 0", "--gpus 0 is not a multiple"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0 x"),
+        ("--gpus 6 --tensor-model-parallel-size 3", "--tensor-model-parallel-size 3 does not divide the 32 heads"),
+    ],
+)
+def test_sizes_that_cannot_be(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", *words.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_wrong_command_line_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:

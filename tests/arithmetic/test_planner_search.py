@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+import megatron_loong
 from megatron_loong.__main__ import main
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner import fit
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.choose import best_layout
-from megatron_loong.planner.flags import flags_of, model_flags
+from megatron_loong.planner.flags import connections, flag_value, flags_of, model_flags
 from megatron_loong.planner.hardware import Curve, hardware_to_text, load_hardware
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
@@ -101,7 +103,9 @@ def test_gradients_are_sharded_before_parameters() -> None:
         kinds[tensor, gpus] = None if not plans else "".join("1" if x == 1 else "k" for x in plans[0].candidate.zero)
         if plans and gpus == 16:
             strategy = "optim_grads" if tensor == 4 else "optim_grads_params"
-            assert flags_of(plans[0].candidate, work)[-4:-2] == ["--data-parallel-sharding-strategy", strategy]
+            words = flags_of(plans[0].candidate, work)
+            assert words[-4:-2] == ["--data-parallel-sharding-strategy", strategy]
+            assert flag_value(words, "--ckpt-format") == "fsdp_dtensor" and connections(words) is None
     assert kinds == {(4, 8): None, (1, 16): "kkk", (4, 16): "1kk", (4, 64): "11k"}
 
 
@@ -163,8 +167,17 @@ def test_nothing_fits_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> No
     [
         (["--hardware", "abacus"], "--hardware abacus: neither a file nor a profile; the profiles are a100"),
         (["--model", "gpt-9"], "--model gpt-9 is unknown; use one of llama2-7b"),
-        (["--seq-length", "12345"], "--seq-length 12345 .a multiple of 2 x context-parallel size"),
-        (["--context-parallel-size", "5"], "no sizes fit 32 GPUs"),
+        (["--seq-length", "12345"], "--seq-length 12345: 12344 or 12346 would work .a multiple of 2 x CP"),
+        (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3: 1, 2, 4 or 8 would work"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: 1, 2, 4 or 8 would work"),
+        (["--context-parallel-size", "5"], "--context-parallel-size 5: 1, 2, 4, 8, 16 or 32 would work"),
+        (["--pipeline-model-parallel-size", "3"], "--pipeline-model-parallel-size 3: 1, 2, 4, 8, 16 or 32 would"),
+        (["--expert-model-parallel-size", "4"], "--expert-model-parallel-size 4: 1 would work"),
+        (["--loong-head-parallel-size", "3"], "--loong-head-parallel-size 3: 1, 2, 4, 8, 16 or 32 would work"),
+        (["--recompute", "selective", "--context-parallel-size", "1"], "--recompute selective: none or full would"),
+        (["--gpus", "7"], "--gpus 7: 4 or 8 would work .*\n.*\n.*--global-batch-size 32: 28 or 35 would work"),
+        (["--gpus", "12"], "--gpus 12: 8 or 16 would work"),
+        (["--gpus", "24"], "--gpus 24: 16 or 32 would work"),
         (["--global-batch-size", "0"], "--global-batch-size 0 must be a whole number of at least 1"),
         (["--nics-per-node", "3"], "nics_per_node=3 and gpus_per_node=8 must divide one another"),
         (["--num-query-groups", "5"], "--num-attention-heads 32 is not a multiple of --num-query-groups 5"),
@@ -183,6 +196,9 @@ def test_the_text_says_why_and_with_which_flags(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     for part in ("Why", "NICs at once", "Runner-ups", "What would change the choice", "--context-parallel-impl loong"):
         assert part in text
+    for part in ("--normalization RMSNorm", "--position-embedding-type rope", "--tokenizer-type", " min "):
+        assert part in text
+    assert "e+0" not in text
 
 
 def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +219,7 @@ def test_an_sbatch_file_runs_the_plan(tmp_path: Path, capsys: pytest.CaptureFixt
     text = path.read_text()
     for part in ("#SBATCH --nodes=4", "--context-parallel-impl", "--num-query-groups", "pretrain_gpt.py"):
         assert part in text
+    assert "export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}" in text
     assert json.loads(path.with_suffix(".plan.json").read_text())["plan"]["context_parallel_size"] == 32
 
 
@@ -211,6 +228,45 @@ def test_flags_name_the_model() -> None:
     given = dict(itertools.pairwise(words))
     assert given["--num-experts"] == "128" and given["--kv-channels"] == "128" and given["--num-query-groups"] == "4"
     assert "--swiglu" in words and "--group-query-attention" not in model_flags(MODELS["llama2-7b"])
+
+
+def test_numbers_of_the_model_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = "--rotary-base 5000000 --no-use-rope-scaling --norm-epsilon 1e-6 --qk-layernorm --num-layers 16".split()
+    assert main(["plan", *PLAN, "--model", "llama3-8b", *changes, "--json"]) == 0
+    words = json.loads(capsys.readouterr().out)["model_flags"]
+    given = dict(itertools.pairwise(words))
+    assert (given["--rotary-base"], given["--norm-epsilon"], given["--num-layers"]) == ("5000000", "1e-06", "16")
+    assert "--qk-layernorm" in words and "--use-rope-scaling" not in words
+    assert main(["plan", *PLAN, "--norm-epsilon", "2"]) == 2
+    assert "--norm-epsilon 2.0 must be a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_an_mfu_above_100_percent_is_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "slow.json"
+    path.write_text('{"base": "a100", "peak_flops_per_s": 1e14}')
+    assert main(["plan", *PLAN, "--hardware", str(path)]) == 0
+    assert "an MFU above 100% cannot be" in capsys.readouterr().out
+    assert main(["plan", *PLAN]) == 0
+    assert "above 100%" not in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_and_a_folder_that_cannot_be_written_are_no_tracebacks() -> None:
+    command = [sys.executable, "-m", "megatron_loong"]
+    writer = subprocess.Popen(
+        [*command, "plan", *PLAN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.close()
+    assert (writer.stderr.read(), writer.wait(60)) == ("", 141)
+    for flag in ("--sbatch", "--pictures"):
+        ended = subprocess.run([*command, "plan", *PLAN, flag, "/dev/null/x/y"], capture_output=True, text=True)
+        assert ended.returncode == 2 and "/dev/null" in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("words", [["--version"], ["plan", "--version"], ["sbatch", "--version"]])
+def test_the_version_is_said(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"megatron_loong {megatron_loong.__version__}\n"
 
 
 def test_what_is_decided_stays_decided() -> None:

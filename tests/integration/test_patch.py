@@ -86,7 +86,11 @@ def test_what_cannot_be_patched_is_said(
     target = tree / "megatron" / "training" / "__init__.py"
     target.write_text("one\nanother two\n")
     assert patch.main([str(tree)]) == 1
-    assert "is not as core_v0.19.0 has it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is not as core_v0.19.0 has it," in said and "add to its end by hand the lines of" in said
+    assert patch.main([str(tree), "--revert"]) == 1
+    said = capsys.readouterr().err
+    assert "is not as core_v0.19.0 has it, patched," in said and "remove from it by hand the lines of" in said
     assert target.read_text() == "one\nanother two\n"
     (tree / "megatron" / "core" / "package_info.py").write_text("MAJOR = 0\nMINOR = 12\nPATCH = 3\n")
     assert patch.main([str(tree), "--check"]) == 1
