@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
 """Attention over ranks: megatron_loong in every layout against every rival that runs here. Run it once per rank:
 
-torchrun --nproc-per-node 8 scripts/bench_attention.py --seq-len 4096 --json runs/bench/mha.json
-sudo scripts/emulate_cluster.sh 2 4 --nic 400mbit -- python scripts/bench_attention.py --seq-len 4096
+torchrun --nproc-per-node 8 scripts/bench_attention.py
+torchrun --nproc-per-node 8 scripts/bench_attention.py --seq-len 4096 --rounds 10 --json runs/bench/mha.json
+sudo scripts/emulate_cluster.sh 2 4 --nic 400mbit -- python scripts/bench_attention.py --seq-len 4096 --rounds 10
+
+The first ends in about two minutes on any machine: 2048 tokens, and as many rounds, up to 10, as fit. With --rounds it
+runs as many as that, however long they take; a line per contestant and per round says how long.
 
 The rivals come from requirements/bench.txt, installed beside the environment so that they bring no other PyTorch:
 pip install --no-deps --target runs/rivals -r requirements/bench.txt; export PYTHONPATH=runs/rivals
@@ -14,9 +18,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,15 +35,18 @@ from megatron_loong.bench.report import conditions, make_record, markdown
 from megatron_loong.bench.rivals.interface import Shape
 from megatron_loong.bench.rivals.registry import all_contestants, choose
 
+#: Without --rounds. The limit leaves some of two minutes for starting and for the report.
+DEFAULT_ROUNDS, DEFAULT_LIMIT_S = 10, 100.0
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-len", type=int, default=4096, help="global sequence length")
+    parser.add_argument("--seq-len", type=int, default=2048, help="global sequence length; default 2048")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, help="default: as many as --heads")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, help="default: as many, up to 10, as fit into two minutes")
     parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names, with wildcards; see --list")
     parser.add_argument("--list", type=int, metavar="RANKS", help="print the contestants for so many ranks and stop")
@@ -67,10 +76,12 @@ def main() -> int:
     # Ranks of one machine talk by loopback; on an emulated cluster the interface is set already.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))
-    entries = compare(contestants, shape, args.rounds, args.warmups)
+    rounds, limit_s = (args.rounds, math.inf) if args.rounds else (DEFAULT_ROUNDS, DEFAULT_LIMIT_S)
+    say = partial(print, file=sys.stderr, flush=True)
+    entries = compare(contestants, shape, rounds, args.warmups, limit_s, say)
     if rank == 0:
         cluster = json.loads(os.environ.get("LOONG_EMULATED_CLUSTER", "null"))
-        facts = conditions(args.rounds, args.warmups, load_average)
+        facts = conditions(max((len(entry.rounds) for entry in entries), default=0), args.warmups, load_average)
         record = make_record(entries, left_out, shape, cluster, facts)
         print(f"\n{record['shape']}, {world_size} ranks, load average {load_average:.1f}\n\n{markdown(record)}")
         if args.json:

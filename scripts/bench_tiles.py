@@ -17,9 +17,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from megatron_loong.bench.flops import attention_flops
-
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from megatron_loong.kernels.cpu_flash import flash_backward, flash_forward
 
 
 def least_cpu_s(run: Callable[[], object], repeats: int = 5) -> float:
@@ -37,11 +35,11 @@ def speeds(query_len: int, kv_len: int, causal: bool, heads: int, head_dim: int,
     """Operations per second of forward and of backward; those that a causal mask makes useless do not count."""
     lengths = (query_len, kv_len, kv_len)
     q, k, v = (torch.randn(1, heads, length, head_dim).to(dtype) for length in lengths)
-    out, lse = FORWARD(q, k, v, 0.0, causal)
+    out, lse = flash_forward(q, k, v, is_causal=causal)
     dout = torch.randn_like(out)
     taken = (
-        least_cpu_s(lambda: FORWARD(q, k, v, 0.0, causal)),
-        least_cpu_s(lambda: BACKWARD(dout, q, k, v, out, lse, 0.0, causal)),
+        least_cpu_s(lambda: flash_forward(q, k, v, is_causal=causal)),
+        least_cpu_s(lambda: flash_backward(dout, q, k, v, out, lse=lse, is_causal=causal)),
     )
     flops = (
         attention_flops(1, heads, head_dim, query_len, kv_len, causal=causal, backward=backward)

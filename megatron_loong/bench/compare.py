@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from megatron_loong.bench.observe import Observer
 from megatron_loong.bench.rivals.interface import Contestant, GroupCache, Shape
 from megatron_loong.bench.rivals.ours import ComputeAlone
 from megatron_loong.bench.timing import Phases, interleaved
+from megatron_loong.kernels.cpu_flash import flash_forward
 
 #: RMS error allowed, as a multiple of the one-device kernel's own on the same inputs.
 ERROR_MULTIPLE = 2.5
@@ -59,9 +60,21 @@ class Entry:
         return [one.sent_bytes for one in self.counts]
 
 
-def compare(contestants: Sequence[Contestant], shape: Shape, rounds: int, warmups: int) -> list[Entry]:
-    """Entries in the order of the contestants, complete on rank 0. Collective over the world."""
+def compare(
+    contestants: Sequence[Contestant],
+    shape: Shape,
+    rounds: int,
+    warmups: int,
+    limit_s: float = float("inf"),
+    say: Callable[[str], object] = lambda line: None,
+) -> list[Entry]:
+    """Entries in the order of the contestants, complete on rank 0. Collective over the world.
+
+    No round but the first is begun that would end more than `limit_s` after the start. `say` is given, on rank 0, a
+    line per contestant checked and per round.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    progress = _Progress(rounds, warmups, limit_s, say if rank == 0 else lambda line: None)
     groups = GroupCache(world_size)
     q, k, v, dout = shape.inputs()
     truth = _Truth(q, k, v, dout) if rank == 0 else None
@@ -86,8 +99,9 @@ def compare(contestants: Sequence[Contestant], shape: Shape, rounds: int, warmup
             runs[contestant.name] = _Run(contestant, local)
         del results
         gc.collect()
+        progress.checked(len(entries), len(contestants), entry)
     if runs:
-        taken = interleaved(runs, rounds, warmups, lambda: dist.barrier())
+        taken = interleaved(runs, rounds, warmups, lambda: dist.barrier(), progress.go_on)
         gathered: list[dict[str, list[Phases]] | None] = [None] * world_size
         dist.all_gather_object(gathered, taken)
         for entry in entries:
@@ -96,6 +110,36 @@ def compare(contestants: Sequence[Contestant], shape: Shape, rounds: int, warmup
                 entry.rounds = [list(phases) for phases in zip(*per_rank, strict=True)]
     groups.close()
     return entries
+
+
+class _Progress:
+    """What is said while it runs, and when to stop."""
+
+    def __init__(self, rounds: int, warmups: int, limit_s: float, say: Callable[[str], object]) -> None:
+        self.rounds, self.warmups, self.limit_s, self.say = rounds, warmups, limit_s, say
+        self.started_s = self.round_began_s = time.perf_counter()
+
+    def checked(self, count: int, of: int, entry: Entry) -> None:
+        """After a contestant was checked and observed."""
+        self.round_began_s = time.perf_counter()
+        spent_s = self.round_began_s - self.started_s
+        # A round is about as long as the checks: each contestant runs once in either.
+        left_s = min(spent_s / count * (of - count + of * (self.warmups + self.rounds)), self.limit_s - spent_s)
+        verdict = f"refused, {entry.refused}" if entry.refused else "exact"
+        self.say(f"{spent_s:4.0f} s: checked {count} of {of}, {entry.name}: {verdict}; about {left_s:.0f} s to go")
+
+    def go_on(self, counted: int) -> bool:
+        """After a round: whether there is time for another. Rank 0 decides for all."""
+        now_s = time.perf_counter()
+        round_s, spent_s = now_s - self.round_began_s, now_s - self.started_s
+        self.round_began_s = now_s
+        fits = [counted < 1 or spent_s + round_s <= self.limit_s]
+        dist.broadcast_object_list(fits, src=0)
+        left_s = min(round_s * (self.rounds - counted), self.limit_s - spent_s) if fits[0] else 0.0
+        which = f"round {counted} of {self.rounds}" if counted else "warm-up"
+        end = f"about {left_s:.0f} s to go" if fits[0] else f"no further round fits into {self.limit_s:.0f} s"
+        self.say(f"{spent_s:4.0f} s: {which}, {round_s:.1f} s; {end}")
+        return fits[0]
 
 
 class _Run:
@@ -155,7 +199,7 @@ class _Truth:
 
 def _one_device(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in tensors[:3]]
-    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*leaves, 0.0, True)
+    out, _ = flash_forward(*leaves, is_causal=True)
     out.backward(tensors[3].transpose(1, 2))
     return [x.transpose(1, 2) for x in (out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))]
 

@@ -78,10 +78,12 @@ def interleaved(
     rounds: int,
     warmups: int,
     barrier: Callable[[], object],
+    go_on: Callable[[int], bool] = lambda counted: True,
 ) -> dict[str, list[Phases]]:
     """Run each contestant once a round, in an order that moves on by one each round; the first `warmups` do not count.
 
-    A contestant returns the clock (`time.perf_counter`) at the end of its forward and of its backward.
+    A contestant returns the clock (`time.perf_counter`) at the end of its forward and of its backward. `go_on` is asked
+    after each round, with the number of those that count; False ends the comparison early.
     """
     names = list(contestants)
     taken: dict[str, list[Phases]] = {name: [] for name in names}
@@ -96,6 +98,8 @@ def interleaved(
                 whole = (os.cpu_count() or 1) * (time.perf_counter() - started)
                 phases = forward_end - started, backward_end - forward_end
                 taken[name].append(Phases(*phases, used, main_used, unused / whole))
+        if not go_on(max(0, index + 1 - warmups)):
+            break
     return taken
 
 

@@ -7,7 +7,15 @@ import math
 import torch
 
 from megatron_loong.config import CAUSAL, FULL, UNBOUNDED
-from megatron_loong.kernels.common import dtype_fault, feature_fault, lse_from_bhs, request_fault, unit_stride, widen
+from megatron_loong.kernels.common import (
+    HALF_DTYPES,
+    dtype_fault,
+    feature_fault,
+    lse_from_bhs,
+    request_fault,
+    unit_stride,
+    widen,
+)
 from megatron_loong.kernels.interface import KernelRequest, TileRules
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -18,6 +26,7 @@ class CpuFlashKernel:
 
     GQA is native. The operator wants one width for k and v, so the narrower is padded with zeros, which is exact.
     Its backward gives the same bits every time. Gradients come in q's dtype. Sliding windows are cut into blocks.
+    Half precision is computed in float32 where the operator is slow in it, see `operator_dtype`.
     """
 
     name = "cpu_flash"
@@ -46,13 +55,8 @@ class CpuFlashKernel:
         width = max(q.shape[-1], v.shape[-1])
         outs, lses = [], []
         for rows, keys, mask in _calls(q, k, rules):
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(_operand(x, width) for x in (q[:, rows], k[:, keys], v[:, keys])),
-                0.0,
-                rules.window == CAUSAL,
-                attn_mask=mask,
-                scale=rules.softmax_scale,
-            )
+            operands = [_operand(x, width) for x in (q[:, rows], k[:, keys], v[:, keys])]
+            out, lse = flash_forward(*operands, is_causal=rules.window == CAUSAL, mask=mask, scale=rules.softmax_scale)
             outs.append(out.transpose(1, 2)[..., : v.shape[-1]])
             lses.append(lse_from_bhs(lse, outs[-1].shape[1]))
         return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 1))
@@ -77,12 +81,11 @@ class CpuFlashKernel:
         grads = []
         for rows, keys, mask in calls:
             operands = (dout[:, rows].to(q.dtype), q[:, rows], k[:, keys], v[:, keys], out[:, rows].to(q.dtype))
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dq, dk, dv = flash_backward(
                 *(_operand(x, width) for x in operands),
-                lse[:, rows].to(wide).transpose(1, 2),
-                0.0,
-                rules.window == CAUSAL,
-                attn_mask=mask,
+                lse=lse[:, rows].to(wide).transpose(1, 2),
+                is_causal=rules.window == CAUSAL,
+                mask=mask,
                 scale=rules.softmax_scale,
             )
             grads.append((dq.transpose(1, 2)[..., :d], dk.transpose(1, 2)[..., :d], dv.transpose(1, 2)[..., :dv_width]))
@@ -93,6 +96,47 @@ class CpuFlashKernel:
             sum_dk[:, keys] += dk
             sum_dv[:, keys] += dv
         return torch.cat([dq for dq, _, _ in grads], 1), sum_dk, sum_dv
+
+
+def operator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of `dtype` are computed in here: float32 for half precision on a CPU without AVX-512.
+
+    Without it PyTorch multiplies half-precision matrices element by element: its backward takes ten times as long as
+    in float32 (torch 2.15, AVX2).
+    """
+    if dtype in HALF_DTYPES and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return torch.float32
+    return dtype
+
+
+def flash_forward(
+    *qkv: torch.Tensor, is_causal: bool, mask: torch.Tensor | None = None, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator on q, k, v [b, h, s, d] in `operator_dtype`: (out in q's dtype, lse [b, h, s]). Differentiable."""
+    given = qkv[0].dtype
+    dtype = operator_dtype(given)
+    q, k, v = (x.to(dtype) for x in qkv)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=None if mask is None else mask.to(dtype), scale=scale
+    )
+    return out.to(given), lse
+
+
+def flash_backward(
+    *dout_qkv_out: torch.Tensor,
+    lse: torch.Tensor,
+    is_causal: bool,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv of `flash_forward` from dout, q, k, v and out [b, h, s, d], in their dtype."""
+    given = dout_qkv_out[0].dtype
+    dtype = operator_dtype(given)
+    dout, q, k, v, out = (x.to(dtype) for x in dout_qkv_out)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=None if mask is None else mask.to(dtype), scale=scale
+    )
+    return tuple(x.to(given) for x in grads)
 
 
 def _calls(q: torch.Tensor, k: torch.Tensor, rules: TileRules) -> list[tuple[slice, slice, torch.Tensor | None]]:

@@ -65,6 +65,14 @@ def test_every_round_runs_everyone_and_begins_with_another() -> None:
     assert {name: len(rounds) for name, rounds in taken.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+def test_rounds_end_when_there_is_no_time_for_more() -> None:
+    asked: list[int] = []
+    taken = interleaved(
+        {"a": lambda: (0.0, 0.0)}, 9, 1, lambda: None, lambda counted: asked.append(counted) or counted < 3
+    )
+    assert asked == [0, 1, 2, 3] and len(taken["a"]) == 3
+
+
 def test_the_busiest_nic_of_a_single_and_of_a_double_ring() -> None:
     """2 nodes x 2 ranks: one ring crosses each boundary at one rank; two rings cross it at both, on their own NICs."""
     single = [[0, 8, 0, 0], [0, 0, 8, 0], [0, 0, 0, 8], [8, 0, 0, 0]]

@@ -147,6 +147,31 @@ def test_rms_error_is_that_of_one_device_sdpa(kernel, dtype):
     assert ours["out"].dtype == dtype and ours["lse"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(("capability", "inside"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_cpu_flash_computes_half_precision_in_float32_without_avx512(monkeypatch, capability, inside):
+    """There the operator's backward takes ten times as long in half precision; the error stays within the bound."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "flash_attention" in func.overloadpacket.__name__:
+                seen.update(x.dtype for x in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        test_rms_error_is_that_of_one_device_sdpa(CpuFlashKernel(), torch.bfloat16)
+        seen.discard(torch.bfloat16 if inside is torch.float32 else None)  # SDPA's own call
+        q, k, v, dout = inputs(SHAPES["gqa-causal"], torch.bfloat16)
+        got = run(CpuFlashKernel(), q, k, v, dout, True)
+    assert seen == {inside} and {got[name].dtype for name in ("out", "dq", "dk", "dv")} == {torch.bfloat16}
+    window = TileRules(SCALE, (5, 0))
+    out, lse = CpuFlashKernel().forward(q, k, v, window)  # its mask is in the operator's dtype too
+    exact, _ = ReferenceKernel().forward(q, k, v, window)
+    CpuFlashKernel().backward(dout, q, k, v, out, lse, window, deterministic=True)
+    torch.testing.assert_close(out, exact, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("kernel", [CpuFlashKernel(), ReferenceKernel()], ids=lambda x: x.name)
 @pytest.mark.parametrize("case", ["mha-full", "gqa-longer-kv", "narrow-v", "wide-v"])
 def test_backward_of_two_kv_blocks_adds_up_to_the_whole(kernel, case):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_loong.config import CAUSAL, FULL
+from megatron_loong.kernels.cpu_flash import flash_backward, flash_forward
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.kernels.torch_cuda import TorchFlashKernel
 
@@ -51,9 +52,7 @@ def _flash_attn_forward(
     if q.device.type == "cuda":
         out, lse = OnGpu.kernel.forward(q, k, v, _rules(q, softmax_scale, causal))
         return out, lse.transpose(1, 2).contiguous(), None, None
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_operands(q, k, v), 0.0, causal, scale=softmax_scale
-    )
+    out, lse = flash_forward(*_operands(q, k, v), is_causal=causal, scale=softmax_scale)
     return out.transpose(1, 2), lse, None, None
 
 
@@ -83,8 +82,8 @@ def _flash_attn_backward(
         lse, rules = softmax_lse.transpose(1, 2), _rules(q, softmax_scale, causal)
         gradients = OnGpu.kernel.backward(dout, q, k, v, out, lse, rules, deterministic=deterministic)
     else:
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_operands(dout, q, k, v, out), softmax_lse, 0.0, causal, scale=softmax_scale
+        gradients = flash_backward(
+            *_operands(dout, q, k, v, out), lse=softmax_lse, is_causal=causal, scale=softmax_scale
         )
         gradients = [x.transpose(1, 2) for x in gradients]
     for into, gradient in zip((dq, dk, dv), gradients, strict=True):
@@ -123,9 +122,7 @@ def flash_attn_func(
 ) -> torch.Tensor:
     """Differentiable attention [b, s, h, d], by the operator's own autograd."""
     _refuse(causal and q.shape[1] != k.shape[1], dropout_p, -1, -1, 0.0, unused.get("alibi_slopes"))
-    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_operands(q, k, v), 0.0, causal, scale=softmax_scale
-    )
+    out, _ = flash_forward(*_operands(q, k, v), is_causal=causal, scale=softmax_scale)
     return out.transpose(1, 2)
 
 

@@ -17,6 +17,7 @@ from megatron_loong.bench.rivals.interface import (
     contiguous_positions,
     zigzag_positions,
 )
+from megatron_loong.kernels.cpu_flash import flash_forward
 
 
 def absent(*modules: str) -> str | None:
@@ -197,5 +198,5 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torc
 
 def _causal_hf(_module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
     """[b, heads, s, d] -> ([b, s, heads, d], no weights)."""
-    out, _lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    out, _lse = flash_forward(q, k, v, is_causal=True)
     return out.transpose(1, 2), None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_loong.bench.rivals.interface import Contestant, GroupCache, Shape, zigzag_positions
+from megatron_loong.kernels.cpu_flash import flash_backward, flash_forward
 
 
 class TorchContextParallel(Contestant):
@@ -77,7 +78,7 @@ class _Ring(torch.autograd.Function):
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> tuple[torch.Tensor, ...]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
+    return flash_forward(q, k, v, is_causal=is_causal)
 
 
 def _backward(
@@ -89,6 +90,4 @@ def _backward(
     logsumexp: torch.Tensor,
     is_causal: bool,
 ) -> tuple[torch.Tensor, ...]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, query, key, value, out, logsumexp, 0.0, is_causal
-    )
+    return flash_backward(grad_out, query, key, value, out, lse=logsumexp, is_causal=is_causal)
