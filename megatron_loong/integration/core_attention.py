@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -116,15 +118,24 @@ class LoongCoreAttention(MegatronModule):
         if kind == "vanilla":
             self.softmax_offset = None
             return
-        offset = torch.zeros(heads, device=_device(), dtype=self.config.params_dtype)
+        offset = torch.zeros(self.config.num_attention_heads, device=_device(), dtype=self.config.params_dtype)
         if kind == "off-by-one":
-            self.softmax_offset = offset
+            self.softmax_offset = offset[:heads]
         elif kind == "learnable":
-            self.softmax_offset = torch.nn.Parameter(offset)
+            # Every rank draws the sinks of all heads and keeps its own: the same ones for any tensor parallel size.
             if self.config.perform_initialization and self.config.init_method is not None:
-                self.config.init_method(self.softmax_offset)
+                self.config.init_method(offset)
+            first = self._tp_rank() * heads
+            self.softmax_offset = torch.nn.Parameter(offset[first : first + heads].clone())
+            # Megatron's own attention does not mark it: its gradient norm then has the sinks of TP rank 0 alone.
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         else:
             raise ValueError(f"--softmax-type {kind} is unknown; use vanilla, off-by-one or learnable")
+
+    def _tp_rank(self) -> int:
+        if self.config.tensor_model_parallel_size == 1:
+            return 0
+        return get_tensor_model_parallel_rank() if self.tp_group is None else self.tp_group.rank()
 
     def _check_kernel(self, k_channels: int | None, v_channels: int | None) -> None:
         """Find now, on every rank alike, that no kernel here has what the configuration asks for."""

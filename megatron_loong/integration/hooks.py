@@ -29,7 +29,7 @@ from megatron_loong.integration.memory_options import check_tiled
 from megatron_loong.integration.options import LoongOptions, fields_of
 from megatron_loong.integration.recompute import checkpoint_function, te_checkpoint
 from megatron_loong.integration.runtime import Runtime
-from megatron_loong.integration.spec import swapped_submodules
+from megatron_loong.integration.spec import refuse_forgotten_size, swapped_submodules
 from megatron_loong.integration.tiled import acceptance_counts, language_model_loss, mlp_forward, model_forward
 
 _hooked: dict[compat.Seam, tuple[Any, Any]] = {}
@@ -220,6 +220,17 @@ def _hook_te_checkpoint(state: Runtime, original: Callable[..., Any]) -> Callabl
     return te_checkpoint(state.recompute, original)
 
 
+def _hook_model_forward(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    forward_of_model = reset_mask.model_forward(state, model_forward(state.options, original))
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_forgotten_size(state, self)
+        return forward_of_model(self, *args, **kwargs)
+
+    return forward
+
+
 def _with_options(hook: Callable[..., Any]) -> Callable[[Runtime, Any], Any]:
     """A hook that needs only to know the options of a TransformerConfig."""
     return lambda state, original: hook(state.options, original)
@@ -234,7 +245,7 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "mla_init": _hook_attention_init,
     "checkpoint_function": _hook_checkpoint_function,
     "te_checkpoint": _hook_te_checkpoint,
-    "model_forward": lambda state, original: reset_mask.model_forward(state, model_forward(state.options, original)),
+    "model_forward": _hook_model_forward,
     "language_model_loss": _with_options(language_model_loss),
     "acceptance_counts": _with_options(acceptance_counts),
     "mlp_forward": _with_options(mlp_forward),

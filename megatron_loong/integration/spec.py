@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from megatron_loong.integration.checks import refuse
+from megatron_loong.integration.compat import group_of
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.integration.runtime import Runtime
 
@@ -47,6 +48,23 @@ def swapped_submodules(runtime: Runtime, layer: object, config: Any, submodules:
             "TEDotProductAttention (or --context-parallel-impl native)"
         )
     return dataclasses.replace(submodules, core_attention=swapped)  # type: ignore[type-var]
+
+
+def refuse_forgotten_size(runtime: Runtime, model: Any) -> None:
+    """Raise `ValueError` where a language model's config has a context-parallel size of 1 and its ranks share batches.
+
+    All its layers would then attend to this rank's tokens alone. A tower beside the model is no `GPTModel`.
+    """
+    config = model.config
+    if config.context_parallel_size != 1 or getattr(config, "hybrid_context_parallel", False):
+        return
+    cp_group = group_of(getattr(model, "pg_collection", None), "cp")
+    if cp_group is not None and cp_group.size() > 1 and runtime.options(config).loong:
+        raise ValueError(
+            f"context_parallel_size=1 in the TransformerConfig of {type(model).__name__}, but its context-parallel "
+            f"group has {cp_group.size()} ranks: no layer would have 2D-Attention, though the ranks share each batch. "
+            f"Give TransformerConfig(context_parallel_size={cp_group.size()}, ...)"
+        )
 
 
 def _swapped(core_attention: Any, stock: tuple[Any, ...]) -> Any:

@@ -177,6 +177,10 @@ def test_sinks_are_megatrons_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     (state, prefix, split, offsets), _ = built.sharded_state_dict("x.", ((0, 1, 2),))
     assert state == {"softmax_offset": built.softmax_offset} and split == {"softmax_offset": 0}
     assert (prefix, offsets) == ("x.", ((0, 1, 2),)) and layer().sharded_state_dict() == {}
+    marks = ("tensor_model_parallel", "partition_dim", "partition_stride")
+    assert [getattr(built.softmax_offset, mark) for mark in marks] == [True, 0, 1], (
+        "else clipping counts TP rank 0 alone"
+    )
     q, k, v = qkv()
     sink = torch.ones(HEADS, dtype=torch.float64, requires_grad=True)
     expected = dense(q, k, v, causal=True, sink=sink)
@@ -185,6 +189,19 @@ def test_sinks_are_megatrons_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     expected.sum().backward()
     out.sum().backward()
     torch.testing.assert_close(built.softmax_offset.grad, sink.grad, rtol=0, atol=1e-12)
+
+
+def test_sinks_are_drawn_alike_for_every_tensor_parallel_size() -> None:
+    drawn = []
+    for tp, rank in ((1, 0), (2, 0), (2, 1)):
+        group = types.SimpleNamespace(rank=lambda rank=rank: rank, size=lambda tp=tp: tp)
+        torch.manual_seed(3)
+        built = layer(
+            config(softmax_type="learnable", tensor_model_parallel_size=tp),
+            pg_collection=types.SimpleNamespace(tp=group),
+        )
+        drawn.append(built.softmax_offset.detach())
+    assert torch.equal(torch.cat(drawn[1:]), drawn[0]) and drawn[0].unique().numel() == HEADS
 
 
 def test_dropout_comes_from_megatrons_generator_and_is_off_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
