@@ -19,7 +19,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from tests.integration import planted
 from tests.integration.nursery import nursery_of, serve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -79,19 +81,19 @@ def own_script() -> Path | None:
 
 
 @functools.cache
-def train(script: Path, world_size: int, *flags: str, timeout_s: int = 300) -> list[Step]:
+def train(script: Path, world_size: int, *flags: str, timeout_s: int = 300, fault: str = "") -> list[Step]:
     """Losses and gradient norms of a CPU training run of `script` on `world_size` ranks, one `Step` per step.
 
     A flag of `CONTRADICTIONS` takes the place of the toy model's own. Remembered for the session: several tests
-    share a baseline. Raises `RuntimeError` with the end of the log of
-    the rank that failed first.
+    share a baseline. `fault`: one of `planted.FAULTS` that every rank gets first. Raises `RuntimeError` with the end of
+    the log of the rank that failed first.
     """
     model = " ".join(TOY_MODEL)
     for flag, replaced in CONTRADICTIONS.items():
         if flag in flags:
             model = model.replace(replaced, "")
     with tempfile.TemporaryDirectory(prefix="megatron_runs_") as folder:
-        logs = _run_ranks([str(script), *model.split(), *flags], world_size, Path(folder), timeout_s)
+        logs = _run_ranks([str(script), *model.split(), *flags], world_size, Path(folder), timeout_s, fault)
     records = [line.removeprefix(RECORD) for log in logs for line in log.splitlines() if line.startswith(RECORD)]
     if not records:
         raise RuntimeError(f"{script} ended well but reported no step:\n{_tail(logs[-1])}")
@@ -110,7 +112,23 @@ def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float 
             )
 
 
-def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: int) -> list[str]:
+def parameters(checkpoint: Path, iteration: int) -> dict[str, Any]:
+    """Whole parameters by name, out of a distributed checkpoint: the same names for every division of a model."""
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    reader = dcp.FileSystemReader(checkpoint / f"iter_{iteration:07d}")
+    stored = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in stored.items()
+        if isinstance(kind, dcp.metadata.TensorStorageMetadata) and kind.properties.dtype.is_floating_point
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: int, fault: str) -> list[str]:
     """One process per rank, forked from one that has imported Megatron; their logs when all have ended well."""
     shared = {
         **os.environ,
@@ -119,6 +137,7 @@ def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: i
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
+        "LOONG_TEST_FAULT": fault,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
@@ -196,6 +215,8 @@ def _main() -> int:
 
     def run_path_recorded(*args, **kwargs):
         _record_steps()
+        if fault := os.environ.get("LOONG_TEST_FAULT"):
+            planted.FAULTS[fault]()
         return run_path(*args, **kwargs)
 
     runpy.run_path = run_path_recorded

@@ -1,0 +1,51 @@
+"""Faults to plant in a rank before it trains, for tests that show that the net finds them. No tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def mean_for_sum() -> None:
+    """A hook returns the mean over the ranks where the sum is right."""
+    from megatron_loong.integration import loss
+
+    total = loss.sum_over
+    loss.sum_over = lambda x, group: total(x, group) / group.size()
+
+
+def unmarked_sinks() -> None:
+    """Sinks are not marked as divided over TP."""
+    from megatron_loong.integration import core_attention
+
+    core_attention.set_tensor_model_parallel_attributes = lambda *_: None
+
+
+def wrong_position() -> None:
+    """The tokens of the last rank are taken for those one further on in their document."""
+    from megatron_loong.integration import packed
+
+    original = packed.local_places
+
+    def shifted(config: Any, cp_rank: int, *args: Any) -> Any:
+        places = original(config, cp_rank, *args)
+        return places._replace(in_document=places.in_document + (cp_rank == config.context_parallel_size - 1))
+
+    packed.local_places = shifted
+
+
+def dropped_gradient() -> None:
+    """One context-parallel rank forgets the gradient of its keys."""
+    from megatron_loong.attention import call
+
+    original = call._backward
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        gradients: list[Any] = list(original(*args, **kwargs))
+        groups = next(x.groups for x in (*args, *kwargs.values()) if hasattr(x, "groups"))
+        gradients[1] = gradients[1] * (groups.cp_rank != 1)
+        return tuple(gradients)
+
+    call._backward = forgetful
+
+
+FAULTS = {one.__name__: one for one in (mean_for_sum, unmarked_sinks, wrong_position, dropped_gradient)}

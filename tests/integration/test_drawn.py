@@ -1,0 +1,106 @@
+"""The net: compositions of Megatron's flags, drawn by seeds, each with the losses, norms and parameters of one rank.
+
+Float32, no momentum. One rank trains three steps and saves its weights after each; a drawn run begins from those after
+the first and must repeat the others to 1e-5: every loss, every gradient norm, and the parameters after one step.
+Ten seeds by default; LOONG_TEST_ALL=1 draws hundreds, on up to eight ranks. LOONG_TEST_SEEDS=3,17 runs those alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integration import drawn, megatron_runs, planted
+from tests.integration.drawn import Composition, composition
+from tests.integration.test_matrix import unequal_data
+from tests.integration.test_packed_runs import packed_script
+
+ALL = os.environ.get("LOONG_TEST_ALL") == "1"
+LARGEST_WORLD = 8 if ALL else 4
+NAMED = [int(seed) for seed in os.environ.get("LOONG_TEST_SEEDS", "").split(",") if seed]
+SEEDS = NAMED or (range(300) if ALL else drawn.varied(range(60), LARGEST_WORLD, 10))
+TOLERANCE = 1e-5
+#: Weights large enough that sinks, windows and places matter.
+SHARED = tuple(
+    """--num-layers 4 --train-iters 3 --init-method-std 0.1 --vocab-size 255 --make-vocab-size-divisible-by 4
+    --ckpt-format torch_dist --save-interval 1 --no-save-optim --no-save-rng""".split()
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this session keeps weights and data."""
+    return tmp_path_factory.mktemp("drawn")
+
+
+def script() -> Path:
+    packed_script()  # or a skip
+    return Path(__file__).with_name("drawn_gpt.py")
+
+
+@functools.cache
+def model_flags(one: Composition, folder: Path) -> tuple[str, ...]:
+    """Flags of the model and of its data."""
+    data = unequal_data(folder) if one["text"] == "unequal" else []
+    return (*SHARED, *one.flags(drawn.MODEL), *data)
+
+
+@functools.cache
+def on_one_rank(flags: tuple[str, ...], folder: Path, name: str) -> tuple[Path, list[megatron_runs.Step]]:
+    """Weights and steps of one rank with Megatron's own attention."""
+    place = folder / name
+    return place, megatron_runs.train(script(), 1, *flags, "--save", str(place))
+
+
+def differences(one: Composition, folder: Path, fault: str = "") -> list[str]:
+    """Losses, gradient norms and parameters of a drawn run that are not those of one rank, in words."""
+    flags = model_flags(one, folder)
+    start, expected = on_one_rank(flags, folder, str(composition(**{axis: one[axis] for axis in drawn.MODEL})))
+    place = folder / f"{one}-{fault}"
+    load = ["--load", str(start), "--ckpt-step", "1", "--no-load-optim", "--no-load-rng", "--save", str(place)]
+    division = [*one.flags(drawn.DIVISION), "--context-parallel-impl", "loong"]
+    steps = megatron_runs.train(script(), one.world_size, *flags, *division, *load, fault=fault)
+    assert len(steps) == 2
+    found = []
+    for number, (step, wanted) in enumerate(zip(steps, expected[1:], strict=True), start=2):
+        for quantity in ("lm_loss", "grad_norm"):
+            value, right = getattr(step, quantity), getattr(wanted, quantity)
+            if not abs(value - right) <= TOLERANCE * abs(right):
+                found.append(f"{quantity} of step {number}: {value} instead of {right}")
+    weights, right_weights = (megatron_runs.parameters(where, 2) for where in (place, start))
+    assert set(weights) == set(right_weights)
+    for name, right in right_weights.items():
+        error = float((weights[name] - right).abs().max() / right.abs().max().clamp(min=1e-30))
+        if not error <= TOLERANCE:
+            found.append(f"{name} after step 2: relative error {error:.1e}")
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_drawn_composition_trains_as_one_rank(seed: int, folder: Path) -> None:
+    one = drawn.draw(seed, LARGEST_WORLD)
+    print(f"seed {seed}: {one}: {' '.join(one.flags(drawn.AXES))}")
+    found = differences(one, folder)
+    print("\n".join(found))
+    assert found == [], str(one)
+
+
+CAUGHT = {
+    "mean_for_sum": composition(text="unequal", layout="r2"),
+    "unmarked_sinks": composition(sinks="sinks", window="window", tensor="tp2", layout="h2"),
+    "wrong_position": composition(text="packs", layout="r2"),
+    "dropped_gradient": composition(layout="r2"),
+}
+
+
+@pytest.mark.parametrize("fault", planted.FAULTS)
+def test_the_net_catches_a_planted_fault(fault: str, folder: Path) -> None:
+    if not ALL and fault != "unmarked_sinks":
+        pytest.skip("LOONG_TEST_ALL=1 plants this fault too")
+    found = differences(CAUGHT[fault], folder, fault)
+    print("\n".join(found))
+    assert any("grad_norm" in one or "lm_loss" in one for one in found), found
+    assert differences(CAUGHT[fault], folder) == []
