@@ -111,9 +111,9 @@ class Job:
         product = 1
         for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"):
             value = flag_value(self.arguments, flag) or "1"
-            product *= (
-                int(value) or 1 if value.isdecimal() else 1
-            )  # what is no number above 0, Megatron's parser refuses
+            if value.isdecimal() and int(value) == 0:
+                raise ValueError(f"{flag} {value} must be at least 1")
+            product *= int(value) if value.isdecimal() else 1  # what is no number, Megatron's parser refuses
         world = self.nodes * self.ranks_per_node
         if world % product:
             raise ValueError(

@@ -69,6 +69,7 @@ def test_a_requeued_job_saves_before_its_time_is_up_and_loads() -> None:
     [
         ("--nodes 3 --ranks-per-node 8 s.py --context-parallel-size 16", "= 24 ranks are not a multiple of .* = 16"),
         ("--nodes 0 s.py", "--nodes 0 must be at least 1"),
+        ("s.py --context-parallel-size 0", "--context-parallel-size 0 must be at least 1"),
         ("--cpus-per-task 0 s.py", "--cpus-per-task 0 must be at least 1"),
         ("--time tomorrow s.py", "--time 'tomorrow' is not of its form: days-hours"),
         ("--max-restarts 2 s.py", "--max-restarts 2 resumes from a checkpoint, but .* no --save"),
