@@ -158,6 +158,17 @@ def test_a_feature_that_no_kernel_has_here_is_refused_when_built(monkeypatch: py
     layer()
 
 
+@pytest.mark.parametrize("varying", [False, True])
+def test_lengths_that_vary_are_said_when_the_kernel_is_chosen(varying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents say it themselves; `variable_seq_lengths` is all there is to say it of sequences."""
+    asked, choose = [], core_attention.choose_kernel
+    built = layer(config(variable_seq_lengths=varying, moe_token_dispatcher_type="alltoall"))
+    monkeypatch.setattr(core_attention, "choose_kernel", lambda x, name: (asked.append(x.varying), choose(x, name))[1])
+    q, k, v = qkv()
+    torch.testing.assert_close(built(q, k, v, None), dense(q, k, v, causal=True), rtol=0, atol=1e-12)
+    assert asked == ([True] if varying else [])
+
+
 def test_sliding_windows_follow_the_skip_frequency() -> None:
     """Megatron: layer n has the window unless the frequency divides n; a list says it layer by layer."""
     windowed = config(window_size=(2, 0), window_attn_skip_freq=2)
