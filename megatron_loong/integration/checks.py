@@ -180,6 +180,12 @@ def refuse_beside_reset(args: Any) -> None:
             "--hybrid-context-parallel, and --context-parallel-impl loong; supported: "
             "--dataloader-inter-document-masking (megatron-core 0.19 on)"
         )
+    if getattr(args, "mtp_num_layers", None):
+        # On one rank it predicts across documents, of which it sees no mask; here it would stop at their ends.
+        raise NotImplementedError(
+            "--reset-attention-mask does not work with --mtp-num-layers and --context-parallel-impl loong; supported: "
+            "--dataloader-inter-document-masking (megatron-core 0.19 on)"
+        )
     has_mask = getattr(args, "create_attention_mask_in_dataloader", True)
     if not has_mask and not getattr(args, "reset_position_ids", False):
         raise ValueError(

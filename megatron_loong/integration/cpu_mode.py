@@ -11,7 +11,8 @@ Three layers, in the order in which a run meets them:
 3. `_stand_in_inside_megatron`: what compiles GPU kernels, or draws random numbers to warm them up.
 
 What stays impossible on a CPU, because Megatron's local layers refuse it: tensor parallel with
-`--sequence-parallel`, hybrid (Mamba) models, fp8, CUDA graphs, and resuming `--use-distributed-optimizer`.
+`--sequence-parallel`, hybrid (Mamba) models, fp8, CUDA graphs, `--use-torch-fsdp2`, and resuming
+`--use-distributed-optimizer`.
 """
 
 from __future__ import annotations
@@ -46,14 +47,21 @@ CPU_FLAGS = (
 )
 
 
+#: What no stand-in covers, and what to use instead.
+REFUSED_FLAGS = {"--use-torch-fsdp2": "--use-distributed-optimizer, which shards the optimizer's states"}
+
+
 def enable(allow_with_gpu: bool = False, argv: list[str] | None = None) -> None:
     """Let Megatron train on the CPU in this process; `argv` (flags only) is extended in place by `CPU_FLAGS`.
 
     Call it before anything imports Megatron. Raises `ValueError` where a GPU is present, unless `allow_with_gpu`:
-    a run that is slower by a factor of a thousand should not start because of a forgotten flag.
+    a run that is slower by a factor of a thousand should not start by a forgotten flag; and for `REFUSED_FLAGS`.
     """
     import torch
 
+    for flag, instead in REFUSED_FLAGS.items():
+        if flag in (argv or []):
+            raise ValueError(f"{flag} does not work with --cpu; supported there: {instead}")
     if torch.cuda.is_available() and not allow_with_gpu:
         raise ValueError(
             f"--cpu was given, but this machine has {torch.cuda.device_count()} GPU(s); "
@@ -298,6 +306,18 @@ def _stand_in_inside_megatron() -> None:
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 without TransformerEngine compares a name it never set
         moe_utils.te_general_gemm = None
+    with contextlib.suppress(ModuleNotFoundError):  # before 0.18
+        layers: Any = importlib.import_module("megatron.core.tensor_parallel.inference_layers")
+        for name in ("InferenceColumnParallelLinear", "InferenceLayerNormColumnParallelLinear"):
+            if not isinstance(getattr(layers, name, None), type):  # a mock without TransformerEngine; MTP asks after it
+                setattr(layers, name, type(name, (), {}))
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_numpy_if_asked
+
+
+def _as_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's makes numbers for an all-to-all of experts only of tensors that lie on a GPU."""
+    return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
 
 
 # ---- child processes -----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ AXES: dict[str, dict[str, str]] = {
     "model": {
         "dense": "",
         "weighted": "--calculate-per-token-loss --eod-mask-loss",  # on data whose real tokens lie unevenly
-        "moe-ep2": "--num-experts 4 --expert-model-parallel-size 2",
+        "moe-ep2": "--num-experts 4 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
         "moe-etp2": "--num-experts 4 --expert-tensor-parallel-size 2",
         "moe-aux": "--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01",
         "mla": "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_loong.__main__ import main
 from megatron_loong.launch import command as command_line
 from tests.integration.megatron_runs import REPOSITORY, own_script
 
@@ -74,6 +75,15 @@ def test_cpu_mode_refuses_a_machine_with_a_gpu_unless_asked_twice(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(ValueError, match="8 GPU.*--cpu --cpu"):
         cpu_mode.enable()
+
+
+def test_cpu_mode_refuses_what_no_stand_in_covers(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["--cpu", "--cpu", str(script), "--use-torch-fsdp2"]) == 2
+    assert "--use-torch-fsdp2 does not work with --cpu; supported there: --use-dist" in capsys.readouterr().err
 
 
 def test_cpu_mode_maps_cuda_and_reaches_spawned_processes(tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def test_the_documents_are_those_of_megatrons_mask(create_mask: bool, reset_posi
     ("args", "error", "message"),
     [
         ({"pipeline_model_parallel_size": 2}, NotImplementedError, "pipeline-model-parallel-size above 1 .*supported"),
+        ({"mtp_num_layers": 1}, NotImplementedError, "mtp-num-layers .*supported: --dataloader-inter"),
         ({"create_attention_mask_in_dataloader": False}, ValueError, "leaves no trace .*add --reset-position-ids"),
     ],
-    ids=["pipeline", "no-trace"],
+    ids=["pipeline", "mtp", "no-trace"],
 )
 def test_refused_beside_it(args: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
