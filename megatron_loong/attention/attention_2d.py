@@ -60,7 +60,8 @@ def attention_2d(
 
     cu_seqlens: int32 [documents + 1], global: packed documents of any length, each attending to itself alone; needed
         for `thd`, and for `bshd` the same in every row of the batch. The ranks hold what `token_positions(...,
-        cu_seqlens=)` says. `cu_seqlens_kv` where keys come in other numbers than queries.
+        cu_seqlens=)` says. It ends where the tokens of all ranks do: padding is a document of its own. `cu_seqlens_kv`
+        where keys come in other numbers than queries: document i reads document i, and zeros where that is empty.
     causal, window_size: a query sees `window_size[0]` keys before and `window_size[1]` after its own place (-1, the
         default: all); causal closes the right side. With s != s_kv the last query stands at the last key.
     seq_len, kv_seq_len: global lengths (thd: all tokens); as many keys as queries unless told. Without seq_len the
@@ -90,7 +91,9 @@ def attention_2d(
         or a kernel object. deterministic: honoured, or a `ValueError`.
 
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
-    features that do not fit the layout or that no kernel here has. `CommunicationError` when a peer is lost.
+    features that do not fit the layout or that no kernel here has, and for arguments in which the ranks disagree
+    (looked at in the first call of each kind; with LOONG_CHECK=1 in every call). `CommunicationError` when a peer is
+    lost.
     """
     q, k, v, call = prepare(
         q, k, v, groups, qkv_format=qkv_format, causal=causal, softmax_scale=softmax_scale, window_size=window_size,
