@@ -251,6 +251,15 @@ def _enter_cpu_tensors_mode() -> None:
             return func(*args, **kwargs)
 
     CpuTensors().__enter__()
+    # A mode is left while the function that it handles runs: inside `torch.autograd.backward`, as a recomputed layer
+    # calls it, Megatron's backward functions would ask for a GPU again.
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_backward_on_cpu(*args: Any, **kwargs: Any) -> Any:
+        with CpuTensors():
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward_on_cpu
 
 
 # ---- 2. triton -----------------------------------------------------------------------------------------------

@@ -44,8 +44,14 @@ def spelled_out_to_all(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
     return mask
 
 
+def forward_step(data_iterator: Any, model: Any) -> Any:
+    """As in `packed_gpt`; a stage in the middle of an interleaved pipeline reads no batch."""
+    step = packed_gpt.base.forward_step if data_iterator is None else packed_gpt.forward_step
+    return step(data_iterator, model)
+
+
 packed_gpt.base.GPTModel = gpt_with_mtp
 packed_gpt.spelled_out = spelled_out_to_all
 
 if __name__ == "__main__":
-    packed_gpt.run(packed_gpt.forward_step)
+    packed_gpt.run(forward_step)
