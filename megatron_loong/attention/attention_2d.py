@@ -11,6 +11,7 @@ from megatron_loong.attention.agreement import compare, is_known, kind_of
 from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Attention2D, Call
 from megatron_loong.attention.checks import check_heads, check_inputs, check_latent, check_types
+from megatron_loong.attention.compiled import traced
 from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
@@ -90,19 +91,26 @@ def attention_2d(
     kernel: a name of `kernels.registry`, "auto", "auto-fp8" (forward in fp8, backward in bfloat16; see `kernels.fp8`),
         or a kernel object. deterministic: honoured, or a `ValueError`.
 
+    Under `torch.compile` it is one node of the graph, `fullgraph=True` or not, packs (`cu_seqlens`) of other documents
+    included. Without seq_len, and with cu_seqlens_kv, dropout, ALiBi, QK-clip, latents, parts or a kernel object, the
+    graph is left for the call.
+
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
     features that do not fit the layout or that no kernel here has, and for arguments in which the ranks disagree
     (looked at in the first call of each kind; with LOONG_CHECK=1 in every call). `CommunicationError` when a peer is
     lost.
     """
-    q, k, v, call = prepare(
-        q, k, v, groups, qkv_format=qkv_format, causal=causal, softmax_scale=softmax_scale, window_size=window_size,
-        cu_seqlens=cu_seqlens, dropout_p=dropout_p, kernel=kernel, deterministic=deterministic,
-        cu_seqlens_kv=cu_seqlens_kv, seq_len=seq_len, kv_seq_len=kv_seq_len, softmax_offset=softmax_offset,
-        softcap=softcap, alibi_slopes=alibi_slopes, dropout_seed=dropout_seed, max_logits=max_logits,
-        kv_up_weight=kv_up_weight, gradient_wire=gradient_wire, head_parts=head_parts,
-        sequence_parts=sequence_parts,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
+        "cu_seqlens": cu_seqlens, "dropout_p": dropout_p, "kernel": kernel, "deterministic": deterministic,
+        "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len, "softmax_offset": softmax_offset,
+        "softcap": softcap, "alibi_slopes": alibi_slopes, "dropout_seed": dropout_seed, "max_logits": max_logits,
+        "kv_up_weight": kv_up_weight, "gradient_wire": gradient_wire, "head_parts": head_parts,
+        "sequence_parts": sequence_parts,
+    }  # fmt: skip
+    if torch.compiler.is_compiling():
+        return traced(q, k, v, groups, outside=attention_2d, **asked)
+    q, k, v, call = prepare(q, k, v, groups, **asked)
     out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
     return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
 

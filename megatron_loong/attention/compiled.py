@@ -8,52 +8,83 @@ forward as results, so that the compiler plans their memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_loong.attention.attention_2d import attention_2d, prepare
 from megatron_loong.attention.blocks import Block, accumulator_dtype
 from megatron_loong.attention.call import Call, _backward, _forward
 from megatron_loong.planner.tiles import Mask
+from megatron_loong.sequence.sharding import Boundaries
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
 
+#: Arguments of `attention_2d` that the operator does not take.
+_LEFT_OUT = (
+    "cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts sequence_parts all_to_all"
+).split()
 
-def attention_2d_compiled(
+
+def traced(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     groups: LoongGroups,
     *,
-    qkv_format: str = "bshd",
-    causal: bool = True,
-    softmax_scale: float | None = None,
+    outside: Callable[..., torch.Tensor],
+    **options: Any,
+) -> torch.Tensor:
+    """What `attention_2d` does while `torch.compiler.is_compiling()`; `options` are all its other arguments.
+
+    One node of the graph, where the operator has what is asked for. Else the graph is left and `outside` is called (a
+    graph break, an error with `fullgraph=True`): dropout, ALiBi, QK-clip, latents, kernel objects, and a missing
+    `seq_len`, for which the ranks must ask each other.
+    """
+    asked = {name: x for name, x in options.items() if x is not None}
+    for name, nothing in (("dropout_p", 0), ("all_to_all", "backend")):
+        if asked.get(name) == nothing:
+            del asked[name]
+    unknown_length = "seq_len" not in asked and groups.config.context_parallel_size > 1
+    if unknown_length or any(name in asked for name in _LEFT_OUT) or not isinstance(asked["kernel"], str):
+        leave: Any = torch.compiler.disable(outside)
+        return leave(q, k, v, groups, **options)
+    return _in_graph(q, k, v, groups, **asked)
+
+
+def _in_graph(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: LoongGroups,
+    *,
+    qkv_format: str,
+    causal: bool,
     window_size: tuple[int, int] | None = None,
-    kernel: str = "auto",
-    deterministic: bool = False,
+    cu_seqlens: Boundaries | None = None,
+    softmax_scale: float | None = None,
+    softmax_offset: torch.Tensor | None = None,
+    softcap: float,
     seq_len: int | None = None,
     kv_seq_len: int | None = None,
-    softmax_offset: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    gradient_wire: str = "auto",
+    kernel: str,
+    deterministic: bool,
+    gradient_wire: str,
 ) -> torch.Tensor:
-    """What `attention_2d` gives with these arguments, as one node of a compiled graph; it works uncompiled too.
-
-    Differentiable in q, k, v and `softmax_offset`. `seq_len` must be given unless the group has one rank: asking the
-    other ranks is nothing that can be traced. Lengths are fixed in a compiled graph; others make another graph.
-    """
-    if qkv_format not in ("bshd", "sbhd"):
-        raise ValueError(f"qkv_format={qkv_format!r} cannot be compiled; use 'bshd' or 'sbhd'")
-    if seq_len is None and groups.config.context_parallel_size > 1:
-        raise ValueError("seq_len=None cannot be compiled; give the global length: in a graph no rank asks the others")
-    if qkv_format == "bshd":
+    if qkv_format not in ("bshd", "sbhd", "thd"):
+        raise ValueError(f"qkv_format={qkv_format!r} is unknown; use 'bshd', 'sbhd' or 'thd'")
+    if qkv_format == "thd":
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    elif qkv_format == "bshd":
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
+        cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int64, device="cpu")
     mask = Mask.of(causal, window_size)
     out, *_ = torch.ops.megatron_loong.attention_2d(
         q,
         k,
         v,
         softmax_offset,
+        cu_seqlens,
         groups.number,
         -1 if mask.left is None else mask.left,
         -1 if mask.right is None else mask.right,
@@ -65,35 +96,20 @@ def attention_2d_compiled(
         deterministic,
         gradient_wire,
     )
-    return out.transpose(0, 1) if qkv_format == "bshd" else out
+    return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
 
 
-_LEFT_OUT = (
-    "cu_seqlens cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight "
-    "head_parts sequence_parts all_to_all"
-).split()
+def _call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    asked: tuple,
+) -> Call:
+    # Here, because `attention_2d` needs this module when it is imported.
+    from megatron_loong.attention.attention_2d import prepare
 
-
-def traced(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: LoongGroups, *, kernel: Any = "auto", **options: Any
-) -> torch.Tensor:
-    """What to call instead of `attention_2d` while `torch.compiler.is_compiling()`; all its arguments.
-
-    One node of the graph where `attention_2d_compiled` has what is asked for; else the graph is left for the call (a
-    graph break, an error with `fullgraph=True`): packed documents, dropout, ALiBi, QK-clip, latents and kernel objects.
-    """
-    asked = {name: x for name, x in options.items() if x is not None}
-    for name, nothing in (("dropout_p", 0), ("all_to_all", "backend")):
-        if asked.get(name) == nothing:
-            del asked[name]
-    left_out = [name for name in _LEFT_OUT if name in asked]
-    if left_out or not isinstance(kernel, str):
-        outside: Any = torch.compiler.disable(attention_2d)
-        return outside(q, k, v, groups, kernel=kernel, **options)
-    return attention_2d_compiled(q, k, v, groups, kernel=kernel, **asked)
-
-
-def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, asked: tuple) -> Call:
     number, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire = asked
     *_, call = prepare(
         q,
@@ -104,6 +120,7 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor 
         causal=False,
         window_size=(left, right),
         softmax_scale=softmax_scale,
+        cu_seqlens=cu_seqlens,
         softcap=softcap,
         seq_len=seq_len,
         kv_seq_len=None if kv_seq_len < 0 else kv_seq_len,
@@ -134,6 +151,7 @@ def _attention(
     k: torch.Tensor,
     v: torch.Tensor,
     sink: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     groups: int,
     left: int,
     right: int,
@@ -151,7 +169,7 @@ def _attention(
     then they are empty.
     """
     asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
-    call = _call(q, k, v, sink, asked)
+    call = _call(q, k, v, sink, cu_seqlens, asked)
     with torch.no_grad():
         out, shares = _forward(q, k, v, sink, None, call)
     saved = [x for q_share, kv, *result in shares for x in (q_share, kv.flat, *result)]
@@ -170,9 +188,11 @@ def _fixed(n: Any) -> Any:
 
 
 @_attention.register_fake
-def _(q, k, v, sink, *asked):
+def _(q, k, v, sink, cu_seqlens, *asked):
     q, k, v = (x.new_empty([_fixed(n) for n in x.shape]) for x in (q, k, v))
-    call = _call(q, k, v, sink, tuple(map(_fixed, asked)))
+    # How many tokens a rank holds does not hang on where documents end, so boundaries without values do here.
+    valueless = None if cu_seqlens is None else cu_seqlens.to("meta")
+    call = _call(q, k, v, sink, valueless, tuple(map(_fixed, asked)))
     me, b, ring_rank = call.groups.handle("head").rank, q.shape[1], call.groups.ring_rank
     rows = sum(stop - start for start, stop in call.layouts[0].ring_runs(ring_rank))
     results = [q.new_empty(*q.shape[:3], call.value_dim)]
@@ -192,6 +212,7 @@ def _attention_backward(
     dout: torch.Tensor,
     saved: list[torch.Tensor],
     sink: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     q_shape: list[int],
     k_shape: list[int],
     v_shape: list[int],
@@ -209,7 +230,7 @@ def _attention_backward(
     """dq, dk, dv, and dsink where there is a sink."""
     asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
     q, k, v = (dout.new_empty(()).expand(shape) for shape in (q_shape, k_shape, v_shape))  # for their shapes alone
-    call = _call(q, k, v, sink, asked)
+    call = _call(q, k, v, sink, cu_seqlens, asked)
     shares = [
         (q_share, Block(part.kv_form(k, v), flat), out_share, lse)
         for part, (q_share, flat, out_share, lse) in zip(call.parts, zip(*[iter(saved)] * 4, strict=True), strict=True)
@@ -221,24 +242,25 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(dout, saved, sink, q_shape, k_shape, v_shape, *asked):
+def _(dout, saved, sink, cu_seqlens, q_shape, k_shape, v_shape, *asked):
     grads = [dout.new_empty(shape) for shape in (q_shape, k_shape, v_shape)]
     return grads if sink is None else [*grads, torch.empty_like(sink)]
 
 
 def _set_up(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
-    q, k, v, sink, *asked = inputs
+    q, k, v, sink, cu_seqlens, *asked = inputs
     out, *saved = output
     if not saved[0].numel():
         saved[0], saved[2] = q, out
-    ctx.save_for_backward(sink, *saved)
+    ctx.save_for_backward(sink, cu_seqlens, *saved)
     ctx.shapes, ctx.asked = [list(x.shape) for x in (q, k, v)], asked
 
 
 def _differentiate(ctx: Any, gradients: list[torch.Tensor]) -> tuple:
-    sink, *saved = ctx.saved_tensors
-    grads = torch.ops.megatron_loong.attention_2d_backward(gradients[0], saved, sink, *ctx.shapes, *ctx.asked)
-    return *grads, *[None] * (4 - len(grads)), *[None] * len(ctx.asked)
+    sink, cu_seqlens, *saved = ctx.saved_tensors
+    inputs = gradients[0], saved, sink, cu_seqlens, *ctx.shapes, *ctx.asked
+    grads = torch.ops.megatron_loong.attention_2d_backward(*inputs)
+    return *grads, *[None] * (5 - len(grads)), *[None] * len(ctx.asked)
 
 
 _attention.register_autograd(_differentiate, setup_context=_set_up)

@@ -17,7 +17,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_loong.attention.attention_2d import attention_2d, kernel_request
-from megatron_loong.attention.compiled import traced
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import (
@@ -225,9 +224,8 @@ class LoongCoreAttention(MegatronModule):
                 )
             key, value, lengths["kv_up_weight"] = self.latent_source.take(key)
         compiling = torch.compiler.is_compiling()
-        attend = traced if compiling else attention_2d
         with contextlib.nullcontext() if compiling else keeping(self.kept_in_checkpoint):
-            out = attend(
+            out = attention_2d(
                 query,
                 key,
                 value,

@@ -18,11 +18,15 @@ from megatron_loong.sequence.packing import (
 from megatron_loong.topology.errors import collective
 from megatron_loong.topology.groups import LoongGroups, checked_groups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
-from megatron_loong.topology.tokens import Run, TokenLayout, starts_of, zigzag_or_contiguous
+from megatron_loong.topology.tokens import Run, TokenLayout, rows_layout, starts_of, zigzag_or_contiguous
 
 Boundaries = torch.Tensor | Sequence[int]
 """`cu_seqlens`: global, the same on every rank, from 0 to the number of tokens; padding is a document of its own. A
-tensor on the CPU costs no synchronisation."""
+tensor on the CPU costs no synchronisation.
+
+Or bool [b, S], for sequences that lie one after another: True where a document begins. Then the tokens of each sequence
+stay where they are without `cu_seqlens`, and the documents of one need not be those of another.
+"""
 
 
 def layout_of(config: LoongConfig, seq_len: int, cu_seqlens: Boundaries | None = None) -> TokenLayout:
@@ -35,6 +39,11 @@ def layout_of(config: LoongConfig, seq_len: int, cu_seqlens: Boundaries | None =
         raise ValueError(f"sequence length {seq_len} must be at least 1")
     if cu_seqlens is None:
         return zigzag_or_contiguous(config, seq_len)
+    if isinstance(cu_seqlens, torch.Tensor):
+        if cu_seqlens.dtype == torch.bool:
+            return _layout_of_rows(config, seq_len, cu_seqlens)
+        if cu_seqlens.device.type == "meta":  # no values: where the documents end is not asked for
+            cu_seqlens = [0, seq_len]
     return packed_layout(config, without_empty(documents_of(cu_seqlens, seq_len)))
 
 
@@ -101,6 +110,17 @@ def documents_of(boundaries: Boundaries, tokens: int, name: str = "cu_seqlens") 
             f"{tokens - documents[-1]} tokens are padding, make them a document: append {tokens}"
         )
     return documents
+
+
+def _layout_of_rows(config: LoongConfig, seq_len: int, begins: torch.Tensor) -> TokenLayout:
+    if begins.dim() != 2 or begins.numel() != seq_len:
+        raise ValueError(
+            f"cu_seqlens of bool must be [b, S] with a place for each of the {seq_len} tokens; got {list(begins.shape)}"
+        )
+    rows, length = begins.shape
+    inside = [] if begins.device.type == "meta" else begins.flatten().nonzero().flatten().tolist()
+    documents = sorted({*inside, *range(0, seq_len + 1, length)})
+    return rows_layout(config, rows, tuple(documents))
 
 
 def token_positions(

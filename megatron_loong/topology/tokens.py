@@ -168,6 +168,26 @@ def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:
     return TokenLayout((0, seq_len), rank_runs, config.head_parallel_size)
 
 
+@functools.lru_cache(maxsize=64)
+def rows_layout(config: LoongConfig, rows: int, documents: tuple[int, ...]) -> TokenLayout:
+    """Sequences of equal length, one after another, each laid out as `zigzag_or_contiguous`; then cut into documents.
+
+    Where the documents end moves no token. The end of every sequence must be among `documents`.
+
+    >>> rows_layout(LoongConfig(2), 2, (0, 3, 4, 8)).rank_runs
+    (((0, 1), (3, 5), (7, 8)), ((1, 3), (5, 7)))
+    """
+    length = documents[-1] // rows
+    one = zigzag_or_contiguous(config, length)
+    if documents == one.documents:
+        return one
+    rank_runs = (
+        joined((row * length + start, row * length + stop) for row in range(rows) for start, stop in runs)
+        for runs in one.rank_runs
+    )
+    return TokenLayout(documents, tuple(rank_runs), config.head_parallel_size)
+
+
 def _chunks_of(config: LoongConfig, logical_rank: int) -> list[int]:
     """Chunks that a logical rank holds, in local order.
 

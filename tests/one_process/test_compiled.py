@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_loong import LoongConfig, attention_2d, build_groups
-from megatron_loong.attention.compiled import attention_2d_compiled, traced
 from megatron_loong.topology.groups import groups_by_number
 
 
@@ -41,18 +40,26 @@ def graphs_and(function):
     return graphs, torch.compile(function, fullgraph=True, backend=keep)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window_size": (3, 0)}, {"softmax_scale": 0.3}], ids=str)
+PACKS = [
+    {"cu_seqlens": [0, 5, 16]},
+    {"cu_seqlens": torch.tensor([0, 5, 16], dtype=torch.int32), "window_size": (3, 0)},
+]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window_size": (3, 0)}, {"softmax_scale": 0.3}, *PACKS], ids=str
+)
 @pytest.mark.parametrize("qkv_format", ["bshd", "sbhd"])
 def test_a_layer_is_one_graph_with_one_attention_in_it(qkv_format, options, groups):
-    q, k, v = qkv()
+    q, k, v = (x if qkv_format == "bshd" else x.detach().transpose(0, 1).requires_grad_() for x in qkv())
     sink = torch.arange(4.0, dtype=torch.float64).requires_grad_()
 
-    def layer(attend, q, k, v, sink):
-        return torch.sin(3 * attend(2 * q, k, v, groups, qkv_format=qkv_format, softmax_offset=sink, **options))
+    def layer(q, k, v, sink):
+        return torch.sin(3 * attention_2d(2 * q, k, v, groups, qkv_format=qkv_format, softmax_offset=sink, **options))
 
-    want = layer(attention_2d, q, k, v, sink)
+    want = layer(q, k, v, sink)
     right = torch.autograd.grad(want, (q, k, v, sink), torch.ones_like(want))
-    graphs, compiled = graphs_and(lambda *x: layer(attention_2d_compiled, *x))
+    graphs, compiled = graphs_and(layer)
     out = compiled(q, k, v, sink)
     got = torch.autograd.grad(out, (q, k, v, sink), torch.ones_like(out))
     for name, x, y in zip(("out", "dq", "dk", "dv", "dsink"), (out, *got), (want, *right), strict=True):
@@ -62,14 +69,15 @@ def test_a_layer_is_one_graph_with_one_attention_in_it(qkv_format, options, grou
     assert operators == ["megatron_loong.attention_2d"]
 
 
-def test_forward_and_backward_are_traced_with_fake_tensors(groups):
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 5, 16]], ids=["one-document", "packed"])
+def test_forward_and_backward_are_traced_with_fake_tensors(groups, cu_seqlens):
     """Through AOT autograd, as inductor does it: shapes, strides and the backward operator."""
     q, k, v = qkv()
 
     def layer(q, k, v):
-        return attention_2d_compiled(q, k, v, groups).square()
+        return attention_2d(q, k, v, groups, cu_seqlens=cu_seqlens).square()
 
-    want = attention_2d(q, k, v, groups).square()
+    want = layer(q, k, v)
     right = torch.autograd.grad(want, (q, k, v), torch.ones_like(want))
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v)
     got = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
@@ -77,16 +85,26 @@ def test_forward_and_backward_are_traced_with_fake_tensors(groups):
         assert (x - y).abs().max() <= 1e-12, name
 
 
+def test_packs_of_other_documents_take_the_same_graph(groups):
+    graphs, compiled = graphs_and(lambda q, k, v, begins: attention_2d(q, k, v, groups, cu_seqlens=begins))
+    q, k, v = qkv()
+    for boundaries in ([0, 3, 7, 16], [0, 1, 12, 16]):
+        begins = torch.tensor(boundaries)
+        assert torch.equal(compiled(q, k, v, begins), attention_2d(q, k, v, groups, cu_seqlens=begins))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 5, 16])], ids=["one-document", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_operators_keep_torchs_rules(dtype, groups):
+def test_the_operators_keep_torchs_rules(dtype, cu_seqlens, groups):
     q, k, v = (x.detach().transpose(0, 1).requires_grad_() for x in qkv(dtype=dtype))
-    arguments = (q, k, v, None, groups.number, -1, 0, 0.3, 0.0, 16, -1, "auto", False, "auto")
+    arguments = (q, k, v, None, cu_seqlens, groups.number, -1, 0, 0.3, 0.0, 16, -1, "auto", False, "auto")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.megatron_loong.attention_2d.default, arguments, test_utils=tests)
 
 
 def test_another_length_is_another_graph(groups):
-    graphs, compiled = graphs_and(lambda *x: attention_2d_compiled(*x, groups))
+    graphs, compiled = graphs_and(lambda *x: attention_2d(*x, groups))
     for length in (16, 24, 40):
         q, k, v = qkv(length)
         assert torch.equal(compiled(q, k, v), attention_2d(q, k, v, groups))
@@ -95,17 +113,18 @@ def test_another_length_is_another_graph(groups):
 
 def test_what_a_graph_cannot_hold_breaks_it_and_is_done_right(groups):
     q, k, v = qkv()
-    options = {"cu_seqlens": [0, 5, 16], "dropout_p": 0.0}
+    options = {"cu_seqlens": [0, 5, 16], "cu_seqlens_kv": [0, 5, 16], "dropout_p": 0.0}
     want = attention_2d(q, k, v, groups, **options)
-    assert torch.equal(torch.compile(lambda *x: traced(*x, groups, **options), backend="eager")(q, k, v), want)
+    assert torch.equal(torch.compile(lambda *x: attention_2d(*x, groups, **options), backend="eager")(q, k, v), want)
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(lambda *x: traced(*x, groups, **options), backend="eager", fullgraph=True)(q, k, v)
+        torch.compile(lambda *x: attention_2d(*x, groups, **options), backend="eager", fullgraph=True)(q, k, v)
 
 
 def test_without_gradients_nothing_else_changes(groups):
     q, k, v = qkv()
     with torch.no_grad():
-        assert torch.equal(attention_2d_compiled(q, k, v, groups), attention_2d(q, k, v, groups))
+        compiled = torch.compile(lambda *x: attention_2d(*x, groups), backend="eager", fullgraph=True)
+        assert torch.equal(compiled(q, k, v), attention_2d(q, k, v, groups))
 
 
 def test_groups_are_found_while_somebody_holds_them():
