@@ -6,8 +6,8 @@
     loss = model(**shard_batch(input_ids, groups, labels=input_ids)).loss     # this rank's share of the mean loss
     loss.backward()                                                            # sum gradients over the ranks
 
-Everything in such a model but attention works token by token, so nothing else has to know of the sharding. Positions
-and labels do, which `shard_batch` sees to: a label is the token that follows in the whole sequence, which another
+Everything in such a model but attention works token by token, so nothing else has to know of the sharding. Positions,
+masks and labels do, which `shard_batch` sees to: a label is the token that follows in the whole sequence, which another
 rank may hold.
 """
 
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.integration.hf_batch import batch_of, row_digests
+from megatron_loong.integration.hf_masks import Pattern, pattern_of
 from megatron_loong.sequence.sharding import shard_sequence, token_positions
 from megatron_loong.topology.groups import LoongGroups
 
@@ -30,16 +32,29 @@ _IRRELEVANT = set(
     "is_causal use_cache output_attentions output_hidden_states return_dict position_ids cache_position "
     "num_items_in_batch shift_labels".split()
 )
+#: What `loong_attention` reads besides.
+_READ = {"sliding_window", "softcap", "s_aux", "loong_digest"}
 
 
 def register(groups: LoongGroups, name: str = "loong", kernel: str = "auto") -> None:
     """Make `attn_implementation=name` run 2D-Attention over `groups`. Registering again takes the earlier one's place.
 
-    Needs transformers with `AttentionInterface` (4.48 on). Models built before use the new groups too.
+    Needs transformers 4.53 or newer, where an attention implementation can say how its masks are made; `ImportError`
+    else. Models built before use the new groups too.
     """
-    from transformers import AttentionInterface
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        import transformers
+
+        raise ImportError(
+            f"transformers {transformers.__version__} hands no masks to attention implementations from outside; "
+            "install transformers>=4.53"
+        ) from error
 
     AttentionInterface.register(name, functools.partial(loong_attention, groups=groups, kernel=kernel))
+    AttentionMaskInterface.register(name, pattern_of)
 
 
 def loong_attention(
@@ -47,7 +62,7 @@ def loong_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Pattern | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
@@ -57,63 +72,134 @@ def loong_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention contract: query [b, h, s, d], key and value [b, g, s, d]; returns [b, s, h, d].
 
-    s is this rank's part of the sequence. Raises `NotImplementedError` for masks, dropout, sliding windows, soft caps,
-    sinks and cached keys, rather than leave them out.
+    s is this rank's part of the sequence, and `attention_mask` what `pattern_of` made of the model's mask. Where the
+    mask says so, or `position_ids` that restart, each document attends to itself alone; tokens that are padding are
+    seen by no other, and their own results are zeros. Raises `NotImplementedError` for mask tensors, mask functions
+    that are not known here, dropout and cached keys, and `ValueError` where the ranks do not hold the parts of one
+    batch: before q, k or v is sent, and on every rank alike.
     """
-    _refuse(query, key, attention_mask, dropout, kwargs)
-    causal = kwargs.get("is_causal")
+    _refuse(module, query, key, attention_mask, dropout, kwargs)
+    pattern = attention_mask if isinstance(attention_mask, Pattern) else _pattern_without_mask(module, kwargs)
+    batch = batch_of(
+        query.shape[0],
+        query.shape[2],
+        kwargs.get("position_ids"),
+        pattern.padding,
+        kwargs.get("loong_digest"),
+        groups,
+        use_cache=bool(kwargs.get("use_cache")),
+    )
+    _refuse_local_positions(module, batch.seq_len)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    shape, seq_len = q.shape, batch.seq_len
+    if batch.begins is not None:
+        # Documents may end elsewhere in each row: the rows go through as one sequence, in which they are documents.
+        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+        seq_len *= shape[0]
     out = attention_2d(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        q,
+        k,
+        v,
         groups,
         qkv_format="bshd",
-        causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+        causal=pattern.causal,
         softmax_scale=scaling,
+        window_size=pattern.window,
+        cu_seqlens=batch.begins,
+        softmax_offset=kwargs.get("s_aux"),
+        softcap=kwargs.get("softcap") or 0.0,
+        seq_len=seq_len,
         kernel=kernel,
-    )
+    ).reshape(*shape[:3], value.shape[3])
+    if pattern.padding is not None:
+        out = out * pattern.padding[..., None, None]
     return out, None
 
 
+def _pattern_without_mask(module: Any, kwargs: dict[str, Any]) -> Pattern:
+    """For models that ask for no mask."""
+    causal, window = kwargs.get("is_causal"), kwargs.get("sliding_window")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    return Pattern(causal, None if window is None else (window - 1, 0 if causal else window - 1))
+
+
 def _refuse(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+    module: Any, query: torch.Tensor, key: torch.Tensor, mask: Any, dropout: float, kwargs: dict[str, Any]
 ) -> None:
     reason = None
-    if mask is not None:
-        reason = "an attention mask: give no attention_mask, and sequences of one length"
-    elif dropout:
+    if isinstance(mask, Pattern):
+        reason = mask.unknown
+    elif mask is not None:
+        reason = "a mask tensor of its own making: give the [b, s] attention_mask of padding, or packed position_ids"
+    if reason is None and dropout:
         reason = f"dropout={dropout}: set the model's attention_dropout to 0"
-    elif query.shape[2] != key.shape[2]:
+    if reason is None and query.shape[2] != key.shape[2]:
         reason = f"{query.shape[2]} queries for {key.shape[2]} cached keys: it is for training, not for generation"
-    else:
-        given = sorted(k for k, v in kwargs.items() if v is not None and k not in _IRRELEVANT and v is not False)
-        if given:
-            reason = f"{', '.join(given)}: use a model without"
+    if reason is None and getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        reason = "attn_temperature_tuning, which counts positions from 0 on every rank: switch it off"
+    known = _IRRELEVANT | _READ
+    given = sorted(k for k, v in kwargs.items() if v is not None and k not in known and v is not False)
+    if reason is None and given:
+        reason = f"{', '.join(given)}: use a model without; documents of a pack are told by position_ids that restart"
     if reason:
         raise NotImplementedError(f"attn_implementation='loong' does not work with {reason}")
 
 
+def _refuse_local_positions(module: Any, seq_len: int) -> None:
+    """Rotary embeddings that change with the length are told the greatest position of this rank, not of all."""
+    config = getattr(module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in (rope, *rope.values()):
+        kind = (one.get("rope_type") or one.get("type")) if isinstance(one, dict) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        longest = one.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        longest = longest or getattr(config, "max_position_embeddings", 0)
+        if seq_len > longest:
+            raise NotImplementedError(
+                f"attn_implementation='loong' does not work with rope_type={kind!r} for {seq_len} tokens: beyond "
+                f"{longest} it depends on the length, and a rank knows its own part alone; use 'yarn', 'llama3' or "
+                f"'linear', or at most {longest} tokens"
+            )
+
+
 def shard_batch(
-    input_ids: torch.Tensor, groups: LoongGroups, labels: torch.Tensor | None = None
+    input_ids: torch.Tensor,
+    groups: LoongGroups,
+    labels: torch.Tensor | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """This rank's part of a batch, as keyword arguments of a causal language model.
 
-    `input_ids` and `labels` [b, S], whole and the same on every rank of the group; labels are aligned with the tokens,
-    as transformers has them (-100: no loss), and are shifted here. With labels, the model's `loss` is this rank's share
+    All tensors are [b, S], whole and the same on every rank of the group; S is any length. `attention_mask` is 0 where
+    a row is padded, on either side; `position_ids` count from 0 in each row unless given, and those that restart at 0
+    are packed documents (without an attention_mask, as in transformers). Labels are aligned with the tokens, as
+    transformers has them (-100: no loss), and are shifted here. With labels, the model's `loss` is this rank's share
     of the mean over all labels of the batch: its sum over the ranks is the loss, and the sum of the gradients is the
-    gradient (under a wrapper that averages over the ranks, multiply by their number). Raises `ValueError` when S is not
-    a multiple of `groups.config.sequence_multiple`.
+    gradient (under a wrapper that averages over the ranks, multiply by their number).
+
+    `loong_digest` [b] tells the attention what the whole rows were, so that ranks with other rows are found.
     """
-    seq_len = input_ids.shape[1]
-    positions = torch.as_tensor(token_positions(groups.config, groups.require_cp_rank(), seq_len))
-    positions = positions.to(input_ids.device)
-    batch = {
-        "input_ids": shard_sequence(input_ids, groups, dim=1),
-        "position_ids": positions.unsqueeze(0).expand(input_ids.shape[0], -1),
-    }
+    b, seq_len = input_ids.shape
+    if position_ids is None:
+        positions = torch.as_tensor(token_positions(groups.config, groups.require_cp_rank(), seq_len))
+        positions = positions.to(input_ids.device).unsqueeze(0).expand(b, -1)
+    else:
+        positions = shard_sequence(position_ids, groups, dim=1)
+    batch = {"input_ids": shard_sequence(input_ids, groups, dim=1), "position_ids": positions}
+    whole = [input_ids]
+    if attention_mask is not None:
+        batch["attention_mask"] = shard_sequence(attention_mask, groups, dim=1)
+        whole.append(attention_mask)
     if labels is not None:
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
         batch["shift_labels"] = shard_sequence(following, groups, dim=1)
         batch["labels"] = batch["shift_labels"]  # transformers computes a loss only if there are labels
         batch["num_items_in_batch"] = (following != NO_LABEL).sum()
+        whole.append(labels)
+    batch["loong_digest"] = row_digests(whole)
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -80,28 +81,224 @@ def test_a_sharded_llama_has_the_loss_and_gradients_of_one_rank(pool: WorkerPool
         assert gradient_error <= 1e-6
 
 
-def refusal(rank: int, kwargs: dict[str, Any]) -> str:
-    from megatron_loong import LoongConfig, build_groups
-    from megatron_loong.integration.hf import loong_attention
+LEFT = [24, 0]
+RIGHT = [5, 40]
 
-    groups = build_groups(LoongConfig(1), [rank])
-    q = torch.zeros(1, 2, 4, 8)
-    given = {"attention_mask": None, **kwargs}
-    with pytest.raises(NotImplementedError) as caught:
-        loong_attention(None, q, q, q, groups=groups, **given)
-    return str(caught.value)
+
+def padded(left: list[int], right: list[int], length: int = SEQ_LEN) -> dict[str, Any]:
+    """Rows padded by so much on each side, with labels on tokens alone; positions count tokens."""
+    tokens = batch()[0][:, :length]
+    mask = torch.ones_like(tokens)
+    for row, (a, b) in enumerate(zip(left, right, strict=True)):
+        mask[row, :a] = 0
+        mask[row, length - b :] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    return {"labels": labels, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def packed(*rows: list[int]) -> dict[str, Any]:
+    """A row of documents of these lengths each."""
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    return {"position_ids": positions, "labels": batch()[0][: len(rows), : positions.shape[1]]}
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "left-padding": ("Llama", {}, padded(LEFT, [0, 0])),
+    "both-paddings": ("Llama", {"use_cache": True}, padded(LEFT, RIGHT)),
+    "padding-and-positions-of-columns": ("Llama", {}, {**padded(LEFT, RIGHT), "position_ids": None}),
+    "all-ones": ("Llama", {}, padded([0, 0], [0, 0])),
+    "packed": ("Llama", {}, packed([20, 44], [1, 30, 30, 3])),
+    "packed-odd-length": ("Llama", {}, packed([20, 17])),
+    "checkpointed": ("Llama", {"checkpointing": True}, packed([20, 44], [1, 30, 30, 3])),
+    "bidirectional": ("Llama", {"is_causal": False}, padded([0, 0], RIGHT)),
+    "window": ("Mistral", {"sliding_window": 7}, {"labels": batch()[1]}),
+    "window-packed": ("Mistral", {"sliding_window": 7}, packed([20, 44], [64])),
+    "window-padded": ("Mistral", {"sliding_window": 7}, padded(LEFT, RIGHT)),
+    "windows-of-some-layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        padded(LEFT, RIGHT),
+    ),
+    "sinks": (
+        "GptOss",
+        {
+            "sliding_window": 7,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "experts_implementation": "eager",
+        },
+        padded(LEFT, RIGHT),
+    ),
+    "soft-cap": ("Gemma2", {"sliding_window": 7, "head_dim": 8, "query_pre_attn_scalar": 8}, packed([20, 44])),
+}
+
+
+def tiny(family: str, attention: str, checkpointing: bool = False, **changes: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.6,
+        "use_cache": False,
+    }
+    config = getattr(transformers, f"{family}Config")(**{**sizes, "attn_implementation": attention, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).double().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def sharded_against_whole(rank: int, name: str, shard_by_hand: bool, backend: str | None = None) -> tuple[float, ...]:
+    """Loss of the sharded model and of one rank, and the largest gradient error, on ranks 0 to 3."""
+    import torch.distributed as dist
+
+    from megatron_loong import LoongConfig, build_groups, shard_sequence
+    from megatron_loong.integration.hf import register, shard_batch
+
+    family, changes, given = CASES[name]
+    tokens = batch()[0][: len(given["labels"]), : given["labels"].shape[1]]
+    groups = build_groups(LoongConfig(4, 2), range(4))
+    try:
+        if groups.cp_rank is None:
+            return ()
+        register(groups)
+        shards = shard_batch(tokens, groups, **({"labels": given["labels"]} if shard_by_hand else given))
+        if shard_by_hand:
+            shards |= {k: shard_sequence(x, groups, 1) for k, x in given.items() if x is not None and k != "labels"}
+        model = tiny(family, "loong", **changes)
+        call = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
+        loss = call(**shards).loss
+        loss.backward()
+        # Only eager attention has sinks and soft caps.
+        reference = tiny(family, "eager" if family in ("GptOss", "Gemma2") else "sdpa", **changes)
+        whole = reference(input_ids=tokens, **given).loss
+        whole.backward()
+        for value in [loss.data, *(p.grad for p in model.parameters() if p.grad is not None)]:
+            for axis in ("inner", "head"):
+                dist.all_reduce(value, group=groups.handle(axis).process_group)
+        pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), reference.parameters(), strict=True)]
+        errors = [((a - b).norm() / b.norm()).item() for a, b in pairs if b is not None and b.norm()]
+        return loss.item(), whole.item(), max(errors)
+    finally:
+        torch._dynamo.reset()
+        groups.destroy()
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"attention_mask": torch.ones(1, 4)}, "does not work with an attention mask: give no attention_mask"),
-        ({"dropout": 0.1}, "does not work with dropout=0.1: set the model's attention_dropout to 0"),
-        ({"sliding_window": 128}, "does not work with sliding_window: use a model without"),
-    ],
+    ("name", "shard_by_hand"), [*((name, False) for name in CASES), ("left-padding", True), ("packed", True)]
 )
-def test_what_would_be_left_out_is_refused(kwargs: dict[str, Any], message: str) -> None:
-    assert message in refusal(0, kwargs)
+def test_masks_windows_and_packs_are_those_of_one_rank(pool: WorkerPool, name: str, shard_by_hand: bool) -> None:
+    """Sharded by `shard_batch`, and by hand with `shard_sequence`."""
+    limit = 1e-5 if name == "soft-cap" else 1e-6  # Gemma 2's eager attention takes the softmax in float32
+    for loss, whole, gradient_error in pool.run(sharded_against_whole, name, shard_by_hand)[:4]:
+        assert abs(loss - whole) <= 1e-6 * whole
+        assert gradient_error <= limit
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("window", "eager"), ("both-paddings", "aot_eager"), ("window-packed", "aot_eager")]
+)
+def test_a_compiled_model_is_one_graph_with_the_same_numbers(pool: WorkerPool, name: str, backend: str) -> None:
+    for loss, whole, gradient_error in pool.run(sharded_against_whole, name, False, backend)[:4]:
+        assert abs(loss - whole) <= 1e-6 * whole
+        assert gradient_error <= 1e-6
+
+
+LLAMA4 = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 64}
+
+
+def refusals(rank: int, layout: str) -> dict[str, str]:
+    """What each mistake raises on this rank of two."""
+    import transformers
+
+    from megatron_loong import LoongConfig, build_groups
+    from megatron_loong.integration.hf import register, shard_batch
+
+    groups = build_groups(LoongConfig(2, 2, sequence_layout=layout), range(2))
+    try:
+        if groups.cp_rank is None:
+            return {}
+        register(groups)
+        tokens, labels = batch()
+        llama = tiny("Llama", "loong")
+        good, raised = shard_batch(tokens, groups, labels), {}
+
+        def attempt(name: str, call: Any) -> None:
+            try:
+                call()
+                raised[name] = "nothing"
+            except (ValueError, NotImplementedError) as error:
+                raised[name] = f"{type(error).__name__}: {error}"
+
+        def without(*names: str) -> dict[str, Any]:
+            return {k: x for k, x in good.items() if k not in names}
+
+        attempt("good", lambda: llama(**good))
+        attempt("whole batch", lambda: llama(input_ids=tokens, labels=labels))
+        attempt("no positions", lambda: llama(**without("position_ids")))
+        other = torch.where(torch.tensor([[False], [True]]), tokens + rank, tokens)
+        attempt("other rows", lambda: llama(**shard_batch(other, groups, labels)))
+        attempt("whole mask", lambda: llama(**good, attention_mask=torch.ones_like(tokens)))
+        holes = torch.ones_like(tokens)
+        holes[1, 30] = 0
+        attempt("holes", lambda: llama(**shard_batch(tokens, groups, attention_mask=holes)))
+        attempt("mask tensor", lambda: llama(**good, attention_mask=torch.ones(2, 1, 32, 32, dtype=torch.bool)))
+        packs = packed([20, 44], [64])["position_ids"]
+        with_mask = shard_batch(tokens, groups, attention_mask=torch.ones_like(tokens), position_ids=packs)
+        attempt("packs beside a mask", lambda: llama(**with_mask))
+        attempt("packs and a cache", lambda: llama(**shard_batch(tokens, groups, position_ids=packs), use_cache=True))
+        attempt("cu_seq_lens", lambda: llama(**good, cu_seq_lens_q=torch.tensor([0, 64])))
+        rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
+        dynamic = tiny("Llama", "loong", rope_parameters=rope, max_position_embeddings=32)
+        attempt("dynamic rope", lambda: dynamic(**good))
+        for what, layers in (("chunks", [1, 1]), ("temperature", [0, 0])):
+            kinds = ["chunked_attention" if x else "full_attention" for x in layers]
+            config = transformers.Llama4TextConfig(
+                **LLAMA4, vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+                num_key_value_heads=2, attention_chunk_size=16, layer_types=kinds, no_rope_layers=layers,
+                attn_implementation="loong",
+            )  # fmt: skip
+            llama4 = transformers.Llama4ForCausalLM(config)
+            attempt(what, lambda llama4=llama4: llama4(**good))
+        attempt("good again", lambda: llama(**good))
+        return raised
+    finally:
+        groups.destroy()
+
+
+REFUSED = {
+    "good": "nothing",
+    "whole batch": "ValueError: each rank's position_ids count from 0: they are missing, or every rank was handed",
+    "no positions": "ValueError: each rank's position_ids count from 0: they are missing",
+    "other rows": "ValueError: the ranks were given different batches: rows [1] are not the same on every rank",
+    "whole mask": "ValueError: logical rank 0 holds 32 tokens of each row, but positions of 32 and an",
+    "holes": "NotImplementedError: .* an attention_mask that is 0 between tokens (rows [1])",
+    "mask tensor": "NotImplementedError: .* a mask tensor of its own making",
+    "packs beside a mask": "ValueError: position_ids of row 0 do not go on at place 20 of 64, beside an attention_mask",
+    "packs and a cache": "ValueError: position_ids restart, .* set use_cache=False",
+    "cu_seq_lens": "NotImplementedError: .* cu_seq_lens_q: use a model without; documents of a pack are told by",
+    "dynamic rope": "NotImplementedError: .* rope_type='dynamic' for 64 tokens: beyond 32 it depends on the length",
+    "chunks": "NotImplementedError: .* chunked attention (attention_chunk_size): use layers with full",
+    "temperature": "NotImplementedError: .* attn_temperature_tuning, which counts positions from 0 on every rank",
+    "good again": "nothing",
+}
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_what_is_no_shard_or_not_to_be_had_is_refused_on_every_rank_alike(pool: WorkerPool, layout: str) -> None:
+    first, second = pool.run(refusals, layout)[:2]
+    assert first == second
+    assert first.keys() == REFUSED.keys()
+    for name, message in REFUSED.items():
+        pattern = ".*".join(re.escape(part) for part in message.split(".*"))
+        assert re.match(pattern, first[name]), (name, first[name])
 
 
 def test_dropout_in_the_model_is_refused_and_not_ignored(pool: WorkerPool) -> None:
