@@ -103,6 +103,12 @@ STEPS = (
         90,
     ),
     _rank_alone(32768, 0.97, 120, on_cpu=None),
+    Step(
+        "other people's rings",
+        "efficiency of yunchang's and ring-flash-attn's rings over the same kernel, 64:8 and 32:32 heads",
+        ("scripts/bench_rank.py", "--rivals", "--json", "{json}"),
+        120,
+    ),
     _check(
         "NCCL, one rank",
         "self_messages",
