@@ -13,13 +13,6 @@ def mean_for_sum() -> None:
     loss.sum_over = lambda x, group: total(x, group) / group.size()
 
 
-def unmarked_sinks() -> None:
-    """Sinks are not marked as divided over TP."""
-    from megatron_loong.integration import core_attention
-
-    core_attention.set_tensor_model_parallel_attributes = lambda *_: None
-
-
 def wrong_position() -> None:
     """The tokens of the last rank are taken for those one further on in their document."""
     from megatron_loong.integration import packed
@@ -48,4 +41,4 @@ def dropped_gradient() -> None:
     call._backward = forgetful
 
 
-FAULTS = {one.__name__: one for one in (mean_for_sum, unmarked_sinks, wrong_position, dropped_gradient)}
+FAULTS = {one.__name__: one for one in (mean_for_sum, wrong_position, dropped_gradient)}

@@ -21,7 +21,8 @@ from tests.integration.test_packed_runs import packed_script
 ALL = os.environ.get("LOONG_TEST_ALL") == "1"
 LARGEST_WORLD = 8 if ALL else 4
 NAMED = [int(seed) for seed in os.environ.get("LOONG_TEST_SEEDS", "").split(",") if seed]
-SEEDS = NAMED or (range(300) if ALL else drawn.varied(range(60), LARGEST_WORLD, 10))
+#: 106 has MTP, per-token loss and packs, whose ranks have other numbers of tokens with loss.
+SEEDS = NAMED or (range(300) if ALL else [106, *drawn.varied(range(60), LARGEST_WORLD, 9)])
 TOLERANCE = 1e-5
 #: Weights large enough that sinks, windows and places matter.
 SHARED = tuple(
@@ -90,7 +91,6 @@ def test_a_drawn_composition_trains_as_one_rank(seed: int, folder: Path) -> None
 
 CAUGHT = {
     "mean_for_sum": composition(text="unequal", layout="r2"),
-    "unmarked_sinks": composition(sinks="sinks", window="window", tensor="tp2", layout="h2"),
     "wrong_position": composition(text="packs", layout="r2"),
     "dropped_gradient": composition(layout="r2"),
 }
@@ -98,7 +98,7 @@ CAUGHT = {
 
 @pytest.mark.parametrize("fault", planted.FAULTS)
 def test_the_net_catches_a_planted_fault(fault: str, folder: Path) -> None:
-    if not ALL and fault != "unmarked_sinks":
+    if not ALL:
         pytest.skip("LOONG_TEST_ALL=1 plants this fault too")
     found = differences(CAUGHT[fault], folder, fault)
     print("\n".join(found))
