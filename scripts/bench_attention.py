@@ -30,10 +30,10 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench.compare import compare
-from megatron_loong.bench.report import conditions, make_record, markdown
-from megatron_loong.bench.rivals.interface import Shape
-from megatron_loong.bench.rivals.registry import all_contestants, choose
+from benchmarks.compare import compare
+from benchmarks.report import conditions, make_record, markdown
+from benchmarks.rivals.interface import Shape
+from benchmarks.rivals.registry import all_contestants, choose
 
 #: Without --rounds. The limit leaves some of two minutes for starting and for the report.
 DEFAULT_ROUNDS, DEFAULT_LIMIT_S = 10, 100.0

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench.report import markdown
+from benchmarks.report import markdown
 
 OURS, RIVAL, BOUND, INK = "#1f4e79", "#f2a154", "#9aa5ae", "#b03a2e"
 

@@ -6,7 +6,7 @@
 
 One GPU, one process, nothing to download; the rivals are those of requirements/bench.txt, which says how to install
 them. With --rivals the last rank alone, heads 64:8 and 32:32; each rival is held to the right answer at a small shape
-first. Exit code 3: no rival is here. What an efficiency is: megatron_loong/bench/rank_alone.py.
+first. Exit code 3: no rival is here. What an efficiency is: benchmarks/rank_alone.py.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench import rank_alone
-from megatron_loong.bench.gpu.outcome import write_json
-from megatron_loong.bench.local_copies import init_world_of_one
-from megatron_loong.bench.rivals.flash_attn_stand_in import OnGpu
-from megatron_loong.bench.rivals.interface import Shape
-from megatron_loong.bench.rivals.ring_alone import error_of, rings
-from megatron_loong.bench.timing import Timing
+from benchmarks import rank_alone
+from benchmarks.gpu.outcome import write_json
+from benchmarks.local_copies import init_world_of_one
+from benchmarks.rivals.flash_attn_stand_in import OnGpu
+from benchmarks.rivals.interface import Shape
+from benchmarks.rivals.ring_alone import error_of, rings
+from benchmarks.timing import Timing
 from megatron_loong.config import LoongConfig
 
 RIVALS = {"heads": [64, 32], "kv_heads": [8, 32], "rounds": 3, "warmups": 1}

@@ -16,7 +16,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench.flops import attention_flops
+from benchmarks.flops import attention_flops
 from megatron_loong.kernels.cpu_flash import flash_backward, flash_forward
 
 

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench.rivals.interface import GroupCache, Shape
-from megatron_loong.bench.rivals.ours import Loong
-from megatron_loong.bench.timeline import Event, record_timeline, shares
+from benchmarks.rivals.interface import GroupCache, Shape
+from benchmarks.rivals.ours import Loong
+from benchmarks.timeline import Event, record_timeline, shares
 from megatron_loong.config import LoongConfig
 
 COLOURS = {"head": "#2e8b57", "inner": "#1f4e79", "outer": "#f2a154", "inner_dkv": "#6fa8dc", "outer_dkv": "#c27c0e"}

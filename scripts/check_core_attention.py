@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu import exact, outcome
+from benchmarks.gpu.outcome import Run
+from benchmarks.local_copies import LocalCopies
+from benchmarks.rank_alone import clock
+from benchmarks.simulate import groups_without_processes, simulate
 from megatron_loong import LoongConfig
-from megatron_loong.bench.gpu import exact, outcome
-from megatron_loong.bench.gpu.outcome import Run
-from megatron_loong.bench.local_copies import LocalCopies
-from megatron_loong.bench.rank_alone import clock
-from megatron_loong.bench.simulate import groups_without_processes, simulate
 from megatron_loong.sequence.sharding import shard_sequence, token_positions
 from megatron_loong.topology.groups import LoongGroups
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench.compare_runs import Run, Thresholds, compare, junit, markdown, parse_run
+from benchmarks.compare_runs import Run, Thresholds, compare, junit, markdown, parse_run
 
 
 def command(args: argparse.Namespace, ranks: int, extra: list[str]) -> list[str]:

@@ -11,7 +11,9 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from megatron_loong.bench.record import StepRecord, parse_log, parse_step, relative_differences
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.record import StepRecord, parse_log, parse_step, relative_differences
 
 BAR_WIDTH = 40
 

@@ -5,4 +5,4 @@
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m megatron_loong.bench.cluster_run "$@"
+exec "${PYTHON:-python3}" -m benchmarks.cluster_run "$@"

@@ -11,4 +11,4 @@ export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 GPU_CHECK_STARTED=$(date +%s)
 export GPU_CHECK_STARTED
-exec "${PYTHON:-python3}" -W ignore -m megatron_loong.bench.gpu "$@"
+exec "${PYTHON:-python3}" -W ignore -m benchmarks.gpu "$@"

@@ -12,14 +12,18 @@ import argparse
 import contextlib
 import gc
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.live_bytes import LiveBytes
 from megatron_loong import LoongConfig, attention_2d, build_groups
-from megatron_loong.bench.live_bytes import LiveBytes
 from megatron_loong.recompute import selective
 from megatron_loong.recompute.offload import Parking, inputs_wait_in
 from megatron_loong.recompute.tiled import tiled

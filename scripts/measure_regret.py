@@ -5,7 +5,7 @@ sudo scripts/measure_regret.py --record              # every case, then docs/pla
 sudo scripts/measure_regret.py --only 2x4-1x400mbit  # one network
 scripts/measure_regret.py --record --minutes 0       # measure nothing; write what there is into the documentation
 
-For each network: `megatron_loong.bench.regret_run` on it, which calibrates and measures all layouts in one run. What
+For each network: `benchmarks.regret_run` on it, which calibrates and measures all layouts in one run. What
 was measured stays in runs/regret, and a case that is there already is not measured again.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.bench.regret import AIM, CASES, Case, Network, regret, table
+from benchmarks.regret import AIM, CASES, Case, Network, regret, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, PAGE = ROOT / "docs" / "benchmarks" / "regret.json", ROOT / "docs" / "planner.md"
@@ -32,7 +32,7 @@ BEGIN, END = "<!-- regret: written by scripts/measure_regret.py -->\n", "<!-- en
 def measure(network: Network, cases: list[Case], folder: Path, seconds: float) -> None:
     """Every rank of the emulated cluster measures these cases; `CalledProcessError` when that fails."""
     shapes = ["-".join(map(str, case.shape)) for case in cases]
-    run = [sys.executable, "-m", "megatron_loong.bench.regret_run", network.name, *shapes]
+    run = [sys.executable, "-m", "benchmarks.regret_run", network.name, *shapes]
     emulate = [str(ROOT / "scripts" / "emulate_cluster.sh"), str(network.nodes), str(network.ranks_per_node)]
     nics = ["--nic", network.nic, "--nics-per-node", str(network.nics_per_node)]
     command = [*emulate, *nics, "--", *run, "--folder", str(folder), "--seconds", str(seconds)]

@@ -6,8 +6,12 @@ usage: python scripts/packing_table.py > docs/packing.md
 from __future__ import annotations
 
 import statistics
+import sys
+from pathlib import Path
 
-from megatron_loong.bench.packing import Mix, draw_mixes
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.packing import Mix, draw_mixes
 from megatron_loong.config import LoongConfig
 
 MIXES, TOKENS_PER_RANK = 50, 4096

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.planner.reproduction import render
+from benchmarks.reproduction import render
 
 
 def main() -> int:

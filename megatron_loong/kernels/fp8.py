@@ -10,7 +10,7 @@ keys that comes along the ring.
 
 Proven on nothing yet: no GPU was at hand. The tests run it on a CPU against a stand-in that rounds to e4m3 and computes
 in float32. Hopper's tensor cores add products of fp8 up in fewer bits than float32 has (DeepSeek-V3, arXiv 2412.19437,
-section 3.3.2), which no stand-in shows; `megatron_loong.bench.gpu.fp8` measures the error by the number of keys.
+section 3.3.2), which no stand-in shows; `benchmarks.gpu.fp8` measures the error by the number of keys.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ options:
 #: Other things `python -m megatron_loong NAME ...` can do: name -> ("module:function", one line of help).
 #: The function takes the remaining arguments as a list and returns an exit code; modules are imported when called.
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
-    "calibrate": ("megatron_loong.bench.calibrate:main", "measure this machine for plan"),
+    "calibrate": ("megatron_loong.calibration.command:main", "measure this machine for plan"),
     "plan": ("megatron_loong.launch.plan:main", "choose the flags for a model, a cluster and a sequence length"),
     "doctor": ("megatron_loong.integration.doctor:main", "what is installed, which kernels serve, whether flags fit"),
     "sbatch": ("megatron_loong.launch.slurm:main", "write a Slurm batch script"),

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_loong.bench.cluster import WINDOW_SEGMENTS, Cluster, build_commands, transport_commands
-from megatron_loong.bench.compare import Counts, Entry
-from megatron_loong.bench.report import busiest_nic_bytes, make_record, markdown
-from megatron_loong.bench.rivals.interface import Shape, zigzag_positions
-from megatron_loong.bench.rivals.registry import all_contestants, choose
-from megatron_loong.bench.timing import Phases, interleaved, ratio_to, summarise
+from benchmarks.cluster import WINDOW_SEGMENTS, Cluster, build_commands, transport_commands
+from benchmarks.compare import Counts, Entry
+from benchmarks.report import busiest_nic_bytes, make_record, markdown
+from benchmarks.rivals.interface import Shape, zigzag_positions
+from benchmarks.rivals.registry import all_contestants, choose
+from benchmarks.timing import Phases, interleaved, ratio_to, summarise
 
 SHAPE = Shape(64, 8, 2, 16, torch.bfloat16)
 CLUSTER = {"nodes": 2, "ranks_per_node": 2, "nics_per_node": 1, "inter_bytes_per_s": 1e3}

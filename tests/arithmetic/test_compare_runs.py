@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_loong.bench.compare_runs import Run, Thresholds, compare, junit, markdown, parse_run
+from benchmarks.compare_runs import Run, Thresholds, compare, junit, markdown, parse_run
 
 LINE = (
     " [2026-01-01 00:00:00] iteration {step:8d}/       3 | consumed samples: 4 | elapsed time per iteration (ms): {ms} "

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_loong.bench.packing import cost_of_ours, cost_of_padded_zigzag, draw_mix
+from benchmarks.packing import cost_of_ours, cost_of_padded_zigzag, draw_mix
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.tiles import Mask
 from megatron_loong.sequence.packing import packed_layout, paired_layouts

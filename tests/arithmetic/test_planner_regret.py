@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_loong.bench.regret import CASES, Case, Heads, Layout, Network, layouts_of, regret, table
+from benchmarks.regret import CASES, Case, Heads, Layout, Network, layouts_of, regret, table
 from megatron_loong.planner.choose import best_layout
 from megatron_loong.planner.hardware import hardware_to_text
 from megatron_loong.planner.links import Site

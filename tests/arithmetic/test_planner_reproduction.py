@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_loong.planner import published
-from megatron_loong.planner.reproduction import Compared, compare, orderings, render
+from benchmarks import published
+from benchmarks.reproduction import Compared, compare, orderings, render
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
 

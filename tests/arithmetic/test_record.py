@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_loong.bench.record import StepRecord, parse_log, parse_step, relative_differences
+from benchmarks.record import StepRecord, parse_log, parse_step, relative_differences
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = (

@@ -104,7 +104,7 @@ def _measure_case(case: MemoryCase) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_loong.bench.live_bytes import LiveBytes
+    from benchmarks.live_bytes import LiveBytes
     from megatron_loong.integration import install, uninstall
 
     install(_options(case))

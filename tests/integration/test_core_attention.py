@@ -17,8 +17,8 @@ pytest.importorskip("megatron.core")
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from benchmarks.gpu import outcome
 from megatron_loong import LoongConfig, build_groups
-from megatron_loong.bench.gpu import outcome
 from megatron_loong.integration import core_attention
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.kernels.reference import ReferenceKernel

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_loong.bench.compare import Entry, compare
-from megatron_loong.bench.observe import Observer
-from megatron_loong.bench.report import make_record
-from megatron_loong.bench.rivals.interface import Contestant, GroupCache, Shape, contiguous_positions
-from megatron_loong.bench.rivals.ours import ComputeAlone, Loong
-from megatron_loong.bench.rivals.torch_cp import TorchContextParallel
-from megatron_loong.bench.timeline import Event, record_timeline, shares
+from benchmarks.compare import Entry, compare
+from benchmarks.observe import Observer
+from benchmarks.report import make_record
+from benchmarks.rivals.interface import Contestant, GroupCache, Shape, contiguous_positions
+from benchmarks.rivals.ours import ComputeAlone, Loong
+from benchmarks.rivals.torch_cp import TorchContextParallel
+from benchmarks.timeline import Event, record_timeline, shares
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.config import LoongConfig
 from tests.multi_rank.pool import WORLD_SIZE, WorkerPool

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_loong.bench.cluster_run import why_not
+from benchmarks.cluster_run import why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACES = Path("/run/netns")
@@ -83,7 +83,7 @@ def test_each_rank_uses_its_own_nic(tmp_path: Path) -> None:
 
 WINDOWS = """
 import os, subprocess
-from megatron_loong.bench.cluster import WINDOW_SEGMENTS
+from benchmarks.cluster import WINDOW_SEGMENTS
 known = subprocess.run(["ip", "tcp_metrics", "show"], capture_output=True, text=True, check=True).stdout.splitlines()
 there = f"10.77.{1 - int(os.environ['GROUP_RANK'])}."
 found = sorted(line.split()[0] for line in known if line.startswith(there) and f" cwnd {WINDOW_SEGMENTS} " in line)

@@ -16,12 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.rank_alone import rank_inputs
+from benchmarks.rivals.interface import Shape
+from benchmarks.simulate import groups_without_processes
 from megatron_loong import LoongConfig
 from megatron_loong.attention import call as attention_call
 from megatron_loong.attention.attention_2d import prepare
-from megatron_loong.bench.rank_alone import rank_inputs
-from megatron_loong.bench.rivals.interface import Shape
-from megatron_loong.bench.simulate import groups_without_processes
 from megatron_loong.kernels import common, folds, torch_cuda, triton_folds
 from tests.one_process.host_reads import Silent, fake_gpu
 

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.simulate import groups_without_processes
 from megatron_loong import LoongConfig, attention_2d
 from megatron_loong.attention import attention_2d as attention_2d_module
 from megatron_loong.attention import plan
 from megatron_loong.attention.call import Attention2D
-from megatron_loong.bench.simulate import groups_without_processes
 from megatron_loong.comm.transport import End, Pending, Transport
 from megatron_loong.kernels import common, folds
 

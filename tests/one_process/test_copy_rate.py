@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from megatron_loong.bench import copy_rate
+from benchmarks import copy_rate
 from megatron_loong.kernels import folds
 
 SMALL = "--device cpu --tokens 16 --heads 4 --kv-heads 2 --width 8 --peers 2 --copy-bytes 4096 --repeats 1".split()

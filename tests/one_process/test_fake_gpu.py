@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.rivals.interface import Shape
 from megatron_loong import LoongConfig
 from megatron_loong.attention import double_ring
-from megatron_loong.bench.rivals.interface import Shape
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels import torch_cuda
 from megatron_loong.kernels.registry import KERNELS
@@ -35,9 +35,13 @@ LAYOUTS = {
 }
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {},
-    "packed": {"cu_seqlens": [0, 300, 308, 900, 901]},
+    "packed": {"cu_seqlens": [0, 300, 308, 900, 901]},  # and one of all other tokens: `asked`
     "window": {"window_size": (700, 0)},
 }
+
+
+def asked(mask: str, shape: Shape) -> dict[str, Any]:
+    return {key: [*x, shape.seq_len] if key == "cu_seqlens" else x for key, x in MASKS[mask].items()}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +68,8 @@ def shape_for(config: LoongConfig, tokens: int = 1024) -> Shape:
 @pytest.mark.parametrize("config", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_a_gpus_kernels_are_given_what_they_read(config: LoongConfig, name: str, mask: str) -> None:
     """Devices, dtypes, strides, alignment and shapes of all operands, and none of them copied to get there."""
-    forward, backward = layer(KERNELS[name], config, shape_for(config), config.context_parallel_size - 1, **MASKS[mask])
+    shape = shape_for(config)
+    forward, backward = layer(KERNELS[name], config, shape, config.context_parallel_size - 1, **asked(mask, shape))
     assert forward.operands == 3 * len(forward.attention) > 0
     assert backward.operands == 5 * len(backward.attention) > 0
 
@@ -110,9 +115,9 @@ def test_planted_faults_are_found(
     mask: str, where: Any, what: str, plant: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, what, plant(getattr(where, what)))
-    config = LAYOUTS["double ring"]
+    config, shape = LAYOUTS["double ring"], shape_for(LAYOUTS["double ring"])
     with pytest.raises((Faults, RuntimeError), match=message):
-        layer(KERNELS["torch_flash"], config, shape_for(config), 7, **MASKS[mask])
+        layer(KERNELS["torch_flash"], config, shape, 7, **asked(mask, shape))
 
 
 #: Launches and bytes read and written beside the kernel, 8K tokens a rank, ring 8, heads 64:8, width 128, bfloat16,

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu import exact
+from benchmarks.gpu import fp8 as gpu_step
+from benchmarks.gpu import kernels as gpu_kernels
+from benchmarks.gpu.outcome import CannotRunError, Run
+from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, attention_2d, shard_sequence
-from megatron_loong.bench.gpu import exact
-from megatron_loong.bench.gpu import fp8 as gpu_step
-from megatron_loong.bench.gpu import kernels as gpu_kernels
-from megatron_loong.bench.gpu.outcome import CannotRunError, Run
-from megatron_loong.bench.simulate import simulate
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels import fp8, registry
 from megatron_loong.kernels.flash_attn import FlashAttn3Kernel

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_loong.bench.gpu import __main__ as runner
-from megatron_loong.bench.gpu import checkpoint, page, records
-from megatron_loong.bench.gpu.records import StepResult
-from megatron_loong.bench.gpu.steps import STEPS, Step
+from benchmarks.gpu import __main__ as runner
+from benchmarks.gpu import checkpoint, page, records
+from benchmarks.gpu.records import StepResult
+from benchmarks.gpu.steps import STEPS, Step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,7 +139,7 @@ def test_the_record_and_the_log_outlast_a_check_that_is_killed(tmp_path: Path) -
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from megatron_loong.bench.gpu.__main__ import Check
+from benchmarks.gpu.__main__ import Check
 from tests.one_process.test_gpu_check import WRITE, planted
 folder = Path({str(tmp_path)!r})
 steps = [planted(folder, WRITE, "first"), planted(folder, {hangs!r}, "second")]
@@ -225,7 +225,7 @@ def test_the_script_leaves_a_record_and_a_log(tmp_path: Path) -> None:
 
 PLANTED_KERNEL = f"""
 sys.path.insert(0, {str(ROOT)!r})
-from megatron_loong.bench.gpu import kernels
+from benchmarks.gpu import kernels
 from megatron_loong.kernels.registry import KERNELS
 class Broken:
     def __getattr__(self, name):

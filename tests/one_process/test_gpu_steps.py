@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_loong.bench import simulate
-from megatron_loong.bench.gpu import (
+from benchmarks import simulate
+from benchmarks.gpu import (
     checkpoint,
     exact,
     kernels,
@@ -25,8 +25,8 @@ from megatron_loong.bench.gpu import (
     syncs,
     training,
 )
-from megatron_loong.bench.local_copies import init_world_of_one
-from megatron_loong.bench.record import StepRecord
+from benchmarks.local_copies import init_world_of_one
+from benchmarks.record import StepRecord
 from megatron_loong.comm.transport import Direct
 from megatron_loong.config import LoongConfig
 from megatron_loong.kernels.registry import KERNELS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_loong.bench.live_bytes import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 
 
 def test_views_are_free_and_a_storage_lives_as_long_as_its_last_view() -> None:

@@ -9,8 +9,8 @@ from collections import defaultdict
 import pytest
 import torch
 
+from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, LoongGroups, attention_2d, token_positions
-from megatron_loong.bench.simulate import simulate
 from megatron_loong.comm.ring import Message, Ring, Wait
 from megatron_loong.planner.steps import Hop, ring_schedule
 from megatron_loong.planner.tiles import Mask

@@ -54,7 +54,6 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     r"kernel=None must be the name of a kernel": [{"kernel": None}],
     r"kernel='flash' is unknown; use auto": [{"kernel": "flash"}],
     r"gradient_wire=None is unknown": [{"gradient_wire": None}],
-    r"all_to_all=None is unknown": [{"all_to_all": None}],
     r"qkv_format='hsbd' is unknown": [{"qkv_format": "hsbd"}, ],
     r"cu_seqlens must be one row of whole numbers": [
         {"cu_seqlens": torch.tensor([[0, 8]])}, {"cu_seqlens": torch.tensor([0.0, 8.0])}, {"cu_seqlens": 8},

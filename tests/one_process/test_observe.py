@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_loong.bench.compare import relative_error
-from megatron_loong.bench.flops import attention_flops
-from megatron_loong.bench.observe import Observer
+from benchmarks.compare import relative_error
+from benchmarks.flops import attention_flops
+from benchmarks.observe import Observer
 
 MIB = 2**20
 

@@ -17,14 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import rank_alone
+from benchmarks.flops import attention_flops
+from benchmarks.local_copies import Copies, LocalCopies, init_world_of_one
+from benchmarks.rank_alone import CountingKernel, count, efficiencies, kernel_alone, our_rank, rank_inputs
+from benchmarks.rivals import ring_alone
+from benchmarks.rivals.interface import Shape
+from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig
-from megatron_loong.bench import rank_alone
-from megatron_loong.bench.flops import attention_flops
-from megatron_loong.bench.local_copies import Copies, LocalCopies, init_world_of_one
-from megatron_loong.bench.rank_alone import CountingKernel, count, efficiencies, kernel_alone, our_rank, rank_inputs
-from megatron_loong.bench.rivals import ring_alone
-from megatron_loong.bench.rivals.interface import Shape
-from megatron_loong.bench.simulate import simulate
 from megatron_loong.kernels.registry import KERNELS
 from megatron_loong.topology.groups import LoongGroups
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 import torch
 
+from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, attention_2d, shard_sequence, token_positions
-from megatron_loong.bench.simulate import simulate
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.comm.ring import Message, Ring
 from megatron_loong.topology.groups import LoongGroups

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_loong.bench.live_bytes import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from megatron_loong.planner.memory import tiled_loss_bytes
 from megatron_loong.recompute.tiled import tiled
 from megatron_loong.recompute.tiled_loss import tiled_cross_entropy
