@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.steps import ring_schedule
-from megatron_loong.planner.tiles import Mask, documents_in
+from megatron_loong.schedule.steps import ring_schedule
+from megatron_loong.schedule.tiles import Mask, documents_in
 from megatron_loong.sequence.packing import imbalance, packed_layout
 
 

@@ -16,8 +16,8 @@ from megatron_loong.attention.heads import HeadShares, head_shares, latent_share
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
-from megatron_loong.planner.parts import Queries, parts_of_heads, parts_of_sequence
-from megatron_loong.planner.tiles import Mask
+from megatron_loong.schedule.parts import Queries, parts_of_heads, parts_of_sequence
+from megatron_loong.schedule.tiles import Mask
 from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layouts_of
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.tokens import TokenLayout

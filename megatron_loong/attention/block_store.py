@@ -9,9 +9,9 @@ import torch
 
 from megatron_loong.attention.blocks import Block, Form
 from megatron_loong.comm.ring import Message, Ring, Wait
-from megatron_loong.planner.rotation import Moving
-from megatron_loong.planner.rows import Rows, row_count, slice_within
-from megatron_loong.planner.steps import Hop, Step
+from megatron_loong.schedule.rotation import Moving
+from megatron_loong.schedule.rows import Rows, row_count, slice_within
+from megatron_loong.schedule.steps import Hop, Step
 
 Rings = Mapping[str, Ring]
 """`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""

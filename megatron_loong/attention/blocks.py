@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from megatron_loong.planner.rows import Rows, slice_within
+from megatron_loong.schedule.rows import Rows, slice_within
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

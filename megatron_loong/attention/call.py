@@ -27,9 +27,9 @@ from megatron_loong.attention.plan import RingPlan
 from megatron_loong.comm.all_to_all import Bundle
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, Dropout, TileRules
-from megatron_loong.planner.rotation import Moving, backward_moving, backward_rows
-from megatron_loong.planner.steps import ring_schedule
-from megatron_loong.planner.tiles import Mask
+from megatron_loong.schedule.rotation import Moving, backward_moving, backward_rows
+from megatron_loong.schedule.steps import ring_schedule
+from megatron_loong.schedule.tiles import Mask
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.tokens import TokenLayout
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_loong.attention.blocks import Block, accumulator_dtype
 from megatron_loong.attention.call import Call, _backward, _forward
-from megatron_loong.planner.tiles import Mask
+from megatron_loong.schedule.tiles import Mask
 from megatron_loong.sequence.sharding import Boundaries
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
 

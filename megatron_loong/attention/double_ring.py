@@ -18,10 +18,10 @@ from megatron_loong.attention.plan import RingPlan
 from megatron_loong.kernels.folds import add_rows_
 from megatron_loong.kernels.interface import TileRules
 from megatron_loong.kernels.max_logit import raise_to_max_logits_
-from megatron_loong.planner.packs import Pack
-from megatron_loong.planner.rotation import Moving
-from megatron_loong.planner.steps import Step
-from megatron_loong.planner.tiles import Tile
+from megatron_loong.schedule.packs import Pack
+from megatron_loong.schedule.rotation import Moving
+from megatron_loong.schedule.steps import Step
+from megatron_loong.schedule.tiles import Tile
 
 
 def ring_forward(q: torch.Tensor, kv: Block, plan: RingPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ def ring_backward(
     """(dq, dk, dv) from the global out and lse; shapes of q, k and v, summed and returned in float32 (float64).
 
     KV goes round again, or the queries do, with what their gradient needs. The gradient of what moves returns on
-    communicators of its own, in ring_size - 1 hops (`planner.routes.own_last_order`).
+    communicators of its own, in ring_size - 1 hops (`schedule.routes.own_last_order`).
     """
     queries = dout, q, out, lse
     if plan.one_call:  # nothing to add up, and so nothing to widen

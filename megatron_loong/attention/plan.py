@@ -12,11 +12,11 @@ from megatron_loong.attention.expansion import Expansion
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
-from megatron_loong.planner.packs import Pack, packed
-from megatron_loong.planner.rotation import Moving
-from megatron_loong.planner.rows import original_rows
-from megatron_loong.planner.steps import Step
-from megatron_loong.planner.tiles import Tile, squared
+from megatron_loong.schedule.packs import Pack, packed
+from megatron_loong.schedule.rotation import Moving
+from megatron_loong.schedule.rows import original_rows
+from megatron_loong.schedule.steps import Step
+from megatron_loong.schedule.tiles import Tile, squared
 from megatron_loong.sequence.sharding import places_of
 from megatron_loong.topology.tokens import TokenLayout
 

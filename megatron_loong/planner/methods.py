@@ -11,9 +11,9 @@ from megatron_loong.planner import programs
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.parts import Parts, parts_of
 from megatron_loong.planner.programs import Op
-from megatron_loong.planner.rotation import Moving, RowBytes
-from megatron_loong.planner.routes import Place, forward_order
 from megatron_loong.planner.traffic import AttentionShape, moving_bytes
+from megatron_loong.schedule.rotation import Moving, RowBytes
+from megatron_loong.schedule.routes import Place, forward_order
 
 Program = Callable[[int, int], tuple[Op, ...]]
 BackwardProgram = Callable[[int, int, bool, bool], tuple[Op, ...]]

@@ -11,9 +11,9 @@ from collections import defaultdict
 from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.routes import OWN, Place, forward_order, own_last_order
-from megatron_loong.planner.steps import ring_schedule
-from megatron_loong.planner.tiles import LEAST_ROWS_TO_CUT, Mask, Tile, held_segments, tiles
+from megatron_loong.schedule.routes import OWN, Place, forward_order, own_last_order
+from megatron_loong.schedule.steps import ring_schedule
+from megatron_loong.schedule.tiles import LEAST_ROWS_TO_CUT, Mask, Tile, held_segments, tiles
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 

@@ -8,8 +8,8 @@ from megatron_loong.config import CAUSAL, LoongConfig
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.methods import Method
 from megatron_loong.planner.programs import Tokens, backward_program
-from megatron_loong.planner.tiles import Tile, halved, worth_cutting
 from megatron_loong.planner.traffic import AttentionShape, shared_heads
+from megatron_loong.schedule.tiles import Tile, halved, worth_cutting
 
 
 class TileCosts:

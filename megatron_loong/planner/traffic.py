@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.programs import Tokens, backward_program, forward_program
-from megatron_loong.planner.rotation import Moving, RowBytes, backward_moving, backward_rows
+from megatron_loong.schedule.rotation import Moving, RowBytes, backward_moving, backward_rows
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from megatron_loong.config import AXES, CAUSAL, FULL, LoongConfig, divisors
-from megatron_loong.planner.routes import forward_order, kv_visit_order, own_last_order
-from megatron_loong.planner.steps import ring_schedule
-from megatron_loong.planner.tiles import Mask, held_segments, tiles
+from megatron_loong.schedule.routes import forward_order, kv_visit_order, own_last_order
+from megatron_loong.schedule.steps import ring_schedule
+from megatron_loong.schedule.tiles import Mask, held_segments, tiles
 from megatron_loong.sequence.sharding import token_positions
 from megatron_loong.topology.layout import coordinates_of, cp_rank_of, group_members, logical_rank_of
 from megatron_loong.topology.tokens import zigzag_or_contiguous

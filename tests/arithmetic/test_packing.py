@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.packing import cost_of_ours, cost_of_padded_zigzag, draw_mix
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.tiles import Mask
+from megatron_loong.schedule.tiles import Mask
 from megatron_loong.sequence.packing import packed_layout, paired_layouts
 from megatron_loong.sequence.sharding import token_positions
 

@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_loong.planner.packs import Pack, packed
-from megatron_loong.planner.tiles import Tile
+from megatron_loong.schedule.packs import Pack, packed
+from megatron_loong.schedule.tiles import Tile
 
 
 def seen(call: Tile | Pack) -> set[tuple[int, int]]:

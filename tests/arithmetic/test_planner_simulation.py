@@ -15,13 +15,13 @@ from megatron_loong.planner.links import Site
 from megatron_loong.planner.methods import LOONGTRAIN, MEGATRON_CP, OURS, Program
 from megatron_loong.planner.parts import Parts
 from megatron_loong.planner.profiles import PROFILES
-from megatron_loong.planner.routes import OWN, Place
 from megatron_loong.planner.search import axis_orders
 from megatron_loong.planner.simulate import simulate_pass
-from megatron_loong.planner.steps import ring_schedule
 from megatron_loong.planner.tile_costs import TileCosts
-from megatron_loong.planner.tiles import Mask
 from megatron_loong.planner.traffic import AttentionShape, attention_bytes
+from megatron_loong.schedule.routes import OWN, Place
+from megatron_loong.schedule.steps import ring_schedule
+from megatron_loong.schedule.tiles import Mask
 from megatron_loong.topology.tokens import zigzag_or_contiguous
 from tests.arithmetic.test_schedule import peer_rank
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.planner.rows import original_rows, union
-from megatron_loong.planner.steps import Hop, Schedule, Step, ring_schedule
-from megatron_loong.planner.tiles import Mask, Tile
+from megatron_loong.schedule.rows import original_rows, union
+from megatron_loong.schedule.steps import Hop, Schedule, Step, ring_schedule
+from megatron_loong.schedule.tiles import Mask, Tile
 from megatron_loong.sequence.packing import packed_layout
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
@@ -24,7 +24,7 @@ def least_rows_to_cut(request: pytest.FixtureRequest) -> Iterator[int]:
     """Blocks of some rows are cut here as long ones are in use, or none are."""
     ring_schedule.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_loong.planner.tiles.LEAST_ROWS_TO_CUT", request.param)
+        patch.setattr("megatron_loong.schedule.tiles.LEAST_ROWS_TO_CUT", request.param)
         yield request.param
     ring_schedule.cache_clear()
 

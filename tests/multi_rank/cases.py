@@ -16,7 +16,7 @@ from megatron_loong.attention.stash import LEVELS, Level, Stash, keeping
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel
 from megatron_loong.kernels.interface import TileRules
-from megatron_loong.planner import tiles
+from megatron_loong.schedule import tiles
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
 

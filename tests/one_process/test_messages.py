@@ -12,8 +12,8 @@ import torch
 from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, LoongGroups, attention_2d, token_positions
 from megatron_loong.comm.ring import Message, Ring, Wait
-from megatron_loong.planner.steps import Hop, ring_schedule
-from megatron_loong.planner.tiles import Mask
+from megatron_loong.schedule.steps import Hop, ring_schedule
+from megatron_loong.schedule.tiles import Mask
 from megatron_loong.sequence.sharding import layout_of
 
 HEADS, KV_HEADS, WIDTH = 4, 1, 8

@@ -22,9 +22,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from megatron_loong.planner.rotation import Moving
-from megatron_loong.planner.rows import Rows, row_count, running_unions, union
-from megatron_loong.planner.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles, worth_cutting
+from megatron_loong.schedule.rotation import Moving
+from megatron_loong.schedule.rows import Rows, row_count, running_unions, union
+from megatron_loong.schedule.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles, worth_cutting
 from megatron_loong.topology.tokens import TokenLayout
 
 

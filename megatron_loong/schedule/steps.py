@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from megatron_loong.planner.rotation import Moving
-from megatron_loong.planner.routes import OWN, Edge, Place, Routes
-from megatron_loong.planner.rows import Rows, original_rows, row_count, slice_within
-from megatron_loong.planner.tiles import Mask, Tile, halved
+from megatron_loong.schedule.rotation import Moving
+from megatron_loong.schedule.routes import OWN, Edge, Place, Routes
+from megatron_loong.schedule.rows import Rows, original_rows, row_count, slice_within
+from megatron_loong.schedule.tiles import Mask, Tile, halved
 from megatron_loong.topology.tokens import TokenLayout
 
 

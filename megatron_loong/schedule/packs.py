@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_loong.config import UNBOUNDED
-from megatron_loong.planner.tiles import Tile
+from megatron_loong.schedule.tiles import Tile
 
 Window = tuple[int, int]
 
