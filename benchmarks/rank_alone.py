@@ -20,7 +20,8 @@ from benchmarks.local_copies import LocalCopies
 from benchmarks.rivals.interface import Shape
 from benchmarks.simulate import groups_without_processes
 from benchmarks.timing import Phases, Timing, interleaved, summarise
-from megatron_loong.attention.attention_2d import attention_2d, kernel_request
+from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.attention.prepare import kernel_request
 from megatron_loong.config import CAUSAL, LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.kernels.registry import choose_kernel

@@ -15,6 +15,7 @@ import torch
 
 from megatron_loong.attention.blocks import Block, accumulator_dtype
 from megatron_loong.attention.call import Call, _backward, _forward
+from megatron_loong.attention.prepare import prepare
 from megatron_loong.schedule.tiles import Mask
 from megatron_loong.sequence.sharding import Boundaries
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
@@ -107,8 +108,6 @@ def _call(
     cu_seqlens: torch.Tensor | None,
     asked: tuple,
 ) -> Call:
-    # Here, because `attention_2d` needs this module when it is imported.
-    from megatron_loong.attention.attention_2d import prepare
 
     number, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire = asked
     *_, call = prepare(

@@ -16,7 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
-from megatron_loong.attention.attention_2d import attention_2d, kernel_request
+from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.attention.prepare import kernel_request
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import (

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
-from megatron_loong.attention.attention_2d import kernel_request
+from megatron_loong.attention.prepare import kernel_request
 from megatron_loong.attention.stash import LEVELS, Level, Stash, keeping
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.kernels.cpu_flash import CpuFlashKernel

@@ -21,7 +21,7 @@ from benchmarks.rivals.interface import Shape
 from benchmarks.simulate import groups_without_processes
 from megatron_loong import LoongConfig
 from megatron_loong.attention import call as attention_call
-from megatron_loong.attention.attention_2d import prepare
+from megatron_loong.attention.prepare import prepare
 from megatron_loong.kernels import common, folds, torch_cuda, triton_folds
 from tests.one_process.host_reads import Silent, fake_gpu
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.simulate import groups_without_processes
 from megatron_loong import LoongConfig, attention_2d
-from megatron_loong.attention import attention_2d as attention_module
+from megatron_loong.attention import prepare as attention_module
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels import common, registry, torch_cuda
 from megatron_loong.kernels.common import call_by_name

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.local_copies import LocalCopies
 from benchmarks.simulate import groups_without_processes
-from megatron_loong.attention.attention_2d import prepare
+from megatron_loong.attention.prepare import prepare
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.parts import Parts, parts_of

@@ -1,0 +1,229 @@
+"""What a call of `attention_2d` comes to on this rank: arguments checked, layouts, kernel and parts chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_loong.attention.agreement import compare, is_known, kind_of
+from megatron_loong.attention.blocks import accumulator_dtype
+from megatron_loong.attention.call import Call
+from megatron_loong.attention.checks import check_heads, check_inputs, check_latent, check_types
+from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
+from megatron_loong.config import GRADIENT_WIRES
+from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
+from megatron_loong.kernels.registry import choose_kernel
+from megatron_loong.schedule.parts import Queries, parts_of_heads, parts_of_sequence
+from megatron_loong.schedule.tiles import Mask
+from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layouts_of
+from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.topology.tokens import TokenLayout
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: LoongGroups,
+    *,
+    qkv_format: str,
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: tuple[int, int] | None,
+    cu_seqlens: Boundaries | None = None,
+    dropout_p: float = 0.0,
+    kernel: str | AttentionKernel,
+    deterministic: bool,
+    cu_seqlens_kv: Boundaries | None = None,
+    seq_len: int | None,
+    kv_seq_len: int | None,
+    softmax_offset: torch.Tensor | None,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_seed: int | None = None,
+    max_logits: torch.Tensor | None = None,
+    kv_up_weight: torch.Tensor | None = None,
+    gradient_wire: str = "auto",
+    head_parts: int | None = None,
+    sequence_parts: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
+    """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
+    if dropout_p and dropout_seed is None:
+        dropout_seed = int(torch.randint(2**62, ()))
+    asked: dict[str, Any] = {
+        "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
+        "dropout_p": dropout_p, "kernel": getattr(kernel, "name", kernel), "deterministic": deterministic,
+        "softcap": softcap, "gradient_wire": gradient_wire, "head_parts": head_parts, "sequence_parts": sequence_parts,
+    }  # fmt: skip
+    changing = {
+        "cu_seqlens": cu_seqlens, "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len,
+        "dropout_seed": dropout_seed,
+    }  # fmt: skip
+    optional = {
+        "softmax_offset": softmax_offset, "alibi_slopes": alibi_slopes, "max_logits": max_logits,
+        "kv_up_weight": kv_up_weight,
+    }  # fmt: skip
+    kind = kind_of((q, k, v), asked, changing, optional)
+    is_new = not is_known(groups, kind)
+    if is_new:
+        check_types(groups, {"q": q, "k": k, "v": v}, optional, asked | changing)
+    if qkv_format == "thd":
+        q, k, v = (x.unsqueeze(1) if x.dim() == 3 else x for x in (q, k, v))
+    elif qkv_format == "bshd":
+        q, k, v = (x.transpose(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    held = compare(groups, kind, (q, k, v), asked | changing, optional) if is_new else None
+    check_inputs(q, k, v, groups, qkv_format, cu_seqlens, softmax_offset, alibi_slopes, dropout_p, max_logits)
+    mask, hp = Mask.of(causal, window_size), groups.config.head_parallel_size
+    features = {
+        "windowed": mask.left is not None or mask.right not in (None, 0),
+        "softcap": bool(softcap),
+        "alibi": alibi_slopes is not None,
+        "dropout": bool(dropout_p),
+        "varying": cu_seqlens is not None,
+    }
+    if kv_up_weight is None:
+        check_heads(q, k, v)
+        shares, value_dim = head_shares(q.shape[2], k.shape[2], hp), v.shape[3]
+        request = kernel_request(q, k, v, hp, deterministic, **features)
+    else:
+        value_dim = check_latent(q, k, v, kv_up_weight)
+        shares = latent_shares(q.shape[2], hp)
+        request = kernel_request(q, q, q[..., :1].expand(*q.shape[:3], value_dim), hp, deterministic, **features)
+    chosen = choose_kernel(request, kernel)
+    layouts = _layouts(q, k, groups, cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len, held)
+    rows = q.shape[1] * layouts[0].seq_len // layouts[0].ring_size * len(shares.query[0])
+    queries = Queries(rows, max(q.shape[3], v.shape[3]) * q.dtype.itemsize, q.is_cuda, groups.nodes > 1)
+    plain = kv_up_weight is None and alibi_slopes is None and not dropout_p
+    parts = head_parts, sequence_parts
+    in_head_parts, in_sequence_parts = _parts(parts, groups, layouts, mask, shares, queries, plain)
+    call = Call(
+        groups=groups,
+        layouts=layouts,
+        mask=mask,
+        kernel=chosen,
+        shares=shares,
+        value_dim=value_dim,
+        softmax_scale=1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout=(dropout_p, dropout_seed) if dropout_p and dropout_seed is not None else None,
+        max_logits=max_logits,
+        head_parts=in_head_parts,
+        sequence_parts=in_sequence_parts,
+        wire_dtype=wire_dtype(q.dtype, gradient_wire),
+        deterministic=deterministic,
+    )
+    return q, k, v, call
+
+
+def _parts(
+    asked: tuple[int | None, int | None],
+    groups: LoongGroups,
+    layouts: tuple[TokenLayout, TokenLayout],
+    mask: Mask,
+    shares: HeadShares,
+    queries: Queries,
+    plain: bool,
+) -> tuple[int, int]:
+    """Parts of the heads and of the sequence: what was asked for, or by size. The same on every rank.
+
+    plain: nothing is asked that depends on where queries and keys stand, and keys and values travel as they are.
+    """
+    heads, sequence = asked
+    several, most = groups.config.head_parallel_size > 1, shares.most_parts
+    if heads is None:
+        heads = parts_of_heads(most, queries) if several and sequence in (None, 1) else 1
+    elif heads < 1 or most % heads:
+        raise ValueError(f"head_parts={heads} does not divide the {most} KV heads of a rank that can be parted")
+    fits = several and plain and heads == 1 and layouts[0] is layouts[1] and mask == Mask(right=0)
+    fits = fits and layouts[0].ring_size == 1 and layouts[0].halves is not None
+    if sequence is None:
+        return heads, parts_of_sequence(queries, layouts[0].most_slices) if fits else 1
+    if sequence != 1 and (sequence < 2 or sequence % 2):
+        raise ValueError(f"sequence_parts={sequence}: the sequence goes through in 1 part or in an even number")
+    if sequence != 1 and not fits:
+        raise ValueError(
+            f"sequence_parts={sequence} is for causal self-attention of one document in zigzag, all of it in one head "
+            f"group of several ranks (here {layouts[0].ring_size} on the ring), with head_parts=1 and without a "
+            "window, dropout, ALiBi or latents; use sequence_parts=1"
+        )
+    if sequence // 2 > (slices := layouts[0].most_slices):
+        raise ValueError(
+            f"sequence_parts={sequence} cuts each half of what a rank holds in {sequence // 2}, but some rank has no "
+            f"more than {slices} tokens of one; use sequence_parts={2 * slices} or fewer"
+        )
+    return heads, sequence
+
+
+def wire_dtype(dtype: torch.dtype, gradient_wire: str) -> torch.dtype:
+    """What gradients of tensors in `dtype` travel in; float16 might overflow where a sum of parts does not."""
+    if gradient_wire not in GRADIENT_WIRES:
+        raise ValueError(f"gradient_wire={gradient_wire!r} is unknown; use {', '.join(GRADIENT_WIRES)}")
+    if gradient_wire == "input" or (gradient_wire == "auto" and dtype == torch.bfloat16):
+        return dtype
+    return accumulator_dtype(dtype)
+
+
+def _layouts(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    groups: LoongGroups,
+    cu_seqlens: Boundaries | None,
+    cu_seqlens_kv: Boundaries | None,
+    seq_len: int | None,
+    kv_seq_len: int | None,
+    held: list[list[int]] | None,
+) -> tuple[TokenLayout, TokenLayout]:
+    """Layouts of queries and keys (the same object for self-attention), checked against what is held.
+
+    held: tokens of q and k by logical rank, where the ranks have told each other; else this rank looks at its own.
+    """
+    config, mine = groups.config, groups.logical_rank
+    if config.context_parallel_size == 1:
+        held = [[q.shape[0], k.shape[0]]]
+        kv_seq_len = k.shape[0] if kv_seq_len is None else kv_seq_len
+    elif seq_len is None and held is None:
+        held = gather_lengths([q.shape[0], k.shape[0]], groups, q.device)
+    if seq_len is None:
+        assert held is not None
+        seq_len, keys = (sum(side) for side in zip(*held, strict=True))
+        kv_seq_len = keys if kv_seq_len is None else kv_seq_len
+    q_layout, kv_layout = layouts_of(config, seq_len, cu_seqlens, kv_seq_len, cu_seqlens_kv)
+    known = {mine: [q.shape[0], k.shape[0]]} if held is None else dict(enumerate(held))
+    for rank, counts in known.items():
+        for name, count, layout in zip(("q", "k and v"), counts, (q_layout, kv_layout), strict=True):
+            if count != (expected := layout.tokens_of(rank)):
+                raise ValueError(
+                    f"{name} of logical rank {rank} has {count} tokens; of {layout.seq_len} tokens in this layout it "
+                    f"holds {expected} (see shard_sequence, token_positions)"
+                )
+    return q_layout, kv_layout
+
+
+def kernel_request(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    head_parallel_size: int,
+    deterministic: bool,
+    **features: bool,
+) -> KernelRequest:
+    """What `attention_2d` asks of a kernel for local q, k, v with heads in dimension 2: the heads of one tile.
+
+    `features` as in `KernelRequest`. Where ranks get different numbers of heads, the first gets most.
+    """
+    shares = head_shares(q.shape[2], k.shape[2], head_parallel_size)
+    usual_rule = all(shares.kv_of_query(rank) is None for rank in range(head_parallel_size))
+    query_heads = len(shares.query[0])
+    return KernelRequest(
+        device_type=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        value_head_dim=v.shape[3],
+        query_heads=query_heads,
+        kv_heads=len(shares.kv[0]) if usual_rule else query_heads,
+        deterministic=deterministic,
+        **features,
+    )
