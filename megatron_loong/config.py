@@ -21,7 +21,6 @@ SEQUENCE_LAYOUTS = ("zigzag", "contiguous")
 #: What gradients travel round the ring in: as they are summed, in the dtype of q, or as is best for that dtype.
 GRADIENT_WIRES = ("auto", "float32", "input")
 
-
 #: Windows as FlashAttention reads them: (keys to the left, keys to the right), -1 unbounded, counted from the bottom
 #: right: the last row stands at the last key.
 UNBOUNDED = -1

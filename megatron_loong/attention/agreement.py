@@ -18,11 +18,11 @@ from megatron_loong.sequence.sharding import gathered
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
 
-#: Kinds of call that are compared; with more (an argument that changes step by step), those behind go unlooked at.
+#: Beyond so many kinds of call, as where an argument changes step by step, new kinds are not compared.
 MOST_KINDS = 64
 
 _DIGEST, _TEXT = 16, 64
-_WHAT = "the arguments of attention_2d (a rank to which this kind of call is not new takes no part)"
+_WHAT = "the arguments of attention_2d (ranks that made such a call before do not take part)"
 
 Kind = tuple[Any, ...]
 
@@ -33,8 +33,8 @@ def kind_of(
     changing: dict[str, Any],
     optional: dict[str, torch.Tensor | None],
 ) -> Kind | None:
-    """All of a call but lengths, batch, and what may differ from call to call: of `changing` and of tensors that are
-    `optional`, only whether they are given. None for arguments that no call can have.
+    """The key of a kind of call: every argument but lengths and batch size. Of `changing` arguments, which may differ
+    from call to call, and of `optional` tensors, only whether they are given. None for arguments that no call can have.
     """
     try:
         kind = (
@@ -54,25 +54,43 @@ def is_known(groups: LoongGroups, kind: Kind | None) -> bool:
     return kind is not None and kind in getattr(groups, "known_kinds", ()) and not groups.always_compare
 
 
+def can_be_told(groups: object, tensors: tuple[object, ...]) -> bool:
+    """Whether all ranks are about to compare, so that one whose arguments are wrong can tell the others.
+
+    So it is in the first call, when no kind is known, and with `LOONG_CHECK=1`. Later a wrong argument makes a kind
+    that is new to its rank alone.
+    """
+    if not isinstance(groups, LoongGroups) or not all(isinstance(x, torch.Tensor) and x.dim() for x in tensors):
+        return False
+    return groups.cp_rank is not None and (groups.always_compare or not groups.known_kinds)
+
+
 def compare(
     groups: LoongGroups,
     kind: Kind | None,
     tensors: tuple[torch.Tensor, ...],
     asked: dict[str, Any],
     optional: dict[str, torch.Tensor | None],
+    fault: ValueError | None = None,
 ) -> list[list[int]] | None:
     """Raise one `ValueError` on every rank when they disagree; else, where they were compared, the lengths they hold.
 
     tensors: q, k, v, sequence first. asked: all other arguments; of `optional` tensors, whether they are given matters.
-    Collective where it compares; the lengths are those of q and k by logical rank.
+    fault: what is wrong with this rank's arguments; raised here, on every rank. Collective where it compares; the
+    lengths are those of q and k by logical rank.
     """
     if (len(groups.known_kinds) >= MOST_KINDS and not groups.always_compare) or _is_recorded(tensors[0]):
+        if fault:
+            raise fault
         return None
     handles = [groups.handle(name) for name in ("head", "inner", "outer")]
     if not any(isinstance(handle.process_group, dist.ProcessGroup) for handle in handles):
+        if fault:
+            raise fault
         groups.known_kinds.add(kind)  # one rank, or others that are played
         return None
     said = asked | {name: "given" if x is not None else "None" for name, x in optional.items()}
+    said["the fault found"] = fault or "none"
     said |= {f"{name}.dtype": x.dtype for name, x in zip("qkv", tensors, strict=True)}
     said |= {f"shape of {name} but its length": list(x.shape[1:]) for name, x in zip("qkv", tensors, strict=True)}
     rows = [_digest(_shown(x)) for x in said.values()]
@@ -88,12 +106,14 @@ def compare(
             f"the ranks of the context-parallel group {list(groups.cp_global_ranks)} disagree in the arguments of "
             f"attention_2d, which must be the same on all of them: {told}"
         )
+    if fault:
+        raise fault  # alike on every rank
     groups.known_kinds.add(kind)
     return everyone[:, -1, : len(lengths)].contiguous().view(torch.int64).tolist()
 
 
 def _is_recorded(q: torch.Tensor) -> bool:
-    """Whether shapes or a graph are recorded, and nobody may be waited for."""
+    """Whether this is a trace with fake tensors or the capture of a CUDA graph, where no collective may run."""
     return isinstance(q, FakeTensor) or q.is_meta or (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

@@ -36,10 +36,6 @@ class Form:
         """The form of rows of these tensors [s, ...]."""
         return cls.of(*((x.shape[1:], x.dtype) for x in tensors))
 
-    def with_dtype(self, dtype: torch.dtype) -> Form:
-        """The same shapes, all in another dtype."""
-        return Form.of(*((shape, dtype) for shape, _ in self.parts))
-
     @cached_property
     def widths(self) -> list[int]:
         """Bytes of a row, by tensor."""
@@ -85,10 +81,6 @@ class Block:
             for piece, (shape, dtype) in zip(self._pieces, self.form.parts, strict=True)
         )
 
-    def leading(self, rows: int) -> Block:
-        """The first rows, as views: for what looks at `parts` alone."""
-        return self if rows == self.rows else _LeadingRows(self.form, self.flat, rows)
-
     def chosen(self, held: Rows, wanted: Rows) -> torch.Tensor:
         """The buffer of the rows `wanted` out of this block, which holds `held`; a copy unless it wants all."""
         if wanted == held:
@@ -101,13 +93,3 @@ class Block:
     def _pieces(self) -> list[torch.Tensor]:
         ends = itertools.accumulate((self.rows * width for width in self.form.widths), initial=0)
         return [self.flat[a:b] for a, b in itertools.pairwise(ends)]
-
-
-@dataclass(frozen=True)
-class _LeadingRows(Block):
-    count: int
-
-    @cached_property
-    def parts(self) -> tuple[torch.Tensor, ...]:
-        """Views [count, ...] of the tensors."""
-        return tuple(x[: self.count] for x in Block(self.form, self.flat).parts)

@@ -14,23 +14,28 @@ from megatron_loong.sequence.sharding import checked_whole
 from megatron_loong.topology.groups import LoongGroups, checked_groups
 
 
-def check_types(
-    groups: object,
-    tensors: Mapping[str, object],
-    optional_tensors: Mapping[str, object],
-    asked: Mapping[str, Any],
-) -> None:
-    """Raise `ValueError`, which says what was expected, for arguments that are of another kind than they must be."""
+def check_types(groups: object, tensors: Mapping[str, object], asked: Mapping[str, Any]) -> None:
+    """Raise `ValueError`, which says what was expected, for arguments of the wrong type."""
     checked_groups(groups)
-    for name, x in (*tensors.items(), *((name, x) for name, x in optional_tensors.items() if x is not None)):
+    for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a tensor; got {_said(x)}")
     for name, is_right, expected in _RULES:
         if not is_right(asked[name]):
             raise ValueError(f"{name}={_said(asked[name])} must be {expected}")
+
+
+def check_changing(changing: Mapping[str, Any], optional_tensors: Mapping[str, object]) -> None:
+    """The same for arguments that may differ from call to call, in every one of which this runs."""
+    for name, x in optional_tensors.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor; got {_said(x)}")
     for name in ("seq_len", "kv_seq_len"):
-        if asked[name] is not None:
-            checked_whole(name, asked[name])
+        if changing[name] is not None:
+            checked_whole(name, changing[name])
+    seed = changing["dropout_seed"]
+    if seed is not None and not _is_whole(seed):
+        raise ValueError(f"dropout_seed={_said(seed)} must be None or a whole number, the same on every rank")
     if getattr(optional_tensors["alibi_slopes"], "requires_grad", False):
         raise ValueError("alibi_slopes requires a gradient, which attention_2d does not give; detach it")
 
@@ -67,7 +72,6 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("softcap", lambda x: _is_number(x) and x >= 0, "a number of at least 0 (0: no soft cap)"),
     ("dropout_p", _is_number, "a number of at least 0 and below 1"),
-    ("dropout_seed", lambda x: x is None or _is_whole(x), "None or a whole number, the same on every rank"),
     ("head_parts", lambda x: x is None or _is_whole(x), "None or a whole number"),
     ("sequence_parts", lambda x: x is None or _is_whole(x), "None or a whole number"),
     (

@@ -22,7 +22,7 @@ from megatron_loong.topology.groups import LoongGroups, groups_by_number
 
 #: Arguments of `attention_2d` that the operator does not take.
 _LEFT_OUT = (
-    "cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts sequence_parts all_to_all"
+    "cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts sequence_parts"
 ).split()
 
 
@@ -42,9 +42,8 @@ def traced(
     `seq_len`, for which the ranks must ask each other.
     """
     asked = {name: x for name, x in options.items() if x is not None}
-    for name, nothing in (("dropout_p", 0), ("all_to_all", "backend")):
-        if asked.get(name) == nothing:
-            del asked[name]
+    if asked.get("dropout_p") == 0:
+        del asked["dropout_p"]
     unknown_length = "seq_len" not in asked and groups.config.context_parallel_size > 1
     if unknown_length or any(name in asked for name in _LEFT_OUT) or not isinstance(asked["kernel"], str):
         leave: Any = torch.compiler.disable(outside)
@@ -73,6 +72,8 @@ def _in_graph(
 ) -> torch.Tensor:
     if qkv_format not in ("bshd", "sbhd", "thd"):
         raise ValueError(f"qkv_format={qkv_format!r} is unknown; use 'bshd', 'sbhd' or 'thd'")
+    if causal not in (True, False):
+        raise ValueError(f"causal={causal!r} must be True or False")
     if qkv_format == "thd":
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     elif qkv_format == "bshd":

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron_loong.attention.agreement import compare, is_known, kind_of
+from megatron_loong.attention.agreement import can_be_told, compare, is_known, kind_of
 from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Call
-from megatron_loong.attention.checks import check_heads, check_inputs, check_latent, check_types
+from megatron_loong.attention.checks import check_changing, check_heads, check_inputs, check_latent, check_types
 from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
@@ -52,6 +52,8 @@ def prepare(
     """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
     if dropout_p and dropout_seed is None:
         dropout_seed = int(torch.randint(2**62, ()))
+    if isinstance(window_size, list):
+        window_size = tuple(window_size)  # type: ignore[assignment]  # hashable: see `kind_of`
     asked: dict[str, Any] = {
         "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
         "dropout_p": dropout_p, "kernel": getattr(kernel, "name", kernel), "deterministic": deterministic,
@@ -66,14 +68,21 @@ def prepare(
         "kv_up_weight": kv_up_weight,
     }  # fmt: skip
     kind = kind_of((q, k, v), asked, changing, optional)
-    is_new = not is_known(groups, kind)
-    if is_new:
-        check_types(groups, {"q": q, "k": k, "v": v}, optional, asked | changing)
+    is_new, fault = not is_known(groups, kind), None
+    try:
+        check_changing(changing, optional)
+        if is_new:
+            check_types(groups, {"q": q, "k": k, "v": v}, asked)
+    except ValueError as error:
+        # In the first call of all the other ranks are about to compare: they are told, and do not wait in vain.
+        if not can_be_told(groups, (q, k, v)):
+            raise
+        fault = error
     if qkv_format == "thd":
         q, k, v = (x.unsqueeze(1) if x.dim() == 3 else x for x in (q, k, v))
     elif qkv_format == "bshd":
         q, k, v = (x.transpose(0, 1) if x.dim() == 4 else x for x in (q, k, v))
-    held = compare(groups, kind, (q, k, v), asked | changing, optional) if is_new else None
+    held = compare(groups, kind, (q, k, v), asked | changing, optional, fault) if is_new or fault else None
     check_inputs(q, k, v, groups, qkv_format, cu_seqlens, softmax_offset, alibi_slopes, dropout_p, max_logits)
     mask, hp = Mask.of(causal, window_size), groups.config.head_parallel_size
     features = {

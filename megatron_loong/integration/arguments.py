@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_loong.config import GRADIENT_WIRES
-from megatron_loong.integration.options import IMPLEMENTATIONS, LoongOptions, flag_of
+from megatron_loong.integration.options import IMPLEMENTATIONS, REMOVED, LoongOptions, flag_of, removed
 
 _HELP = {
     "context_parallel_impl": "Who runs attention over --context-parallel-size ranks: Megatron (native) or "
@@ -57,17 +57,10 @@ _FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-#: Flags of earlier versions, and what to do instead.
-_REMOVED = {
-    "--loong-all-to-all": "leave it out: the process group's backend does the all-to-all. NCCL has copy-engine "
-    "collectives of its own",
-}
-
-
 class _Removed(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        flag = self.option_strings[0]
-        parser.error(f"{flag} is not part of megatron_loong any more; {_REMOVED[flag]}")
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        (field,) = (field for field in REMOVED if flag_of(field) == self.option_strings[0])
+        raise argparse.ArgumentError(self, removed(field))
 
 
 def size_or_auto(text: str) -> int | str:
@@ -82,8 +75,8 @@ def add_loong_arguments(parser: argparse.ArgumentParser) -> None:
     for field, text in _HELP.items():
         extra = _FORMS.get(field, {"type": size_or_auto} if field.endswith("_size") else {})
         group.add_argument(flag_of(field), default=getattr(defaults, field), help=text, **extra)
-    for flag in _REMOVED:
-        group.add_argument(flag, action=_Removed, nargs="?", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for field in REMOVED:
+        group.add_argument(flag_of(field), action=_Removed, nargs="?", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def refuse_misspelt(unknown: Iterable[str]) -> None:
@@ -91,12 +84,12 @@ def refuse_misspelt(unknown: Iterable[str]) -> None:
     ours = [flag_of(field) for field in _HELP]
     for word in unknown:
         flag = word.partition("=")[0]
+        prefixed = flag.startswith(("--loong-", "--loong_"))
         # At 0.9, a letter or two of a flag are wrong; Megatron has no flag that is so near to one of ours.
-        near = difflib.get_close_matches(flag, ours, n=1, cutoff=0.0 if flag.startswith("--loong") else 0.9)
-        if near:
-            raise ValueError(
-                f"there is no flag {flag}; did you mean {near[0]}? (SCRIPT --help lists those of megatron_loong)"
-            )
+        near = difflib.get_close_matches(flag, ours, n=1, cutoff=0.6 if prefixed else 0.9)
+        if near or prefixed:
+            guess = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"there is no flag {flag}{guess} (SCRIPT --help lists those of megatron_loong)")
 
 
 def mend_help(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Whether the ranks hold the parts of one batch, and where its documents begin: told by what all of them hold.
 
-A rank's own positions tell neither: in zigzag they jump in any case. So the ranks gather positions and padding, a few
-bytes a token, once for each batch, and all of them come to the same end.
+A rank's own positions tell neither: in zigzag they jump in any case. So the ranks gather positions and padding (24
+bytes a token) once for each batch, in inference mode once for each layer, and all of them come to the same end.
 """
 
 from __future__ import annotations
@@ -80,9 +80,12 @@ def batch_of(
 
 
 def _remembered(rows: int, tokens: int, position_ids: torch.Tensor, *others: Any) -> Batch:
-    # Alike on every rank, because every rank runs the same program: whether a tensor is the one of before.
+    # All ranks run the same program, so a tensor is known on all of them or on none. Tensors of inference mode do not
+    # say when they are written to: nothing is remembered of them.
     tensors = [x for x in (position_ids, *others) if torch.is_tensor(x)]
-    changes = tuple(0 if x.is_inference() else x._version for x in tensors)
+    if any(x.is_inference() for x in tensors):
+        return _batch_of(rows, tokens, position_ids, *others)
+    changes = tuple(x._version for x in tensors)
     asked = *others, changes, rows, tokens
     entries: list[Any] = _seen.get(position_ids) or []
     for known, batch in entries:

@@ -109,6 +109,12 @@ class LoongOptions:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(LoongOptions))
+
+#: Options of earlier versions, and what to do instead.
+REMOVED = {
+    "loong_all_to_all": "leave it out: the process group's backend does the all-to-all, and NCCL has collectives "
+    "by copy engines of its own",
+}
 _DEFAULTS = LoongOptions()
 
 
@@ -119,6 +125,11 @@ def flag_of(field: str) -> str:
     '--loong-head-parallel-size'
     """
     return "--" + field.replace("_", "-")
+
+
+def removed(field: str) -> str:
+    """What is said to whoever gives an option of an earlier version."""
+    return f"{flag_of(field)} ({field}) is not part of megatron_loong any more; {REMOVED[field]}"
 
 
 def fields_of_mapping(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +143,10 @@ def fields_of_mapping(values: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: field for field in FIELDS for name in (field, field.removeprefix("loong_"))}
     fields: dict[str, Any] = {}
     for key, value in values.items():
-        field = known.get(str(key).lstrip("-").replace("-", "_"))
+        name = str(key).lstrip("-").replace("-", "_")
+        field = known.get(name)
+        if field is None and (old := next((x for x in REMOVED if name in (x, x.removeprefix("loong_"))), None)):
+            raise ValueError(removed(old))
         if field is None:
             raise ValueError(f"megatron_loong has no option {key!r}; its options are {', '.join(FIELDS)}")
         if field in fields:
@@ -154,7 +168,13 @@ def fields_of_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def fields_of_attributes(holder: object) -> dict[str, Any]:
-    """Fields that differ from their default on Megatron's args or a TransformerConfig; absent ones are not set."""
+    """Fields that differ from their default on Megatron's args or a TransformerConfig; absent ones are not set.
+
+    `ValueError` for an option of an earlier version.
+    """
+    for name in REMOVED:
+        if getattr(holder, name, None) is not None:
+            raise ValueError(removed(name))
     fields = {name: getattr(holder, name, getattr(_DEFAULTS, name)) for name in FIELDS}
     return {name: value for name, value in fields.items() if value != getattr(_DEFAULTS, name)}
 

@@ -29,7 +29,7 @@ from megatron_loong.sequence.sharding import documents_of, token_positions
 if TYPE_CHECKING:
     from megatron_loong.integration.runtime import Runtime
 
-#: Base tensor -> (version, offset, length) of a view of it -> boundaries. Megatron hands views of one tensor around.
+#: Base tensor -> its version, and (offset, length) of a view of it -> boundaries. Megatron hands views around.
 _read: Any = WeakTensorKeyDictionary()
 
 
@@ -43,11 +43,15 @@ def boundaries_of(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
 
 
 def _boundaries_of(cu_seqlens: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """With empty documents, and without."""
+    """(boundaries with empty documents, the same without them)."""
     base = cu_seqlens if cu_seqlens._base is None else cu_seqlens._base
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    views = _read.setdefault(base, {})
-    view = (version, cu_seqlens.storage_offset(), cu_seqlens.numel())
+    # Tensors of inference mode do not say when they are written to: nothing is remembered of them.
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    known, views = _read.get(base, (None, {}))
+    if version is None or known != version:
+        views = {}
+        _read[base] = version, views
+    view = (cu_seqlens.storage_offset(), cu_seqlens.numel())
     if view not in views:
         if cu_seqlens.numel() != cu_seqlens.shape[-1]:
             raise ValueError(

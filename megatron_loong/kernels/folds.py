@@ -32,7 +32,8 @@ def wanted() -> bool:
     return value == "1"
 
 
-_triton_wanted = wanted()
+_compared_with = False
+"""Whether `without_triton` is in effect."""
 
 
 def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
@@ -98,12 +99,12 @@ def triton_fault() -> str | None:
 @contextlib.contextmanager
 def without_triton() -> Iterator[None]:
     """PyTorch's passes inside, whatever is installed: to compare with."""
-    global _triton_wanted
-    before, _triton_wanted = _triton_wanted, False
+    global _compared_with
+    before, _compared_with = _compared_with, True
     try:
         yield
     finally:
-        _triton_wanted = before
+        _compared_with = before
 
 
 def _move(
@@ -135,7 +136,7 @@ def _move(
 
 
 def _by_triton(x: torch.Tensor) -> bool:
-    if not _triton_wanted or not x.is_cuda or not _served(x.device):
+    if not x.is_cuda or _compared_with or not _served(x.device):
         return False
     # Triton launches on the current device, whatever device the tensors are on.
     return x.device.index == torch.cuda.current_device()
@@ -143,7 +144,8 @@ def _by_triton(x: torch.Tensor) -> bool:
 
 @functools.cache
 def _served(device: torch.device) -> bool:
-    """Whether Triton does the passes of a GPU: asked once, for asking takes longer than launching."""
+    """Whether Triton does the passes of a GPU, and the environment lets it: asked once, at the first use, for asking
+    takes longer than launching."""
     return triton_fault() is None
 
 

@@ -26,17 +26,20 @@ def tokens(text: str) -> int:
 def number(value: float) -> str:
     """Three digits or more, never an exponent.
 
-    >>> number(109.81), number(25547.3), number(0.01234)
-    ('110', '25,547', '0.0123')
+    >>> number(109.81), number(25547.3), number(0.01234), number(1e-5)
+    ('110', '25,547', '0.0123', '0.00001')
     """
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    plain = f"{value:.3g}"
+    return f"{value:.12f}".rstrip("0") if "e" in plain else plain
 
 
 def duration(seconds: float) -> str:
     """A time in the two units that fit its size.
 
-    >>> duration(25547), duration(59.96), duration(13.65), duration(0.00283), duration(2e-5), duration(200_000)
-    ('7 h 6 min', '1 min 0 s', '13.7 s', '2.83 ms', '20 us', '2 d 8 h')
+    >>> duration(25547), duration(59.96), duration(13.65), duration(0.00283), duration(2e-5), duration(3599.7)
+    ('7 h 6 min', '1 min 0 s', '13.7 s', '2.83 ms', '20 us', '1 h 0 min')
     """
     if seconds < 59.95:
         for unit, factor in (("s", 1.0), ("ms", 1e3)):
@@ -44,9 +47,9 @@ def duration(seconds: float) -> str:
                 return f"{number(seconds * factor)} {unit}"
         return f"{number(seconds * 1e6)} us"
     large, small, per_large, unit_s = ("d", "h", 24, 3600)
-    if seconds < 3600:
+    if round(seconds) < 3600:
         large, small, per_large, unit_s = ("min", "s", 60, 1)
-    elif seconds < 24 * 3600:
+    elif round(seconds / 60) < 24 * 60:
         large, small, per_large, unit_s = ("h", "min", 60, 60)
     whole, rest = divmod(round(seconds / unit_s), per_large)
     return f"{whole:,} {large} {rest} {small}"

@@ -243,7 +243,9 @@ class Routes:
         of_rounds = [running_unions([self._need(place, owner) for place in chain])[-1] for chain in rounds[1:]]
         pass_along([chain[0] for chain in rounds], of_rounds)
         # A rank needs a block when it attends to it, or passes it on before that.
-        passed_on = {sender: min(edge.post for edge in there if edge.sender == sender) for sender, *_ in there}
+        passed_on: dict[Place, int] = {}
+        for edge in there:
+            passed_on[edge.sender] = min(edge.post, passed_on.get(edge.sender, edge.post))
         there = [x._replace(due=min(x.due, passed_on.get(x.receiver, x.due))) for x in there]
         return there, back
 
@@ -289,6 +291,10 @@ class Routes:
             return step[sender]
         if self.inner_ring_size == 1:
             return -1 if sender == OWN else step[sender]
-        longest = max(row_count(self.q.ring_runs(rank)) for rank in range(self.ring_size))
-        at_once = self.inner_ring_size == 2 and sender.outer == 1 and not worth_cutting(longest)
+        at_once = self.inner_ring_size == 2 and sender.outer == 1 and self._short
         return step[Place(sender.outer, 1)] - (0 if at_once else 1)
+
+    @functools.cached_property
+    def _short(self) -> bool:
+        """Whether own blocks are too short to be begun ahead (`tiles.halved`)."""
+        return not worth_cutting(max(row_count(self.q.ring_runs(rank)) for rank in range(self.ring_size)))

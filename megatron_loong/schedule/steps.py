@@ -46,7 +46,7 @@ class Step:
     owner: int
     """Ring rank whose block is attended to."""
     rows: Rows = ()
-    """Rows of that block that are here. None: the rank is passed over."""
+    """Rows of that block that are held here; empty if the rank does not need it, and is passed over."""
     tiles: tuple[Tile, ...] = ()
     """Attention calls. Slices of the side that moves count within `rows`."""
     sends: tuple[Hop, ...] = ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
+
 
 class CommunicationError(RuntimeError):
     """A message or a collective failed or ran out of time; says which group, what was under way, and which peers."""
@@ -23,5 +25,7 @@ def collective(what: str, group: str, ranks: Sequence[int]) -> Iterator[None]:
     """Around a collective: what its backend raises becomes `not_completed`."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this rank's own, and nobody is lost
     except RuntimeError as error:
         raise not_completed(what, group, ranks, error) from error

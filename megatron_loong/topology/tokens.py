@@ -33,6 +33,14 @@ class TokenLayout:
     head_parallel_size: int
     """Ranks that form one ring rank: neighbours in logical rank."""
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # Schedules are looked up by their layouts in every layer, and packs have many documents.
+        return hash((self.documents, self.rank_runs, self.head_parallel_size))
+
     @property
     def seq_len(self) -> int:
         """Tokens in all."""

@@ -131,7 +131,6 @@ def test_kernel_and_determinism_are_handed_on(monkeypatch: pytest.MonkeyPatch) -
             "max_logits": None,
             "kernel": "reference",
             "gradient_wire": "auto",
-            "all_to_all": "backend",
             "deterministic": True,
             "seq_len": 6,
         }

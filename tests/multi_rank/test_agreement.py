@@ -33,6 +33,13 @@ DIFFERENT: dict[str, Callable[[bool], dict[str, Any]]] = {
     "gradient_wire is auto on .* and input on rank 2": lambda odd: {"gradient_wire": "input" if odd else "auto"},
     "softmax_offset is None on .* and given on rank 2": lambda odd: {"softmax_offset": torch.zeros(4) if odd else None},
     "k.dtype is torch.float64 on .* and torch.float32 on rank 2": lambda odd: {"dtype": torch.float32} if odd else {},
+    # Rank 2 alone is wrong, and finds that out before it talks to anyone.
+    "softmax_scale is 0.25 on .* and -1.0 on rank 2; the fault found is none on": (
+        lambda odd: {"softmax_scale": -1.0 if odd else 0.25}
+    ),
+    "the fault found is none on .* and alibi_slopes requires a gradient, which": (
+        lambda odd: {"alibi_slopes": torch.ones(4, requires_grad=odd)}
+    ),
     r"shape of q but its length is [1, 4, 8] on .* and [2, 4, 8] on rank 2": lambda odd: {"batch": 1 + odd},
 }
 

@@ -72,10 +72,25 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
+#: Calls after which arguments that may change from call to call make no new kind of call.
+RIGHT: list[dict[str, Any]] = [
+    {},
+    {"seq_len": 8, "cu_seqlens": [0, 8]},
+    {"alibi_slopes": ROW},
+    {"dropout_p": 0.1, "dropout_seed": 1},
+    {"max_logits": ROW.clone()},
+    {"softmax_offset": ROW},
+]
+
+
+@pytest.mark.parametrize("after_right_calls", [False, True])
 @pytest.mark.parametrize("message", ARGUMENTS, ids=lambda message: message[:40])
-def test_a_wrong_argument_of_attention_2d(message: str) -> None:
+def test_a_wrong_argument_of_attention_2d(message: str, after_right_calls: bool) -> None:
     for mistake in ARGUMENTS[message]:
-        call = {"q": Q, "k": Q, "v": Q, "groups": build_groups(LoongConfig(), [0]), **mistake}
+        groups = build_groups(LoongConfig(), [0])
+        for right in RIGHT if after_right_calls else ():
+            attention_2d(Q, Q, Q, groups, **right)
+        call = {"q": Q, "k": Q, "v": Q, "groups": groups, **mistake}
         for _ in range(2):  # a mistake is none the less one the second time
             with pytest.raises(ValueError, match=message):
                 attention_2d(**call)
