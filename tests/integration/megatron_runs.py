@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import os
+import queue
 import random
 import runpy
 import socket
@@ -209,12 +210,23 @@ def _record_steps() -> None:
     training.training_log = training_log
 
 
+def _write_checkpoints_alone() -> None:
+    """Megatron's writer hands its results over a queue of its own process, whose start takes seconds on each rank.
+
+    No run here saves in the background, so that the writer is this process and any queue does.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
+
+
 def _main() -> int:
     """`python -m megatron_loong`, with `_record_steps` slipped in before the script."""
     run_path = runpy.run_path
 
     def run_path_recorded(*args, **kwargs):
         _record_steps()
+        _write_checkpoints_alone()
         if fault := os.environ.get("LOONG_TEST_FAULT"):
             planted.FAULTS[fault]()
         return run_path(*args, **kwargs)

@@ -1,7 +1,7 @@
 """The net: compositions of Megatron's flags, drawn by seeds, each with the losses, norms and parameters of one rank.
 
-Float32, no momentum. One rank trains three steps and saves its weights after each; a drawn run begins from those after
-the first and must repeat the others to 1e-5: every loss, every gradient norm, and the parameters after one step.
+Float32, no momentum. One rank trains two steps and saves its weights after each; a drawn run begins from those after
+the first and must repeat the second to 1e-5: loss, gradient norm, and the parameters after it.
 Ten seeds by default; LOONG_TEST_ALL=1 draws hundreds, on up to eight ranks. LOONG_TEST_SEEDS=3,17 runs those alone.
 """
 
@@ -26,7 +26,7 @@ SEEDS = NAMED or (range(300) if ALL else [106, *drawn.varied(range(60), LARGEST_
 TOLERANCE = 1e-5
 #: Weights large enough that sinks, windows and places matter.
 SHARED = tuple(
-    """--num-layers 4 --train-iters 3 --init-method-std 0.1 --vocab-size 255 --make-vocab-size-divisible-by 4
+    """--num-layers 4 --train-iters 2 --init-method-std 0.1 --vocab-size 255 --make-vocab-size-divisible-by 4
     --ckpt-format torch_dist --save-interval 1 --no-save-optim --no-save-rng""".split()
 )
 
@@ -64,7 +64,7 @@ def differences(one: Composition, folder: Path, fault: str = "") -> list[str]:
     load = ["--load", str(start), "--ckpt-step", "1", "--no-load-optim", "--no-load-rng", "--save", str(place)]
     division = [*one.flags(drawn.DIVISION), "--context-parallel-impl", "loong"]
     steps = megatron_runs.train(script(), one.world_size, *flags, *division, *load, fault=fault)
-    assert len(steps) == 2
+    assert len(steps) == 1
     found = []
     for number, (step, wanted) in enumerate(zip(steps, expected[1:], strict=True), start=2):
         for quantity in ("lm_loss", "grad_norm"):
