@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 
+#: What a rank would import after it has begun: the tokenizers bring transformers, the hooks torch's compiler.
+IMPORTED_LATE = ("megatron.core.tokenizers.text", "megatron_loong.integration.hooks")
+
+
 class Nursery:
     """One process with Megatron imported as `script` would find it; `run` forks ranks from it."""
 
@@ -73,7 +77,8 @@ def serve(script: str, main: Callable[[], int]) -> None:
     from megatron_loong.integration import cpu_mode
 
     cpu_mode.enable(allow_with_gpu=True)
-    importlib.import_module("megatron.training")
+    for module in ("megatron.training", *IMPORTED_LATE):
+        importlib.import_module(module)
     for line in sys.stdin:
         answers.write(json.dumps(_run(json.loads(line), main)) + "\n")
         answers.flush()
