@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 #: What a rank would import after it has begun: the tokenizers bring transformers, the hooks torch's compiler.
 IMPORTED_LATE = ("megatron.core.tokenizers.text", "megatron_loong.integration.hooks")
 
