@@ -41,4 +41,27 @@ def dropped_gradient() -> None:
     call._backward = forgetful
 
 
-FAULTS = {one.__name__: one for one in (mean_for_sum, wrong_position, dropped_gradient)}
+def unmarked_sinks() -> None:
+    """The sinks of a tensor-parallel rank are not marked as its own part, as Megatron's attentions leave theirs."""
+    from megatron_loong.integration import core_attention
+
+    core_attention.set_tensor_model_parallel_attributes = lambda *args: None
+
+
+FAULTS = {one.__name__: one for one in (mean_for_sum, wrong_position, dropped_gradient, unmarked_sinks)}
+
+
+def only_sinks() -> None:
+    """No fault: all parameters but the sinks are frozen, and their gradients are large enough to be clipped at 1."""
+    from megatron.core.models.gpt import GPTModel
+
+    original = GPTModel.__init__
+
+    def frozen(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("softmax_offset" in name)
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: 1000 * gradient)
+
+    GPTModel.__init__ = frozen

@@ -51,20 +51,23 @@ def model_flags(one: Composition, folder: Path) -> tuple[str, ...]:
 
 
 @functools.cache
-def on_one_rank(flags: tuple[str, ...], folder: Path, name: str) -> tuple[Path, list[megatron_runs.Step]]:
-    """Weights and steps of one rank with Megatron's own attention."""
-    place = folder / name
-    return place, megatron_runs.train(script(), 1, *flags, "--save", str(place))
+def on_one_rank(flags: tuple[str, ...], place: Path, change: str) -> list[megatron_runs.Step]:
+    """Steps of one rank with Megatron's own attention; its weights are saved in `place`."""
+    return megatron_runs.train(script(), 1, *flags, "--save", str(place), fault=change)
 
 
-def differences(one: Composition, folder: Path, fault: str = "") -> list[str]:
-    """Losses, gradient norms and parameters of a drawn run that are not those of one rank, in words."""
+def differences(one: Composition, folder: Path, fault: str = "", change: str = "") -> list[str]:
+    """Losses, gradient norms and parameters of a drawn run that are not those of one rank, in words.
+
+    `fault` is planted in the drawn run alone, `change` in both.
+    """
     flags = model_flags(one, folder)
-    start, expected = on_one_rank(flags, folder, str(composition(**{axis: one[axis] for axis in drawn.MODEL})))
+    start = folder / f"{composition(**{axis: one[axis] for axis in drawn.MODEL})}-{change}"
+    expected = on_one_rank(flags, start, change)
     place = folder / f"{one}-{fault}"
     load = ["--load", str(start), "--ckpt-step", "1", "--no-load-optim", "--no-load-rng", "--save", str(place)]
     division = [*one.flags(drawn.DIVISION), "--context-parallel-impl", "loong"]
-    steps = megatron_runs.train(script(), one.world_size, *flags, *division, *load, fault=fault)
+    steps = megatron_runs.train(script(), one.world_size, *flags, *division, *load, fault=f"{fault} {change}")
     assert len(steps) == 1
     found = []
     for number, (step, wanted) in enumerate(zip(steps, expected[1:], strict=True), start=2):
@@ -90,16 +93,19 @@ def test_a_drawn_composition_trains_as_one_rank(seed: int, folder: Path) -> None
     assert found == [], str(one)
 
 
+#: Where a fault is caught, and what is changed in both runs.
 CAUGHT = {
-    "mean_for_sum": composition(text="unequal", layout="r2"),
-    "wrong_position": composition(text="packs", layout="r2"),
-    "dropped_gradient": composition(layout="r2"),
+    "mean_for_sum": (composition(text="unequal", layout="r2"), ""),
+    "wrong_position": (composition(text="packs", layout="r2"), ""),
+    "dropped_gradient": (composition(layout="r2"), ""),
+    "unmarked_sinks": (composition(sinks="sinks", tensor="tp2", layout="r2"), "only_sinks"),
 }
 
 
-@pytest.mark.parametrize("fault", planted.FAULTS if ALL else ["dropped_gradient"])
+@pytest.mark.parametrize("fault", planted.FAULTS if ALL else ["dropped_gradient", "unmarked_sinks"])
 def test_the_net_catches_a_planted_fault(fault: str, folder: Path) -> None:
-    found = differences(CAUGHT[fault], folder, fault)
+    one, change = CAUGHT[fault]
+    found = differences(one, folder, fault, change)
     print("\n".join(found))
-    assert any("grad_norm" in one or "lm_loss" in one for one in found), found
-    assert differences(CAUGHT[fault], folder) == []
+    assert any("grad_norm" in difference or "lm_loss" in difference for difference in found), found
+    assert differences(one, folder, change=change) == []
