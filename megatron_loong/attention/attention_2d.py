@@ -52,8 +52,9 @@ def attention_2d(
 
     cu_seqlens: int32 [documents + 1], global: packed documents of any length, each attending to itself alone; needed
         for `thd`, and for `bshd` the same in every row of the batch. The ranks hold what `token_positions(...,
-        cu_seqlens=)` says. It ends where the tokens of all ranks do: padding is a document of its own. `cu_seqlens_kv`
-        where keys come in other numbers than queries: document i reads document i, and zeros where that is empty.
+        cu_seqlens=)` says; it ends where the tokens of all ranks do, and padding is a document of its own.
+        `cu_seqlens_kv` where keys come in other numbers than queries: document i reads document i, and queries of a
+        document without keys get zeros. bool [b, S]: see `sharding.Boundaries`.
     causal, window_size: a query sees `window_size[0]` keys before and `window_size[1]` after its own place (-1, the
         default: all); causal closes the right side. With s != s_kv the last query stands at the last key.
     seq_len, kv_seq_len: global lengths (thd: all tokens); as many keys as queries unless told. Without seq_len the

@@ -18,7 +18,7 @@ Rings = Mapping[str, Ring]
 
 
 def own_block(rings: Rings, form: Form, rows: int, device: torch.device) -> Block:
-    """An uninitialised block of this rank's own, where it can be sent from."""
+    """An uninitialised block for this rank's data, in memory that the rings can send from."""
     ring = next(iter(rings.values()), None)
     return form.empty(rows, device) if ring is None else Block(form, ring.buffer(form.size(rows), device))
 

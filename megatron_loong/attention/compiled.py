@@ -183,14 +183,14 @@ def _alone(call: Call) -> bool:
 
 
 def _fixed(n: Any) -> Any:
-    """A size that the compiler had left open, fixed for this graph: the layout of the tokens hangs on it."""
+    """A symbolic size made constant for this graph, because the layout of the tokens depends on it."""
     return int(n) if isinstance(n, torch.SymInt) else n
 
 
 @_attention.register_fake
 def _(q, k, v, sink, cu_seqlens, *asked):
     q, k, v = (x.new_empty([_fixed(n) for n in x.shape]) for x in (q, k, v))
-    # How many tokens a rank holds does not hang on where documents end, so boundaries without values do here.
+    # How many tokens a rank holds does not depend on where documents end, so boundaries without values are enough.
     valueless = None if cu_seqlens is None else cu_seqlens.to("meta")
     call = _call(q, k, v, sink, valueless, tuple(map(_fixed, asked)))
     me, b, ring_rank = call.groups.handle("head").rank, q.shape[1], call.groups.ring_rank

@@ -55,7 +55,8 @@ def enable(allow_with_gpu: bool = False, argv: list[str] | None = None) -> None:
     """Let Megatron train on the CPU in this process; `argv` (flags only) is extended in place by `CPU_FLAGS`.
 
     Call it before anything imports Megatron. Raises `ValueError` where a GPU is present, unless `allow_with_gpu`:
-    a run that is slower by a factor of a thousand should not start by a forgotten flag; and for `REFUSED_FLAGS`.
+    a run that is slower by a factor of a thousand should not start because a flag was forgotten. Also for
+    `REFUSED_FLAGS`.
     """
     import torch
 

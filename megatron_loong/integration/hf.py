@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.attention.prepare import kernel_request
 from megatron_loong.integration.hf_batch import batch_of, row_digests
 from megatron_loong.integration.hf_masks import Pattern, pattern_of
+from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.sequence.sharding import shard_sequence, token_positions
 from megatron_loong.topology.groups import LoongGroups
 
@@ -92,6 +94,19 @@ def loong_attention(
     _refuse_local_positions(module, batch.seq_len)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     shape, seq_len = q.shape, batch.seq_len
+    if not torch.compiler.is_compiling():
+        # Batches come in many lengths: kernels that build a plan for each take a second for a new one.
+        request = kernel_request(
+            q,
+            k,
+            v,
+            groups.config.head_parallel_size,
+            False,
+            varying=True,
+            windowed=pattern.window is not None,
+            softcap=bool(kwargs.get("softcap")),
+        )
+        kernel = choose_kernel(request, kernel).name
     if batch.begins is not None:
         # Documents may end elsewhere in each row: the rows go through as one sequence, in which they are documents.
         q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))

@@ -147,7 +147,7 @@ def operand(x: torch.Tensor, width: int, rules: TileRules) -> torch.Tensor:
 
 
 def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device, for which the host does not wait: from pageable memory it would."""
+    """Copy a host tensor to a device without blocking the host: from pinned memory, since a pageable copy blocks."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 

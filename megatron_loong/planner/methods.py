@@ -33,7 +33,7 @@ class Method:
     """dq read and written in float32, the tile's read in bf16."""
     dkv_bytes_per_element: int = 10
     return_bytes_per_element: int = 0
-    """Of a gradient that goes home: rounding it for the wire, and adding at the owner what arrives."""
+    """Of a gradient that returns to its owner: rounding it for the wire, and adding at the owner what arrives."""
     stand_in_bytes_per_element: int = 0
     """Of dout, for a tile whose queries have come: passes of `out_with_delta`."""
     travelling_bytes_per_element: int = 0

@@ -54,7 +54,7 @@ def shared_heads(config: LoongConfig, shape: AttentionShape) -> tuple[int, int]:
 def moving_bytes(
     config: LoongConfig, shape: AttentionShape, backward: bool, gradient_width: int, either_side_moves: bool
 ) -> tuple[Moving, RowBytes]:
-    """What moves, and bytes of one token of it that goes round the ring and of what goes home behind it, of one rank.
+    """What moves, and bytes of one token of it that goes round the ring, and of its results that return, of one rank.
 
     Forward, keys and values move; backward also the queries may, where the implementation can do either.
     """

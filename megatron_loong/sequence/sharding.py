@@ -24,8 +24,9 @@ Boundaries = torch.Tensor | Sequence[int]
 """`cu_seqlens`: global, the same on every rank, from 0 to the number of tokens; padding is a document of its own. A
 tensor on the CPU costs no synchronisation.
 
-Or bool [b, S], for sequences that lie one after another: True where a document begins. Then the tokens of each sequence
-stay where they are without `cu_seqlens`, and the documents of one need not be those of another.
+Or bool [b, S], for b rows of S tokens that go through as one sequence of b * S tokens (q [1, b * s, h, d]): True where
+a document begins. Each rank then holds of every row what it holds of a row without documents, and the documents of one
+row need not be those of another.
 """
 
 
@@ -97,8 +98,8 @@ def _checked(x: object, groups: LoongGroups, dim: int) -> int:
 def documents_of(boundaries: Boundaries, tokens: int, name: str = "cu_seqlens") -> tuple[int, ...]:
     """Boundaries of all documents of a pack of `tokens`; empty documents stay.
 
-    Raises `ValueError` unless they are whole numbers that ascend from 0 to `tokens`. Tokens behind the last boundary
-    are no document without a word: boundaries of one rank's own tokens would pass for those of the pack.
+    Raises `ValueError` unless they are whole numbers that ascend from 0 to `tokens`. Tokens after the last
+    boundary are refused rather than made a document: boundaries of one rank's own tokens would pass for the pack's.
     """
     documents = checked_boundaries(boundaries, name)
     if documents[-1] > tokens:
@@ -115,7 +116,8 @@ def documents_of(boundaries: Boundaries, tokens: int, name: str = "cu_seqlens") 
 def _layout_of_rows(config: LoongConfig, seq_len: int, begins: torch.Tensor) -> TokenLayout:
     if begins.dim() != 2 or begins.numel() != seq_len:
         raise ValueError(
-            f"cu_seqlens of bool must be [b, S] with a place for each of the {seq_len} tokens; got {list(begins.shape)}"
+            f"cu_seqlens of bool must be [b, S] with a place for each of the {seq_len} tokens, the rows of a batch "
+            f"joined into one sequence (q.reshape(1, -1, h, d)); got {list(begins.shape)}"
         )
     rows, length = begins.shape
     inside = [] if begins.device.type == "meta" else begins.flatten().nonzero().flatten().tolist()
