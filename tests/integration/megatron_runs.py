@@ -210,14 +210,16 @@ def _record_steps() -> None:
     training.training_log = training_log
 
 
-def _write_checkpoints_alone() -> None:
-    """Megatron's writer hands its results over a queue of its own process, whose start takes seconds on each rank.
-
-    No run here saves in the background, so that the writer is this process and any queue does.
-    """
+def _skip_what_takes_seconds() -> None:
+    """Two things that each rank of each run would do, and no test looks at."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training.argument_utils import ArgumentGroupFactory
 
+    # Results of a checkpoint's writer travel over a queue that is a process, which imports Megatron again. No run here
+    # saves in the background, so that the writer is this process and any queue does.
     filesystem_async._results_queue = queue.Queue()
+    # Parsed out of the sources of all configs, for the texts of --help.
+    ArgumentGroupFactory._get_field_docstrings = lambda self, src_cfg_class: {}
 
 
 def _main() -> int:
@@ -226,7 +228,7 @@ def _main() -> int:
 
     def run_path_recorded(*args, **kwargs):
         _record_steps()
-        _write_checkpoints_alone()
+        _skip_what_takes_seconds()
         for change in os.environ.get("LOONG_TEST_FAULT", "").split():
             getattr(planted, change)()
         return run_path(*args, **kwargs)
