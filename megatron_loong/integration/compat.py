@@ -120,8 +120,9 @@ def untested(megatron: Megatron, found: Mapping[str, Seam]) -> str | None:
     """One line about a Megatron that is not among the tested versions: what its hooked functions take besides."""
     if is_tested(megatron.version):
         return None
-    news = {seam.name: signatures.news(name.partition("@")[0], seam.original()) for name, seam in found.items()}
-    differing = "; ".join(f"{name} takes {', '.join(new)}" for name, new in news.items() if new)
+    news = [(seam.name, signatures.news(name.partition("@")[0], seam.original())) for name, seam in found.items()]
+    # Modules may hold functions of one name, and one of them be new.
+    differing = "; ".join(dict.fromkeys(f"{name} takes {', '.join(new)}" for name, new in news if new))
     return (
         f"megatron-core {megatron.version} was not tested with it ({', '.join(TESTED_VERSIONS)} were); "
         f"{differing or 'the functions that it hooks into take nothing new'}"

@@ -252,4 +252,8 @@ def _forward_backward(case: MemoryCase, model: Any) -> None:
 
 
 if __name__ == "__main__":
+    from megatron_loong.kernels import cpu_flash
+
+    # As on GPUs: the copies that are made to compute half precision in float32 are this processor's alone.
+    cpu_flash.operator_dtype = lambda dtype: dtype
     _main([MemoryCase(**values) for values in json.loads(sys.argv[1])])
