@@ -7,7 +7,7 @@ import torch
 
 from megatron_loong import LoongConfig, build_groups, shard_sequence
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.planner import parts as module
+from megatron_loong.schedule import parts as module
 from tests.dense import dense_with_gradients
 from tests.multi_rank.cases import assert_close, random_inputs
 
