@@ -14,7 +14,8 @@ from megatron_loong.schedule.rows import Rows, row_count, slice_within
 from megatron_loong.schedule.steps import Hop, Step
 
 Rings = Mapping[str, Ring]
-"""`inner`, `outer`, `inner_dkv`, `outer_dkv`; none for an axis of size 1."""
+"""`inner`, `outer`, and `inner_dkv`, `outer_dkv` for results of any kind (dK and dV, dQ, partial outputs); none for an
+axis of size 1."""
 
 
 def own_block(rings: Rings, form: Form, rows: int, device: torch.device) -> Block:
@@ -62,9 +63,9 @@ class _Messages:
 class BlockStore:
     """The blocks that are here or on their way: `store[step]` is that of a step.
 
-    `own` are this rank's blocks, by kind. Outer hops are posted as soon as the block that they carry is here, a whole
-    inner round ahead. Besides the rank's own block there are, on each of the two rings, the block that travels and the
-    one that arrives.
+    `own` are this rank's blocks, by kind. Besides them there are at most two of a kind on each of the two rings: the
+    block that is attended to or still being sent, and the one that is arriving. An outer hop is posted a whole inner
+    round before it is needed, so its block is here, or arriving, for that long.
     """
 
     def __init__(self, rings: Rings, steps: Sequence[Step], own: Mapping[Moving, Block], ring_rank: int) -> None:
@@ -76,7 +77,7 @@ class BlockStore:
 
     def post(self, index: int, step: Step) -> None:
         """Post the hops of a step, which its tiles hide."""
-        # The block that this step needs comes first: what it waits for was posted by others before their hops of now.
+        # Wait for this step's block before posting: its sender has posted it, so no two ranks wait for one another.
         if (step.moving, step.owner) in self._arriving:
             self._block(step.moving, step.owner)
         if step.sends or step.receives:

@@ -117,10 +117,11 @@ class Call:
         assert config.inner_ring_size is not None
         narrow = self.wire_dtype.itemsize < torch.float32.itemsize
         scheduled = functools.partial(ring_schedule, *self.layouts, self.mask, config.inner_ring_size)
+        # Gradients that are rounded to travel go straight to the first rank of a ring: rounded once, not once a hop.
         return RingPlan(
             layouts=self.layouts,
             forward=scheduled().steps(ring_rank, backward=False),
-            backward=scheduled(moving, narrow).steps(ring_rank, backward=True),
+            backward=scheduled(moving, direct_returns=narrow).steps(ring_rank, backward=True),
             ring_rank=ring_rank,
             rings=self.rings,
             kernel=self.kernel,

@@ -170,7 +170,11 @@ class Result:
         self._last_rows: slice | None = None
 
     def take(self, rows: slice, part: tuple[torch.Tensor, torch.Tensor], first_keys: bool) -> None:
-        """Fold in what some rows got from further keys; in the own block, tiles of other rows meet their first."""
+        """Fold in what some rows got from further keys.
+
+        first_keys: in the step of the own block, which comes before all others here, the first tile of some rows
+        overwrites the zeros.
+        """
         out, lse = (_bshd(x[rows]) for x in (self.out, self.lse))
         if first_keys and rows != self._last_rows:
             out.copy_(part[0])

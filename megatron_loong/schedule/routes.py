@@ -1,17 +1,34 @@
 """Who needs which rows of a block, who passes them on to whom, and how results for the block return to its owner.
 
 A double ring is only another visit order (LoongTrain section 4.3): what a rank computes with a block depends on
-(ring_rank, owner) alone. The block of `owner` is needed by the rank that stands `(outer, inner)` places further on the
-two rings. It goes round the owner's inner ring, and by outer hops to the first rank of every other inner ring, which
-hands it round there:
+(ring_rank, owner) alone. A rank stands at the *place* (outer, inner) of a block: so many ranks further on the two rings
+than the block's owner. The block goes round the owner's inner ring. By outer hops it comes to one rank of every other
+inner ring, its *entry rank* there (inner = 0), which passes it round that ring. In the forward pass a rank passes a
+block on while it attends to it. The block of ring rank 5, with 8 ring ranks and inner rings of 4:
 
-    (0,0) -inner-> (0,1) -inner-> (0,2)          forward: a rank passes a block on while it attends to it, so an inner
-      | outer                                    hop hides behind one step's tiles, and an outer hop behind a whole
-    (1,0) -inner-> (1,1) -inner-> (1,2)          inner round
+    step            0     1     2     3     4     5     6     7
+    attends to it   5     6     7     4     1     2     3     0
+    inner hops      5>6   6>7   7>4         1>2   2>3   3>0        posted before the step's tiles, which hide them
+    outer hops      5>1                                            hidden by a whole inner round
 
-Only rows that somebody further along needs travel. Results for a block (gradients; the partial output of queries that
-move forward) return the other way: along each inner ring to its first rank, and from there along the outer ring. Each
-rank adds its own to what it passes on or, with `direct_returns`, sends its part straight to the first rank of the ring.
+In the backward pass results for the block (its gradient) have to come back. The entry rank of a ring, and the owner in
+its own, attends to the block last, so that all parts of its ring have come by then. Step 0 is half of the owner's own
+tiles, to hide the first hops:
+
+    step            0     1     2     3     4     5     6     7     8
+    attends to it   5     6     7     4     2     3     0     1     5
+    block           5>6   6>7   7>4   1>2   2>3   3>0
+                    5>1
+    results               6>7   7>4   4>5   2>3   3>0   0>1   1>5         posted after the step's tiles
+    direct_returns        6>5   7>5   4>5   2>1   3>1   0>1   1>5
+
+Results travel on round the ring, each rank adding its part, until they close it at the entry rank; the entry ranks'
+sums go along the outer ring likewise. With `direct_returns` each rank sends its part to the entry rank by itself: a
+part that is rounded to travel is then rounded once a ring. Both ends wait for a result in the step after it was posted.
+
+Only rows that somebody further along needs travel. What moves are KV blocks, and every rank computes for its own
+queries; or queries (with what their gradient needs), and every rank computes with its own keys. Forward, queries that
+move have results too, their partial output.
 """
 
 from __future__ import annotations
@@ -59,10 +76,10 @@ def forward_order(outer_ring_size: int, inner_ring_size: int) -> list[Place]:
 
 
 def own_last_order(outer_ring_size: int, inner_ring_size: int) -> list[Place]:
-    """The order for blocks whose results return: on each ring the rank's own block comes last.
+    """The order for blocks whose results return: in each inner round, the place of the entry rank comes last, and the
+    rank's own block last of all.
 
-    Its results are then complete after ring_size - 1 hops, not ring_size, and the step of the own block, the last of
-    all, hides the last of them.
+    Results are then complete after ring_size - 1 hops, not ring_size, and the step of the own block hides the last.
 
     >>> [tuple(place) for place in own_last_order(2, 2)]
     [(0, 1), (1, 1), (1, 0), (0, 0)]
@@ -92,9 +109,10 @@ class Edge(NamedTuple):
     rows: Rows
     """Rows of the owner's block that travel."""
     post: int
-    """Step in which both ends post it: 0 is that of the first block, -1 the one before."""
+    """Step in which both ends post it, counted as in `Routes.order`: 0 is the first block's, -1 the one before."""
     due: int
-    """Step in which the receiver needs it."""
+    """Step by which it must have arrived: of a block, the one in which the receiver attends to it or passes it on; of
+    results, the one after they were posted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +130,7 @@ class Routes:
     moving: Moving
     direct_returns: bool
     share: Literal["all", "near", "far"] = "all"
-    """Which pairs of ring ranks are computed by these routes: all, or those less (more) than half a ring apart."""
+    """Which pairs of ring ranks are computed by these routes: all, those at most half a ring apart, or the others."""
     _known_needs: dict[tuple[int, int], Rows] = field(default_factory=dict, repr=False)
     _known_edges: dict[tuple[bool, Rows | int], tuple[list[Edge], list[Edge]]] = field(default_factory=dict, repr=False)
 
@@ -187,8 +205,10 @@ class Routes:
             return False
         if self.mask.right is None:
             return True
-        first_seen_last = min(max(stop for _, stop in runs) for runs in q_runs) + self.kv.seq_len - self.q.seq_len
-        return max(min(start for start, _ in runs) for runs in kv_runs) < first_seen_last + self.mask.right
+        # The rank whose last query stands first must see something of the block whose first key stands last.
+        first_last_query = min(max(stop for _, stop in runs) for runs in q_runs) + self.kv.seq_len - self.q.seq_len
+        last_first_key = max(min(start for start, _ in runs) for runs in kv_runs)
+        return last_first_key < first_last_query + self.mask.right
 
     def block_rows(self, owner: int) -> Rows:
         """All rows of an owner's block."""
@@ -225,10 +245,10 @@ class Routes:
             """Places that pass a block on one to the next; `needs` are of all but the first."""
             onward = running_unions(needs[::-1])[::-1]
             gathered = needs if self.direct_returns else running_unions(needs)
-            for k, (sender, receiver) in enumerate(itertools.pairwise(chain)):
-                there.append(Edge(sender, receiver, onward[k], self._post_step(sender, step, backward), step[receiver]))
+            for k, (sender, place) in enumerate(itertools.pairwise(chain)):
+                there.append(Edge(sender, place, onward[k], self._post_step(sender, step, backward), step[place]))
                 target = chain[0] if self.direct_returns or k + 2 == len(chain) else chain[k + 2]
-                back.append(Edge(receiver, target, gathered[k], step[receiver], step[receiver] + 1))
+                back.append(Edge(place, target, gathered[k], step[place], step[place] + 1))
 
         rounds = self._rounds(owner)
         for chain in rounds:
@@ -254,7 +274,7 @@ class Routes:
         return self.block_rows(owner) if self.whole_blocks else self.needs(self.place_rank(place, owner), owner)
 
     def _rounds(self, owner: int) -> list[list[Place]]:
-        """By inner ring: its first rank, which passes the block on, and the others that need something of it."""
+        """By inner ring: its entry rank (in the owner's ring the owner), and the others that need something of it."""
         rounds = []
         for j in range(self.ring_size // self.inner_ring_size):
             others = [Place(j, i) for i in range(1, self.inner_ring_size) if self._need(Place(j, i), owner)]
@@ -264,7 +284,7 @@ class Routes:
 
     @functools.cached_property
     def _sent_apart(self) -> bool:
-        """Whether the first rank of an inner ring sends to each of the others what it needs, and nobody passes on.
+        """Whether an entry rank sends to each of the others of its ring what it needs, and nobody else passes on.
 
         Where the ranks need different rows (a window: those of two neighbours) this is fewer bytes; it must save a
         quarter of all, for a chain shares the sending out evenly.
@@ -282,10 +302,10 @@ class Routes:
     def _post_step(self, sender: Place, step: dict[Place, int], backward: bool) -> int:
         """The step in which a rank passes a block on: the one in which it attends to it.
 
-        Where the own block comes last, an inner round begins with the second rank of the ring (the first comes last),
-        so the first passes the block on a step ahead of that. In inner rings of two that is the first step of all for
-        the first outer hop, which nothing but the begun own block would hide: where that is too short to be begun, the
-        inner hop, the faster one, is posted in the step that needs it.
+        Where the own block comes last, an entry rank attends to the block at the end of its round, but must pass it on
+        before the round: one step ahead. In inner rings of two that leaves the first outer hop no step to hide in but
+        step 0, half of the own block. Where own blocks are too short to be halved, the entry rank passes the block on
+        one step later instead: the outer hop, the slower one, then has a step to hide in, and the inner hop has none.
         """
         if not self.own_last(backward) or sender.inner:
             return step[sender]

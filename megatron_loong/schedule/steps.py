@@ -30,7 +30,8 @@ class Hop(NamedTuple):
     rows: Rows
     """Rows of the owner's block that travel."""
     due: int
-    """Index of the step by which it must have arrived. Both ends wait for it then, the receiver perhaps earlier."""
+    """Index of the step by which it must have arrived: the sender waits for it then. The receiver waits for results
+    then, and for a block when it first uses it."""
 
     @property
     def row_count(self) -> int:
@@ -99,6 +100,7 @@ def ring_schedule(
     contiguous = all(len(q.ring_runs(rank)) <= 1 for rank in range(q.ring_size))
     if contiguous and q is kv and q.ring_size > 2 and mask == Mask(right=0) and len(q.documents) == 2:
         near = Routes(q, kv, mask, inner_ring_size, "kv", direct_returns, "near")
+        # With caches of its own: `replace` would share them.
         return Schedule((near, replace(near, moving="q", share="far", _known_needs={}, _known_edges={})))
     return Schedule((Routes(q, kv, mask, inner_ring_size, moving, direct_returns),))
 
@@ -106,7 +108,8 @@ def ring_schedule(
 def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple[Step, ...]:
     """The steps of a rank for blocks of one kind; `ahead`: with one more before the first block.
 
-    It posts the first hops. Backward, about half of the own block's tiles are computed in it, and hide them.
+    It posts the first hops. Backward, about half of the own block's tiles are computed in it, and hide them; forward,
+    where queries move, nothing does.
     """
     first = int(ahead)
     hops: defaultdict[int, defaultdict[str, list[Hop]]] = defaultdict(lambda: defaultdict(list))
