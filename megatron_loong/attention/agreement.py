@@ -79,15 +79,14 @@ def compare(
     fault: what is wrong with this rank's arguments; raised here, on every rank. Collective where it compares; the
     lengths are those of q and k by logical rank.
     """
-    if (len(groups.known_kinds) >= MOST_KINDS and not groups.always_compare) or _is_recorded(tensors[0]):
-        if fault:
-            raise fault
-        return None
+    skipped = (len(groups.known_kinds) >= MOST_KINDS and not groups.always_compare) or _is_recorded(tensors[0])
     handles = [groups.handle(name) for name in ("head", "inner", "outer")]
-    if not any(isinstance(handle.process_group, dist.ProcessGroup) for handle in handles):
+    alone = not any(isinstance(handle.process_group, dist.ProcessGroup) for handle in handles)
+    if skipped or alone:
         if fault:
             raise fault
-        groups.known_kinds.add(kind)  # one rank, or others that are played
+        if not skipped:
+            groups.known_kinds.add(kind)  # one rank, or others that are played
         return None
     said = asked | {name: "given" if x is not None else "None" for name, x in optional.items()}
     said["the fault found"] = fault or "none"

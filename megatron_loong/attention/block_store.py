@@ -33,7 +33,7 @@ class _Messages:
 
     def buffer(self, hop: Hop, form: Form, device: torch.device) -> torch.Tensor:
         """Where a hop's rows arrive."""
-        return self._rings[hop.ring + self._suffix].buffer(form.size(row_count(hop.rows)), device)
+        return self._rings[hop.ring + self._suffix].buffer(form.size(hop.row_count), device)
 
     def post(
         self, sends: list[tuple[Hop, torch.Tensor]], receives: list[tuple[Hop, torch.Tensor]], what: str
