@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from megatron_loong.planner.candidate import Workload
+from megatron_loong.planner.candidate import Limits, Workload
 from megatron_loong.planner.model import MODELS
 from megatron_loong.planner.pictures import draw_plan
 from megatron_loong.planner.profiles import PROFILES
-from megatron_loong.planner.search import Limits, search
+from megatron_loong.planner.search import search
 
 
 def main() -> int:

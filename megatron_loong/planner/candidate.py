@@ -27,6 +27,18 @@ NO_ZERO = ZeroSizes()
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What the user has decided already; None: the planner decides."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    context: int | None = None
+    expert: int | None = None
+    head_parallel: int | None = None
+    recompute: str | None = None
+
+
+@dataclass(frozen=True)
 class Workload:
     """The job. Raises `ValueError` from the constructor, naming the flag."""
 

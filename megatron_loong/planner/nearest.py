@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_loong.config import divisors
-from megatron_loong.planner.candidate import RECOMPUTE, Workload
-
-if TYPE_CHECKING:
-    from megatron_loong.planner.search import Limits
+from megatron_loong.planner.candidate import RECOMPUTE, Limits, Workload
 
 #: What the user has decided: field of `Limits` -> flag, and what binds it.
 _DECIDED = {

@@ -19,7 +19,7 @@ from typing import Literal
 from megatron_loong.config import AXES, LoongConfig, divisors
 from megatron_loong.planner import fit
 from megatron_loong.planner.bound import computing_bound, pass_bound
-from megatron_loong.planner.candidate import RECOMPUTE, Candidate, Workload, ZeroSizes
+from megatron_loong.planner.candidate import RECOMPUTE, Candidate, Limits, Workload, ZeroSizes
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.nearest import why_not
@@ -71,18 +71,6 @@ class Outcome:
     """Peak memory of the leanest plan seen; tells by how much nothing fits."""
     too_large: Plan | None = None
     """The fastest plan that would fit twice the memory."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the user has decided already; None: the planner decides."""
-
-    tensor: int | None = None
-    pipeline: int | None = None
-    context: int | None = None
-    expert: int | None = None
-    head_parallel: int | None = None
-    recompute: str | None = None
 
 
 def axis_orders(head: int, outer: int, inner: int) -> list[str]:

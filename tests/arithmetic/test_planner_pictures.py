@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_loong.__main__ import main
-from megatron_loong.planner.candidate import Workload
+from megatron_loong.planner.candidate import Limits, Workload
 from megatron_loong.planner.model import MODELS
 from megatron_loong.planner.pictures import longest_sequence
 from megatron_loong.planner.profiles import PROFILES
-from megatron_loong.planner.search import Limits, search
+from megatron_loong.planner.search import search
 
 PLAN = "plan --hardware a100 --gpus 16 --model llama2-7b-gqa --seq-length 128K --global-batch-size 16".split()
 
