@@ -39,7 +39,6 @@ def attention_2d(
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
     head_parts: int | None = None,
-    sequence_parts: int | None = None,
 ) -> torch.Tensor:
     """Exact attention over a sequence of which this rank holds the tokens `token_positions` names.
 
@@ -77,9 +76,6 @@ def attention_2d(
         kernel, see docs/benchmarks.md), float32 or wider else.
     head_parts: parts in which the heads go through, one after another, so that the all-to-all of one runs under the
         ring of another; a divisor of each rank's KV heads. By default as many (up to 4) as leave each part large.
-    sequence_parts: an even number sends the two halves of the sequence through in so many parts, to the same end where
-        a rank's heads cannot be parted: causal self-attention of one document in zigzag, without a ring, a window,
-        dropout, ALiBi or latents. By default where the head group spans nodes, and as many as leave each part large.
     kernel: a name of `kernels.registry`, "auto", "auto-fp8" (forward in fp8, backward in bfloat16; see `kernels.fp8`),
         or a kernel object. deterministic: honoured, or a `ValueError`.
 
@@ -98,7 +94,6 @@ def attention_2d(
         "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len, "softmax_offset": softmax_offset,
         "softcap": softcap, "alibi_slopes": alibi_slopes, "dropout_seed": dropout_seed, "max_logits": max_logits,
         "kv_up_weight": kv_up_weight, "gradient_wire": gradient_wire, "head_parts": head_parts,
-        "sequence_parts": sequence_parts,
     }  # fmt: skip
     if torch.compiler.is_compiling():
         return traced(q, k, v, groups, outside=attention_2d, **asked)

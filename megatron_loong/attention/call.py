@@ -19,12 +19,10 @@ from megatron_loong.attention.block_store import own_block
 from megatron_loong.attention.blocks import Block, Form, accumulator_dtype
 from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.expansion import LatentHeads, PlainHeads
-from megatron_loong.attention.halves import backward_in_halves, forward_in_halves
 from megatron_loong.attention.head_exchange import Arrival, HeadExchange
 from megatron_loong.attention.heads import HeadShares
 from megatron_loong.attention.merge import sink_gradient
 from megatron_loong.attention.plan import RingPlan
-from megatron_loong.comm.all_to_all import Bundle
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.interface import AttentionKernel, Dropout, TileRules
 from megatron_loong.schedule.rotation import Moving, backward_moving, backward_rows
@@ -54,8 +52,6 @@ class Call:
     max_logits: torch.Tensor | None
     head_parts: int
     """Parts in which the heads go through (`HeadShares.part`)."""
-    sequence_parts: int
-    """Parts in which the sequence does: 1, or an even number (`attention.halves`)."""
     wire_dtype: torch.dtype
     """What gradients travel in on the rings."""
     deterministic: bool
@@ -77,10 +73,6 @@ class Call:
     def exchange(self, layout: TokenLayout) -> HeadExchange:
         """The all-to-all over the head group for tokens in `layout`."""
         return HeadExchange(self.groups.handle("head"), layout, self.groups.ring_rank)
-
-    def bundle(self, what: str) -> Bundle:
-        """For exchanges that travel together."""
-        return Bundle(self.groups.handle("head"), what)
 
     @functools.cached_property
     def rings(self) -> dict[str, Ring]:
@@ -184,8 +176,6 @@ def _forward(
     up_weight: torch.Tensor | None,
     call: Call,
 ) -> tuple[torch.Tensor, list[Share]]:
-    if call.sequence_parts > 1:
-        return forward_in_halves(q, k, v, sink, call)
     signature = (*(tuple(x.shape) for x in (q, k, v)), call.mask, call.dropout, call.head_parts)
     parts = call.parts
     kept = [stash.take(*signature, i) for i in range(len(parts))]  # None unless a checkpoint replays this call
@@ -245,8 +235,6 @@ def _backward(
 
     `shares` is emptied as it is used, so that its memory goes before the gradients are exchanged.
     """
-    if call.sequence_parts > 1:
-        return backward_in_halves(dout, shares, sink, call)
     parts, exchange = call.parts, call.exchange(call.layouts[0])
     dsink, dweight = (None if x is None else torch.zeros_like(x) for x in (sink, up_weight))
     into = _whole_gradients(dout, shares[0], call) if len(parts) > 1 else None

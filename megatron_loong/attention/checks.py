@@ -73,7 +73,6 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("softcap", lambda x: _is_number(x) and x >= 0, "a number of at least 0 (0: no soft cap)"),
     ("dropout_p", _is_number, "a number of at least 0 and below 1"),
     ("head_parts", lambda x: x is None or _is_whole(x), "None or a whole number"),
-    ("sequence_parts", lambda x: x is None or _is_whole(x), "None or a whole number"),
     (
         "kernel",
         lambda x: isinstance(x, str),  # that of an object

@@ -21,9 +21,7 @@ from megatron_loong.sequence.sharding import Boundaries
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
 
 #: Arguments of `attention_2d` that the operator does not take.
-_LEFT_OUT = (
-    "cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts sequence_parts"
-).split()
+_LEFT_OUT = ("cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts").split()
 
 
 def traced(
@@ -128,7 +126,6 @@ def _call(
         kernel=kernel,
         deterministic=deterministic,
         gradient_wire=gradient_wire,
-        sequence_parts=1,  # what is kept of halves shares memory, which results of an operator may not
     )
     return call
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_loong.comm.all_to_all import Bundle, all_to_all, send_buffer
+from megatron_loong.comm.all_to_all import all_to_all, send_buffer
 from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.folds import copy_rows_
 from megatron_loong.sequence.sharding import places_of
@@ -44,13 +44,12 @@ class HeadExchange:
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor | None] | None = None,
-        bundle: Bundle | None = None,
     ) -> Arrival:
         """Begin: shares of the sequence to shares of the heads; returns what waits for the results, in order.
 
         Each [s, b, heads, d] becomes [s_ring, b, heads of this rank, d]. One dtype for all; the result is in the order
         of `TokenLayout.ring_runs`. `into` gives contiguous tensors to write results to; without one, and without a
-        head group, a tensor is returned as it is. With a `bundle` it begins when that is posted.
+        head group, a tensor is returned as it is.
         """
         into = into or [None] * len(tensors)
         if self.handle.size == 1:
@@ -58,7 +57,7 @@ class HeadExchange:
             return lambda: results
         tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
         given, lengths = [tokens[me] * width for width in row.widths], [n * row.widths[me] for n in tokens]
-        send = self._buffer(tensors[0], sum(given), bundle)
+        send = send_buffer(self.handle, tensors[0], sum(given))
         copy_rows_(
             [
                 pair
@@ -66,7 +65,7 @@ class HeadExchange:
                 for pair in _given_out(x, heads, send, row, index)
             ]
         )
-        arrival = self._begin(send, given, lengths, what, bundle)
+        arrival = all_to_all(send, given, lengths, self.handle, what)
         order = _order(self.layout, self.ring_rank, send.device)
         forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
@@ -87,7 +86,6 @@ class HeadExchange:
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor] | None = None,
-        bundle: Bundle | None = None,
     ) -> Arrival:
         """Begin the inverse of `split`: each [s_ring, b, heads of this rank, d] becomes [s, b, heads, d].
 
@@ -101,13 +99,13 @@ class HeadExchange:
             return lambda: results
         tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
         given, lengths = [n * row.widths[me] for n in tokens], [tokens[me] * width for width in row.widths]
-        send = self._buffer(tensors[0], sum(given), bundle)
+        send = send_buffer(self.handle, tensors[0], sum(given))
         parts = row.columns_of(send.view(sum(tokens), row.widths[me]), me)
         order = _order(self.layout, self.ring_rank, send.device)
         copy_rows_([(part, x.reshape(part.shape)) for x, part in zip(tensors, parts, strict=True)], target_rows=order)
         forms = [(x.shape, x.dtype) for x in tensors]
         tensors.clear()
-        arrival = self._begin(send, given, lengths, what, bundle)
+        arrival = all_to_all(send, given, lengths, self.handle, what)
 
         def finish() -> list[torch.Tensor]:
             received = arrival()
@@ -122,16 +120,6 @@ class HeadExchange:
             return results
 
         return finish
-
-    def _buffer(self, like: torch.Tensor, numel: int, bundle: Bundle | None) -> torch.Tensor:
-        return like.new_empty(numel) if bundle is not None else send_buffer(self.handle, like, numel)
-
-    def _begin(
-        self, send: torch.Tensor, given: list[int], lengths: list[int], what: str, bundle: Bundle | None
-    ) -> Callable[[], torch.Tensor]:
-        if bundle is not None:
-            return bundle.add(send, given, lengths)
-        return all_to_all(send, given, lengths, self.handle, what)
 
     @property
     def _tokens(self) -> tuple[int, ...]:

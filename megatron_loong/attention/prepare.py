@@ -11,11 +11,11 @@ from megatron_loong.attention.agreement import can_be_told, compare, is_known, k
 from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import Call
 from megatron_loong.attention.checks import check_changing, check_heads, check_inputs, check_latent, check_types
-from megatron_loong.attention.heads import HeadShares, head_shares, latent_shares
+from megatron_loong.attention.heads import head_shares, latent_shares
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import choose_kernel
-from megatron_loong.schedule.parts import Queries, parts_of_heads, parts_of_sequence
+from megatron_loong.schedule.parts import Queries, parts_of_heads
 from megatron_loong.schedule.tiles import Mask
 from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layouts_of
 from megatron_loong.topology.groups import LoongGroups
@@ -47,7 +47,6 @@ def prepare(
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
     head_parts: int | None = None,
-    sequence_parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
     """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
     if dropout_p and dropout_seed is None:
@@ -57,7 +56,7 @@ def prepare(
     asked: dict[str, Any] = {
         "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
         "dropout_p": dropout_p, "kernel": getattr(kernel, "name", kernel), "deterministic": deterministic,
-        "softcap": softcap, "gradient_wire": gradient_wire, "head_parts": head_parts, "sequence_parts": sequence_parts,
+        "softcap": softcap, "gradient_wire": gradient_wire, "head_parts": head_parts,
     }  # fmt: skip
     changing = {
         "cu_seqlens": cu_seqlens, "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len,
@@ -104,9 +103,6 @@ def prepare(
     layouts = _layouts(q, k, groups, cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len, held)
     rows = q.shape[1] * layouts[0].seq_len // layouts[0].ring_size * len(shares.query[0])
     queries = Queries(rows, max(q.shape[3], v.shape[3]) * q.dtype.itemsize, q.is_cuda, groups.nodes > 1)
-    plain = kv_up_weight is None and alibi_slopes is None and not dropout_p
-    parts = head_parts, sequence_parts
-    in_head_parts, in_sequence_parts = _parts(parts, groups, layouts, mask, shares, queries, plain)
     call = Call(
         groups=groups,
         layouts=layouts,
@@ -119,51 +115,22 @@ def prepare(
         alibi_slopes=alibi_slopes,
         dropout=(dropout_p, dropout_seed) if dropout_p and dropout_seed is not None else None,
         max_logits=max_logits,
-        head_parts=in_head_parts,
-        sequence_parts=in_sequence_parts,
+        head_parts=_head_parts(head_parts, hp, shares.most_parts, queries),
         wire_dtype=wire_dtype(q.dtype, gradient_wire),
         deterministic=deterministic,
     )
     return q, k, v, call
 
 
-def _parts(
-    asked: tuple[int | None, int | None],
-    groups: LoongGroups,
-    layouts: tuple[TokenLayout, TokenLayout],
-    mask: Mask,
-    shares: HeadShares,
-    queries: Queries,
-    plain: bool,
-) -> tuple[int, int]:
-    """Parts of the heads and of the sequence: what was asked for, or by size. The same on every rank.
-
-    plain: nothing is asked that depends on where queries and keys stand, and keys and values travel as they are.
-    """
-    heads, sequence = asked
-    several, most = groups.config.head_parallel_size > 1, shares.most_parts
-    if heads is None:
-        heads = parts_of_heads(most, queries) if several and sequence in (None, 1) else 1
-    elif heads < 1 or most % heads:
-        raise ValueError(f"head_parts={heads} does not divide the {most} KV heads of a rank that can be parted")
-    fits = several and plain and heads == 1 and layouts[0] is layouts[1] and mask == Mask(right=0)
-    fits = fits and layouts[0].ring_size == 1 and layouts[0].halves is not None
-    if sequence is None:
-        return heads, parts_of_sequence(queries, layouts[0].most_slices) if fits else 1
-    if sequence != 1 and (sequence < 2 or sequence % 2):
-        raise ValueError(f"sequence_parts={sequence}: the sequence goes through in 1 part or in an even number")
-    if sequence != 1 and not fits:
-        raise ValueError(
-            f"sequence_parts={sequence} is for causal self-attention of one document in zigzag, all of it in one head "
-            f"group of several ranks (here {layouts[0].ring_size} on the ring), with head_parts=1 and without a "
-            "window, dropout, ALiBi or latents; use sequence_parts=1"
-        )
-    if sequence // 2 > (slices := layouts[0].most_slices):
-        raise ValueError(
-            f"sequence_parts={sequence} cuts each half of what a rank holds in {sequence // 2}, but some rank has no "
-            f"more than {slices} tokens of one; use sequence_parts={2 * slices} or fewer"
-        )
-    return heads, sequence
+def _head_parts(asked: int | None, head_parallel_size: int, most: int, queries: Queries) -> int:
+    """Parts in which the heads go through: what was asked for, or by size. The same on every rank."""
+    if asked is None:
+        return parts_of_heads(most, queries) if head_parallel_size > 1 else 1
+    if head_parallel_size == 1 and asked != 1:
+        raise ValueError(f"head_parts={asked}, but head_parallel_size=1: there is no all-to-all to hide; leave it out")
+    if asked < 1 or most % asked:
+        raise ValueError(f"head_parts={asked} does not divide the {most} KV heads of a rank that can be parted")
+    return asked
 
 
 def wire_dtype(dtype: torch.dtype, gradient_wire: str) -> torch.dtype:

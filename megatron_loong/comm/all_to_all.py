@@ -1,4 +1,4 @@
-"""The all-to-all of the head group on one packed buffer, or on several as one."""
+"""The all-to-all of the head group on one packed buffer."""
 
 from __future__ import annotations
 
@@ -67,56 +67,6 @@ def all_to_all(
         return received if in_order else _reordered(received, [receive_lengths[peer] for peer in order], slots)
 
     return wait
-
-
-class Bundle:
-    """Exchanges of a head group that travel as one, a message per peer: added one by one, begun by `post`.
-
-    Messages cost by number as well as by size; here, one more pass over memory at either end, if there are several.
-    """
-
-    def __init__(self, handle: GroupHandle, what: str) -> None:
-        self._handle, self._what = handle, what
-        self._sends: list[tuple[torch.Tensor, Sequence[int]]] = []
-        self._receive_lengths: list[Sequence[int]] = []
-        self._wait: Callable[[], torch.Tensor] | None = None
-        self._received: list[list[torch.Tensor]] = []
-
-    def add(
-        self, send: torch.Tensor, send_lengths: Sequence[int], receive_lengths: Sequence[int]
-    ) -> Callable[[], torch.Tensor]:
-        """One more exchange, as of `all_to_all`; what is returned waits for all of them."""
-        self._sends.append((send, send_lengths))
-        self._receive_lengths.append(receive_lengths)
-        index = len(self._sends) - 1
-        return lambda: self._result(index)
-
-    def post(self) -> None:
-        """Begin what was added."""
-        send, given = self._sends.pop() if len(self._sends) == 1 else self._packed()
-        lengths = [sum(from_peer) for from_peer in zip(*self._receive_lengths, strict=True)]
-        self._wait = all_to_all(send, given, lengths, self._handle, self._what)
-
-    def _packed(self) -> tuple[torch.Tensor, list[int]]:
-        """One buffer for all, what goes to one peer together; and by peer how much that is."""
-        pieces = [send.split(list(lengths)) for send, lengths in self._sends]
-        given = [sum(to_peer) for to_peer in zip(*(lengths for _, lengths in self._sends), strict=True)]
-        self._sends.clear()
-        send = send_buffer(self._handle, pieces[0][0], sum(given))
-        return torch.cat([piece for to_peer in zip(*pieces, strict=True) for piece in to_peer], out=send), given
-
-    def _result(self, index: int) -> torch.Tensor:
-        exchanges = len(self._receive_lengths)
-        if self._wait is not None:
-            received = self._wait()
-            self._wait = None
-            if exchanges == 1:
-                return received
-            pieces = received.split([n for from_peer in zip(*self._receive_lengths, strict=True) for n in from_peer])
-            self._received = [list(pieces[i::exchanges]) for i in range(exchanges)]
-        result = torch.cat(self._received[index])
-        self._received[index].clear()
-        return result
 
 
 def _reordered(buffer: torch.Tensor, lengths: Sequence[int], order: Sequence[int]) -> torch.Tensor:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method
-from megatron_loong.planner.parts import Parts
 from megatron_loong.planner.simulate import PassTime
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, exchange_bytes
@@ -20,11 +19,11 @@ def pass_bound(
     """No pass is faster than the all-to-all of its first part, and after it its computing or its busiest link."""
     parts = method.parts(config, shape, site)
     costs = TileCosts(config, shape, site.hardware, backward, method)
-    ring_s, copies_s = _ring_and_copies_s(costs, parts)
+    ring_s, copies_s = _ring_and_copies_s(costs)
     link_s = _busiest_link_s(config, shape, site, backward, method, costs.block_tokens)
     before, after = reversed(exchange_bytes(config, shape)) if backward else exchange_bytes(config, shape)
     shared_s, alone_s = _exchange_s_per_byte(config, site)
-    first = 1 / parts.count
+    first = 1 / parts
     # The last part's all-to-all back may hide behind the unpacking of the others'.
     exchange_s = first * before * shared_s + (after * alone_s if first == 1 else 0)
     return PassTime(
@@ -36,17 +35,15 @@ def pass_bound(
 def computing_bound(config: LoongConfig, shape: AttentionShape, site: Site, *, backward: bool) -> PassTime:
     """What no inner ring and no placement can get under: the computing alone."""
     costs = TileCosts(config, shape, site.hardware, backward, OURS)
-    seconds = sum(_ring_and_copies_s(costs, OURS.parts(config, shape, site)))
+    seconds = sum(_ring_and_copies_s(costs))
     return PassTime(seconds, seconds)
 
 
-def _ring_and_copies_s(costs: TileCosts, parts: Parts) -> tuple[float, float]:
+def _ring_and_copies_s(costs: TileCosts) -> tuple[float, float]:
     """Of the last ring rank; the copies are those of the two all-to-alls."""
     config, copies_s = costs.config, 0.0
     if config.head_parallel_size > 1:
         copies_s = 2 * sum(costs.copy_s(part) for part in exchange_bytes(config, costs.shape))
-    if parts.sequence > 1:
-        return sum(map(sum, (*costs.square(parts.sequence // 2), costs.halves()))), copies_s
     return costs.pass_s(config.ring_size - 1), copies_s
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner import programs
 from megatron_loong.planner.links import Site
-from megatron_loong.planner.parts import Parts, parts_of
+from megatron_loong.planner.parts import head_parts
 from megatron_loong.planner.programs import Op
 from megatron_loong.planner.traffic import AttentionShape, moving_bytes
 from megatron_loong.schedule.rotation import Moving, RowBytes
@@ -43,7 +43,7 @@ class Method:
     narrow_gradients: bool = False
     """Whether gradients travel in the input's dtype; else in that of the sums, float32."""
     in_parts: bool = False
-    """Whether heads, or the halves of the sequence, go through in parts (`planner.parts`)."""
+    """Whether heads go through in parts (`planner.parts`)."""
     either_side_moves: bool = False
     """Whether queries move in the backward pass where that is fewer bytes; else keys and values do."""
 
@@ -51,9 +51,9 @@ class Method:
         """Whether gradients go straight to the first rank of a ring: those that are rounded to travel."""
         return self.narrow_gradients and shape.dtype_bytes < 4
 
-    def parts(self, config: LoongConfig, shape: AttentionShape, site: Site) -> Parts:
-        """In how many parts an attention goes through."""
-        return parts_of(config, shape, site) if self.in_parts else Parts(1, 1)
+    def parts(self, config: LoongConfig, shape: AttentionShape, site: Site) -> int:
+        """In how many parts the heads go through."""
+        return head_parts(config, shape, site) if self.in_parts else 1
 
     def token_bytes(self, config: LoongConfig, shape: AttentionShape, backward: bool) -> RowBytes:
         """Bytes of one token that goes round the ring, and of its gradient on the way home."""

@@ -11,7 +11,7 @@ from another node comes when the rank at the same place of this node would have 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from megatron_loong.config import LoongConfig
@@ -82,7 +82,8 @@ class _Run:
     ) -> None:
         self.config, self.site, self.backward, self.method, self.trace = config, site, backward, method, trace
         self.parts = method.parts(config, shape, site)
-        self.shape = self.parts.shape(shape)
+        self.shape = replace(shape, heads=shape.heads // self.parts, kv_heads=shape.kv_heads // self.parts)
+        """Of one part."""
         self.costs = TileCosts(config, self.shape, site.hardware, backward, method)
         cp, per_node = config.context_parallel_size, site.cp_ranks_in_node
         # The last node: its ranks have the most tiles of the kind whose merge is the larger.
@@ -99,13 +100,10 @@ class _Run:
 
     def run(self) -> PassTime:
         """All parts, and what the rank that takes longest takes."""
-        if self.parts.sequence > 1:
-            self._in_halves()
-        else:
-            qkv, out = exchange_bytes(self.config, self.shape)
-            before, after = (out, qkv) if self.backward else (qkv, out)
-            for arrival in self._parts_of_heads(before, after):
-                self._end_exchange(after, arrival)
+        qkv, out = exchange_bytes(self.config, self.shape)
+        before, after = (out, qkv) if self.backward else (qkv, out)
+        for arrival in self._parts_of_heads(before, after):
+            self._end_exchange(after, arrival)
         seconds, compute_s = max(self.now), max(self.busy)
         return PassTime(seconds, compute_s, self.sent_bytes, self.links.sent_bytes, self.spans)
 
@@ -113,46 +111,13 @@ class _Run:
         """One after another: the all-to-all of the next, and that back of the last, under each."""
         outward = []
         arrival = self._begin_exchange(before)
-        for part in range(self.parts.count):
+        for part in range(self.parts):
             self._end_exchange(before, arrival)
-            if part + 1 < self.parts.count:
+            if part + 1 < self.parts:
                 arrival = self._begin_exchange(before)
             self._ring()
             outward.append(self._begin_exchange(after))
         return outward
-
-    def _in_halves(self) -> None:
-        """Parts of the sequence, in the order of `attention.halves`."""
-        qkv, out = exchange_bytes(self.config, self.shape)
-        q, slices = out * self.shape.head_dim // self.shape.value_dim, self.parts.sequence // 2
-        out_slice, corner, kv = out // (2 * slices), qkv // (2 * slices), (qkv - q) // 2
-        (corners_s, strips_s), halves_s = self.costs.square(slices), self.costs.halves()
-        # What comes, what is computed when it is here, what goes then; what is computed last, and goes each time.
-        if self.backward:
-            inward, then_s = [*[out_slice] * slices, out // 2], [*strips_s, *halves_s]
-            gone = [*[0] * (slices - 1), kv, q // 2] if slices > 1 else [0, qkv // 2]
-            last_s, last = corners_s[::-1], corner
-        else:
-            inward, then_s = [*[corner] * slices, q // 2, kv], [*corners_s, *halves_s]
-            gone = [*[0] * slices, out // 2, out_slice]
-            last_s, last = strips_s, out_slice
-        outward: list[tuple[int, list[float]]] = []
-        arrivals = [self._begin_exchange(inward[0])]
-        for index, (rank_bytes, seconds, sent) in enumerate(zip(inward, then_s, gone, strict=True)):
-            self._end_exchange(rank_bytes, arrivals[index])
-            arrivals += [self._begin_exchange(n) for n in inward[len(arrivals) : index + 3]]
-            self._compute_alike(seconds)
-            if sent:
-                outward.append((sent, self._begin_exchange(sent)))
-        for seconds in last_s:
-            self._compute_alike(seconds)
-            outward.append((last, self._begin_exchange(last)))
-        for rank_bytes, arrival in outward:
-            self._end_exchange(rank_bytes, arrival)
-
-    def _compute_alike(self, seconds: float) -> None:
-        for rank in self.ranks:
-            self._compute(rank, seconds, "tile")
 
     def _ring(self) -> None:
         outer, inner = self.config.outer_ring_size, self.config.ring_size // self.config.outer_ring_size

@@ -61,31 +61,6 @@ class TileCosts:
             self._known[key] = kernel_s, merge_s
         return self._known[key]
 
-    def square(self, slices: int) -> tuple[list[float], list[float]]:
-        """The square between the halves of the sequence, cut in slices of both: what it grows by with each more.
-
-        And what each slice but the last takes apart from that. On a rank of a ring of one (`attention.halves`).
-        """
-        part = self.shape.seq_len // (2 * slices)
-        corners = []
-        for index in range(slices):
-            corners.append(self._full_tile_s(part, (index + 1) * part, first=True))
-            if 0 < index < slices - 1:
-                corners[-1] += self._full_tile_s(index * part, part, first=False)
-        return corners, [self._full_tile_s(part, part, first=False)] * (slices - 1)
-
-    def _full_tile_s(self, query_len: int, kv_len: int, first: bool) -> float:
-        """A tile of the square; `first`: whether its queries meet their first keys in the forward pass."""
-        fold_s = self.fold_s * kv_len / self.shape.seq_len if self.backward else 0.0
-        merge_s = self._merge_s(query_len, own=first and not self.backward)
-        return self._kernel_s(query_len, kv_len, causal=False) + merge_s + fold_s
-
-    def halves(self) -> tuple[float, float]:
-        """What each half of the sequence takes with itself: forward the second is folded into the result."""
-        half = self.shape.seq_len // 2
-        within_s = self._kernel_s(half, half, causal=True)
-        return within_s, within_s + (0.0 if self.backward else self._merge_s(half, own=False))
-
     def pass_s(self, ring_rank: int) -> float:
         """Kernels, merges and gradient sums of one rank over all blocks: compute that no layout of the ring avoids."""
         ring = self.config.ring_size

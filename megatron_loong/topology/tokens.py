@@ -93,67 +93,6 @@ class TokenLayout:
             for ring_rank, order in enumerate(self.ring_order)
         )
 
-    @functools.cached_property
-    def halves(self) -> tuple[TokenLayout, TokenLayout] | None:
-        """Layouts of the first and of the second half of one document, each counted from 0.
-
-        None unless every rank holds tokens of both halves, those of the first one first: as in zigzag.
-
-        >>> [half.rank_runs for half in zigzag_or_contiguous(LoongConfig(2, 2), 8).halves]
-        [(((0, 2),), ((2, 4),)), (((2, 4),), ((0, 2),))]
-        """
-        if len(self.documents) != 2 or any(list(runs) != sorted(runs) for runs in self.rank_runs):
-            return None
-        middle = self.seq_len // 2
-        first, second = (self._clipped(begin, end) for begin, end in ((0, middle), (middle, self.seq_len)))
-        return (first, second) if all(first.rank_runs) and all(second.rank_runs) else None
-
-    @functools.cached_property
-    def most_slices(self) -> int:
-        """Into how many slices every rank's share of a half can be cut; 1 where that is not one run.
-
-        >>> zigzag_or_contiguous(LoongConfig(2, 2), 13).most_slices
-        3
-        """
-        runs = [runs for half in self.halves or () for runs in half.rank_runs]
-        return min((x[0][1] - x[0][0] if len(x) == 1 else 1 for x in runs), default=1)
-
-    def slices(self, count: int) -> tuple[TokenLayout, ...]:
-        """Layouts of `count` parts of a half: of each rank's run as many slices, each part counted from 0.
-
-        Every rank must hold one run, of `count` tokens at least.
-
-        >>> [part.rank_runs for part in TokenLayout((0, 9), (((0, 4),), ((4, 9),)), 2).slices(2)]
-        [(((0, 2),), ((2, 4),)), (((0, 2),), ((2, 5),))]
-        """
-        layouts = []
-        for runs in self._sliced_runs(count):
-            starts = starts_of(stop - start for start, stop in sorted(runs))
-            places = dict(zip(sorted(runs), itertools.pairwise(starts), strict=True))
-            counted = tuple((places[run],) for run in runs)
-            layouts.append(TokenLayout((0, starts[-1]), counted, self.head_parallel_size))
-        return tuple(layouts)
-
-    def slice_runs(self, count: int) -> tuple[Run, ...]:
-        """Where in this half the rows of its `slices` stand, slice after slice.
-
-        >>> TokenLayout((0, 8), (((0, 4),), ((4, 8),)), 2).slice_runs(2)
-        ((0, 2), (4, 6), (2, 4), (6, 8))
-        """
-        return tuple(run for runs in self._sliced_runs(count) for run in sorted(runs))
-
-    def _sliced_runs(self, count: int) -> list[list[Run]]:
-        """By slice: the run of every rank in this half."""
-        return [[_slice(run, index, count) for (run,) in self.rank_runs] for index in range(count)]
-
-    def _clipped(self, begin: int, end: int) -> TokenLayout:
-        """What the ranks hold of [begin, end), counted from `begin`."""
-        clipped = tuple(
-            tuple((max(a, begin) - begin, min(b, end) - begin) for a, b in runs if a < end and b > begin)
-            for runs in self.rank_runs
-        )
-        return TokenLayout((0, end - begin), clipped, self.head_parallel_size)
-
 
 @functools.lru_cache(maxsize=256)
 def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:

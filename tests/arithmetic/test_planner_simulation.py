@@ -13,7 +13,6 @@ from megatron_loong.planner.bound import computing_bound, pass_bound
 from megatron_loong.planner.hardware import Curve, Hardware
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.methods import LOONGTRAIN, MEGATRON_CP, OURS, Program
-from megatron_loong.planner.parts import Parts
 from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.search import axis_orders
 from megatron_loong.planner.simulate import simulate_pass
@@ -127,29 +126,15 @@ def test_a_slow_ring_takes_its_hops() -> None:
     assert result.seconds == pytest.approx(3 * hop_s + tile_s)
 
 
-@pytest.mark.parametrize("kv_heads", [8, 1], ids=["heads in parts", "halves of the sequence"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_half_of_an_all_to_all_hides_in_two_parts(kv_heads: int, backward: bool) -> None:
+def test_half_of_an_all_to_all_hides_in_two_parts(backward: bool) -> None:
     """Between nodes, where the attention of a part is longer than what it hides; the bytes stay."""
-    config, shape = LoongConfig(4, 4), AttentionShape(1 << 16, heads=8, kv_heads=kv_heads, head_dim=64)
+    config, shape = LoongConfig(4, 4), AttentionShape(1 << 16, heads=8, kv_heads=8, head_dim=64)
     site = Site(ideal(nics_per_node=1, nic_bytes_per_s=1e5), 2)
     whole = dataclasses.replace(OURS, in_parts=False)
     parted, at_once = (simulate_pass(config, shape, site, backward=backward, method=m) for m in (OURS, whole))
     assert at_once.exposed_s > 100
     assert parted.exposed_s == pytest.approx(at_once.exposed_s / 2, rel=1e-3)
-    assert parted.compute_s == pytest.approx(at_once.compute_s, rel=1e-3)
-    assert parted.sent_bytes == at_once.sent_bytes
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_slices_of_the_halves_show_less(backward: bool) -> None:
-    """In four parts a quarter of q, k and v (their gradients) shows, and of out (dout)."""
-    config, shape = LoongConfig(4, 4), AttentionShape(1 << 18, heads=4, kv_heads=4, head_dim=64)
-    site = Site(ideal(nics_per_node=1, nic_bytes_per_s=1e6), 2)
-    assert OURS.parts(config, shape, site) == Parts(1, 4)
-    whole = dataclasses.replace(OURS, in_parts=False)
-    parted, at_once = (simulate_pass(config, shape, site, backward=backward, method=m) for m in (OURS, whole))
-    assert parted.exposed_s == pytest.approx(at_once.exposed_s / 4, rel=0.02)
     assert parted.compute_s == pytest.approx(at_once.compute_s, rel=1e-3)
     assert parted.sent_bytes == at_once.sent_bytes
 

@@ -12,10 +12,7 @@ import torch.distributed as dist
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.attention.prepare import kernel_request
-from megatron_loong.attention.stash import LEVELS, Level, Stash, keeping
 from megatron_loong.comm.ledger import count_bytes
-from megatron_loong.kernels.cpu_flash import CpuFlashKernel
-from megatron_loong.kernels.interface import TileRules
 from megatron_loong.schedule import tiles
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
@@ -152,100 +149,6 @@ def uncut_blocks(rank: int, config: LoongConfig) -> None:
             inputs = random_inputs(1, 80, 8, kv_heads, 8, torch.float64)  # a length of its own: schedules are kept
             expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
             assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}, {kv_heads=}")
-    groups.destroy()
-
-
-def sequence_in_halves(rank: int, hp: int, shape: tuple[int, int, int, int]) -> Any:
-    """Parts of the sequence against all at once: exact, as many bytes, and under a stash, a sink and a cap too."""
-    groups = build_groups(LoongConfig(hp, hp), range(hp))
-    if groups.cp_rank is None:
-        return None
-    batch, seq_len, heads, kv_heads = shape
-    inputs = random_inputs(batch, seq_len, heads, kv_heads, 8, torch.float64, v_dim=4)
-    expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
-    sent = []
-    for parts in (1, 2, 4, 6):
-        with count_bytes() as ledger:
-            results = run_attention(inputs, groups, sequence_parts=parts)
-        assert_close(results, expected, 1e-12, f"on rank {rank} in {parts} parts")
-        sent.append(dict(ledger.sent_bytes))
-    offset = torch.linspace(-1, 1, heads, dtype=torch.float64)
-    one, *parted = (
-        run_attention(inputs, groups, sequence_parts=parts, softmax_offset=offset, softcap=3.0) for parts in (1, 2, 4)
-    )
-    for found in parted:
-        assert_close(found, one, 1e-12, f"on rank {rank}, with a sink and a soft cap")
-    for level in LEVELS:
-        one, *parted = (_checkpointed(inputs, groups, parts, level) for parts in (1, 2, 4))
-        for found in parted:
-            assert_close(found, one, 1e-12, f"on rank {rank}, replayed from what a checkpoint kept of the {level}")
-    groups.destroy()
-    return sent
-
-
-def order_of_halves(rank: int, sequence_parts: int) -> Any:
-    """What this rank does, in order: exchanges begun, by elements given, and tiles, by rows, keys and window."""
-    with mock.patch.dict(os.environ, {"LOONG_SHM_DISABLE": "1"}):
-        groups = build_groups(LoongConfig(4, 4), range(4))
-    if groups.cp_rank is None:
-        return None
-    inputs = random_inputs(1, 64, 4, 4, 8, torch.float64)
-    events: list[Any] = []
-    begin = dist.all_to_all_single
-
-    class Kernel(CpuFlashKernel):
-        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules) -> Any:
-            events.append(("forward", q.shape[1], k.shape[1], rules.window))
-            return super().forward(q, k, v, rules)
-
-        def backward(self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest: Any, **options: Any) -> Any:
-            events.append(("backward", q.shape[1], k.shape[1], rest[-1].window))
-            return super().backward(dout, q, k, *rest, **options)
-
-    def counted(received: torch.Tensor, sent: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        events.append(sent.numel() // 8)
-        return begin(received, sent, *rest, **options)
-
-    with mock.patch.object(dist, "all_to_all_single", counted):
-        run_attention(inputs, groups, kernel=Kernel(), sequence_parts=sequence_parts, seq_len=64)
-    groups.destroy()
-    return events
-
-
-def _checkpointed(inputs: Any, groups: Any, sequence_parts: int, level: Level) -> dict[str, torch.Tensor]:
-    """out, dq, dk, dv of attention under Selective Checkpoint++ that keeps the ring's result, or the exchanges' too."""
-    q, k, v, dout = (shard_sequence(x, groups).detach().requires_grad_() for x in inputs)
-    stash = Stash()
-
-    def attend() -> torch.Tensor:
-        return attention_2d(q, k, v, groups, causal=True, sequence_parts=sequence_parts)
-
-    with keeping(level):
-        with stash.recording():
-            attend()
-        with stash.replaying():
-            out = attend()
-    out.backward(dout.detach())
-    return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
-
-
-def halves_refused(rank: int) -> None:
-    """Asked for where the halves cannot be apart: the same message on every rank."""
-    groups, without_ring = (build_groups(LoongConfig(4, hp), range(4)) for hp in (2, 4))
-    if groups.cp_rank is None:
-        return
-    inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
-    with pytest.raises(ValueError, match=r"sequence_parts=2 is for causal .*here 2 on the ring"):
-        run_attention(inputs, groups, sequence_parts=2)
-    with pytest.raises(ValueError, match="without a window"):
-        run_attention(inputs, without_ring, sequence_parts=2, window_size=(5, 0))
-    with pytest.raises(ValueError, match="in 1 part or in an even number"):
-        run_attention(inputs, groups, sequence_parts=3)
-    with pytest.raises(
-        ValueError, match="holds in 5, but some rank has no more than 4 .* use sequence_parts=8 or fewer"
-    ):
-        run_attention(inputs, without_ring, sequence_parts=10)
-    without_ring.destroy()
     groups.destroy()
 
 
@@ -414,7 +317,6 @@ def _make_mistake(rank: int, what: str) -> None:
 
 def still_alive(rank: int) -> int:
     """A collective that only works when nobody is stuck elsewhere."""
-    import torch.distributed as dist
 
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, rank)
@@ -497,7 +399,6 @@ def groups_of_one_order(rank: int, config: LoongConfig, cp_groups: list[list[int
 
 def groups_made_and_released(rank: int, config: LoongConfig) -> tuple[int, int, int]:
     """Number of process groups that torch knows before, with and after ours, made and released three times."""
-    import pytest
     import torch.distributed as dist
 
     table = dist.distributed_c10d._world.pg_map

@@ -47,48 +47,6 @@ def test_heads_in_parts(pool: WorkerPool, config: LoongConfig) -> None:
         assert all(sent == whole for sent in parted)
 
 
-@pytest.mark.parametrize(
-    ("hp", "shape"),
-    [(4, (2, 64, 8, 4)), (8, (1, 64, 8, 2)), (4, (1, 37, 6, 3))],
-    ids=["many heads", "shared KV heads", "uneven tokens and heads"],
-)
-def test_sequence_in_halves(pool: WorkerPool, hp: int, shape: tuple[int, int, int, int]) -> None:
-    """The all-to-all of one part of the sequence under the attention of others: the same numbers and bytes."""
-    counted = [sent for sent in pool.run(cases.sequence_in_halves, hp, shape) if sent]
-    assert len(counted) == hp and all(sent == whole for whole, *parted in counted for sent in parted)
-
-
-def test_what_halves_begin_before_they_compute(pool: WorkerPool) -> None:
-    """q of the second half and keys of the first come before the first tile, and their gradients go after the last."""
-    half = 8 * 4 * 8  # elements that a rank holds of half of a tensor: tokens, heads, width
-    full, causal = (32, 32, (-1, -1)), (32, 32, (-1, 0))
-    q, kv = half, 2 * half
-    forward = [q + kv, q, kv, ("forward", *full), ("forward", *causal), half, ("forward", *causal), half]
-    tiles = [("backward", *causal), ("backward", *causal), q + kv, ("backward", *full), q + kv]
-    for events in pool.run(cases.order_of_halves, 2):
-        assert events in (None, [*forward, half, half, *tiles])
-
-
-def test_what_slices_begin_before_they_compute(pool: WorkerPool) -> None:
-    """In four parts the square between the halves grows as they come and shrinks as they go, at either end."""
-    half = 8 * 4 * 8
-    quarter, slices = half // 2, 3 * half // 2  # q (out) of the second half; with k, v of the first, or gradients
-    tiles = [(16, 16, (-1, -1)), (16, 32, (-1, -1)), (32, 32, (-1, 0))]
-    small, row, causal = (("forward", *tile) for tile in tiles)
-    inward = [slices, slices, half, small, 2 * half, row, causal]
-    forward = [*inward, half, causal, quarter, small, quarter]
-    small, row, causal = (("backward", *tile) for tile in tiles)
-    inward = [quarter, quarter, half, small]
-    backward = [*inward, causal, 2 * half, causal, half, row, slices, small, slices]
-    for events in pool.run(cases.order_of_halves, 4):
-        assert events in (None, [*forward, *backward])
-
-
-def test_halves_are_refused_where_they_cannot_be(pool: WorkerPool) -> None:
-    """A ring, or any other number of parts."""
-    pool.run(cases.halves_refused)
-
-
 @pytest.mark.parametrize("kv_heads", [4, 8], ids=["keys move", "queries move"])
 @pytest.mark.parametrize("wire", ["float32", "input"])
 def test_either_wire_of_gradients_keeps_the_error_bound(pool: WorkerPool, wire: str, kv_heads: int) -> None:

@@ -12,7 +12,7 @@ from benchmarks.simulate import groups_without_processes
 from megatron_loong.attention.prepare import prepare
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Site
-from megatron_loong.planner.parts import Parts, parts_of
+from megatron_loong.planner.parts import head_parts
 from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.traffic import AttentionShape
 
@@ -22,28 +22,23 @@ CPU = dataclasses.replace(PROFILES["a100"], message_busy_s=1e-3)  # processors t
 @pytest.mark.parametrize(
     ("config", "shape", "nodes", "expected"),
     [
-        (LoongConfig(8, 4, 2), (4096, 8, 8), 2, Parts(2, 1)),
-        (LoongConfig(8, 4, 2), (4096, 8, 8), 1, Parts(1, 1)),
-        (LoongConfig(8, 8), (4096, 8, 8), 2, Parts(1, 2)),
-        (LoongConfig(8, 8), (4096, 8, 2), 2, Parts(1, 2)),
-        (LoongConfig(8, 8), (4096, 8, 8), 1, Parts(1, 1)),
-        (LoongConfig(8, 8), (2048, 8, 8), 2, Parts(1, 1)),
-        (LoongConfig(8, 8), (8192, 8, 8), 2, Parts(1, 4)),
-        (LoongConfig(8, 8), (16384, 8, 8), 2, Parts(1, 8)),
-        (LoongConfig(8, 8, sequence_layout="contiguous"), (4096, 8, 8), 2, Parts(1, 1)),
-        (LoongConfig(8, 2, 4), (4096, 8, 2), 2, Parts(1, 1)),
-        (LoongConfig(8, 2, 4), (16384, 16, 16), 1, Parts(2, 1)),
-        (LoongConfig(8, 1, 8), (16384, 16, 16), 2, Parts(1, 1)),
+        (LoongConfig(8, 4, 2), (4096, 8, 8), 2, 2),
+        (LoongConfig(8, 4, 2), (4096, 8, 8), 1, 1),
+        (LoongConfig(8, 8), (8192, 8, 8), 2, 1),
+        (LoongConfig(8, 8), (8192, 32, 32), 2, 4),
+        (LoongConfig(8, 2, 4), (4096, 8, 2), 2, 1),
+        (LoongConfig(8, 2, 4), (16384, 16, 16), 1, 2),
+        (LoongConfig(8, 1, 8), (16384, 16, 16), 2, 1),
     ],
     ids=str,
 )
 def test_what_runs_is_what_is_costed(
-    config: LoongConfig, shape: tuple[int, int, int], nodes: int, expected: Parts
+    config: LoongConfig, shape: tuple[int, int, int], nodes: int, expected: int
 ) -> None:
     """By size, place and mask."""
     seq_len, heads, kv_heads = shape
     site = Site(CPU, config.context_parallel_size // nodes)
-    assert parts_of(config, AttentionShape(*shape, 64), site) == expected
+    assert head_parts(config, AttentionShape(*shape, 64), site) == expected
 
     groups = groups_without_processes(config, 0, LocalCopies)
     groups.nodes = nodes
@@ -52,11 +47,11 @@ def test_what_runs_is_what_is_costed(
         q, k, v, groups, qkv_format="bshd", causal=True, softmax_scale=None, window_size=None, kernel="auto",
         deterministic=False, seq_len=seq_len, kv_seq_len=None, softmax_offset=None, softcap=0.0,
     )  # fmt: skip
-    assert Parts(call.head_parts, call.sequence_parts) == expected
+    assert call.head_parts == expected
 
 
 def test_a_gpu_has_to_be_filled() -> None:
     """Parts large enough to be sent are too small to compute on."""
     config, shape = LoongConfig(8, 4, 2), AttentionShape(4096, 8, 8, 64)
-    assert parts_of(config, shape, Site(PROFILES["a100"], 4)) == Parts(1, 1)
-    assert parts_of(config, dataclasses.replace(shape, seq_len=1 << 17), Site(PROFILES["a100"], 4)) == Parts(2, 1)
+    assert head_parts(config, shape, Site(PROFILES["a100"], 4)) == 1
+    assert head_parts(config, dataclasses.replace(shape, seq_len=1 << 17), Site(PROFILES["a100"], 4)) == 2
