@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.flops import attention_flops
-from megatron_loong.comm import ledger
 
 _FORWARD = "aten::_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -48,17 +47,6 @@ class Observer(TorchDispatchMode):
         """Largest sum over storages made in the block and not yet released."""
         self._live_bytes = 0
         self._known: set[int] = set()
-
-    def __enter__(self) -> Observer:
-        ledger.handed_over.append(self._count_handed_over)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        ledger.handed_over.remove(self._count_handed_over)
-        super().__exit__(*error)
-
-    def _count_handed_over(self, peer: int, sent_bytes: int) -> None:
-        self.sent_bytes[peer] += sent_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

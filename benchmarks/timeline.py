@@ -6,16 +6,13 @@ The clock is the machine's monotonic one, so the ranks of one machine (an emulat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from megatron_loong.comm.shared_memory import SharedMemory
-from megatron_loong.comm.transport import End, Pending
 
 _TILES = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": "forward",
@@ -77,24 +74,10 @@ class _Watched:
 def record_timeline() -> Iterator[list[Event]]:
     """Events of this process inside the block, from torch.distributed and the CPU flash operator themselves.
 
-    Knows point-to-point messages and `all_to_all_single`, and what goes by shared memory; code that imported these
-    functions by value goes unseen.
+    Knows point-to-point messages and `all_to_all_single`; code that imported these functions by value goes
+    unseen.
     """
     events: list[Event] = []
-
-    def noted(pending: Pending, label: str) -> Pending:
-        posted = time.perf_counter()
-
-        return lambda timeout: _waited(lambda: pending(timeout), label, posted, events)
-
-    post, all_to_all = SharedMemory.post, SharedMemory.all_to_all
-
-    def noted_post(self: SharedMemory, ends: Sequence[End]) -> Iterator[Pending]:
-        for pending in post(self, ends):
-            yield noted(pending, f"loong_{self.name}")
-
-    def noted_all_to_all(self: SharedMemory, *buffers: Any) -> Pending:
-        return noted(all_to_all(self, *buffers), f"loong_{self.name}")
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -112,8 +95,6 @@ def record_timeline() -> Iterator[list[Event]]:
 
     names = ("isend", "irecv", "all_to_all_single")
     patches = [mock.patch.object(dist, name, watched(getattr(dist, name))) for name in names]
-    patches.append(mock.patch.object(SharedMemory, "post", noted_post))
-    patches.append(mock.patch.object(SharedMemory, "all_to_all", noted_all_to_all))
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

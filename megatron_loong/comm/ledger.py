@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -40,13 +40,3 @@ def record(communicator: str, sent_bytes: int) -> None:
     for ledger in _open_ledgers:
         ledger.sent_bytes[communicator] += sent_bytes
         ledger.messages[communicator] += 1
-
-
-handed_over: list[Callable[[int, int], None]] = []
-"""Told the global rank and the bytes of whatever a neighbour gets by shared memory, of which no dispatcher hears."""
-
-
-def hand_over(peer: int, sent_bytes: int) -> None:
-    """Tell those who want to know of one message by shared memory."""
-    for listener in handed_over:
-        listener(peer, sent_bytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_loong.comm.shared_memory import SharedMemory
 from megatron_loong.comm.transport import Direct, HostMemory, PinnedMemory, Staged, Transport
 from megatron_loong.topology.groups import GroupHandle
 
@@ -26,10 +25,7 @@ def _chosen(handle: GroupHandle, device: torch.device) -> Transport:
     # Such as "cpu:gloo,cuda:nccl": a group may have a backend for each kind of device.
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     backend = backends.get(device.type, "gloo")
-    if backend == "gloo" and handle.neighbours is not None:
-        wire: Transport = SharedMemory(handle, handle.neighbours)
-    else:
-        wire = Direct(group, backend)
+    wire = Direct(group, backend)
     return Staged(wire, _host_memory(device)) if _must_be_staged(backend, device) else wire
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import operator
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,6 @@ from megatron_loong.topology.layout import (
     logical_rank_of,
     ring_rank_of,
 )
-from megatron_loong.topology.nodes import introduce
-from megatron_loong.topology.shared_memory import Neighbours
 
 # Inner and outer rings, and the rings that carry dKV home, need communicators of their own: on one, sends pair up
 # wrongly, because the order in which two neighbours post them differs.
@@ -56,8 +55,6 @@ class GroupHandle:
     """None when the axis has size 1: nothing is ever sent on it."""
     timeout: timedelta = default_pg_timeout
     """How long a member waits for the others."""
-    neighbours: Neighbours | None = field(default=None, repr=False)
-    """The other members, where all of them are processes of one node that share memory."""
     kept: dict[str, Any] = field(default_factory=dict, repr=False)
     """What a transport keeps for this communicator from call to call."""
 
@@ -117,7 +114,7 @@ class LoongGroups:
     cp_rank: int | None
     handles: dict[str, GroupHandle] = field(default_factory=dict, repr=False)
     nodes: int = 1
-    """Over which the ranks of the group are spread."""
+    """How many nodes the ranks of the group are spread over."""
     known_kinds: set[Any] = field(default_factory=set, repr=False)
     """Kinds of call in which the ranks have been found to agree (`attention.agreement`)."""
     always_compare: bool = field(default_factory=lambda: os.environ.get("LOONG_CHECK") == "1", repr=False)
@@ -164,8 +161,6 @@ class LoongGroups:
         handles, self.handles = self.handles, {}
         for handle in handles.values():
             handle.kept.clear()
-            if handle.neighbours is not None:
-                handle.neighbours.boxes.clear()
             # A group that went with `dist.destroy_process_group()` of the whole world is gone already.
             if handle.process_group is not None and dist.is_initialized():
                 with contextlib.suppress(ValueError, AssertionError):
@@ -260,8 +255,23 @@ def build_groups(
         _make_communicators(groups, list(wanted), timeout, members_alone=False)
     _wait_until_connected(groups)
     if cp_rank is not None:
-        introduce(groups, cp_rank)
+        groups.nodes = _count_nodes(groups)
     return groups
+
+
+def _count_nodes(groups: LoongGroups) -> int:
+    """How many nodes the members are on, by the name that each node has for its launcher, or for itself."""
+    launched = (os.environ.get(name) for name in ("GROUP_RANK", "SLURM_NODEID"))
+    names = {next((name for name in launched if name), socket.gethostname())}
+    # No communicator has all members. Gathered along one axis after another, the names reach everyone.
+    for axis in ("head", "inner", "outer"):
+        handle = groups.handles[axis]
+        if handle.process_group is not None:
+            gathered: list[Any] = [None] * handle.size
+            with collective("the exchange of node names", f"{axis} group", handle.global_ranks):
+                dist.all_gather_object(gathered, names, group=handle.process_group)
+            names = set().union(*gathered)
+    return len(names)
 
 
 def _wait_until_connected(groups: LoongGroups) -> None:

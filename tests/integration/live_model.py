@@ -54,8 +54,6 @@ def measure(cases: list[MemoryCase], world_size: int, timeout_s: float = 240) ->
     with tempfile.TemporaryDirectory() as folder:
         shared = {
             **os.environ,
-            # As on GPUs: in memory shared by ranks on CPUs, the last that a ring sent lies until its next message.
-            "LOONG_SHM_DISABLE": "1",
             "MASTER_ADDR": "127.0.0.1",
             "LIVE_MODEL_STORE": str(Path(folder) / "store"),
             "WORLD_SIZE": str(world_size),

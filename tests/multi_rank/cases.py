@@ -234,7 +234,7 @@ def groups_of_one() -> LoongGroups:
     return LoongGroups(LoongConfig(), (0,), 0, handles)
 
 
-def kv_blocks_held(rank: int, shared_memory: bool) -> tuple[int, int]:
+def kv_blocks_held(rank: int) -> tuple[int, int]:
     """Most KV buffers alive at any tile besides the rank's own, in a single and in a double ring."""
     import gc
 
@@ -243,8 +243,7 @@ def kv_blocks_held(rank: int, shared_memory: bool) -> tuple[int, int]:
     counts = []
     block_bytes = 8 * 2 * (64 // 8) * 2 * 24
     for w in (8, 4):
-        with mock.patch.dict(os.environ, {"LOONG_SHM_DISABLE": str(int(not shared_memory))}):
-            groups = build_groups(LoongConfig(8, 1, w), range(8))
+        groups = build_groups(LoongConfig(8, 1, w), range(8))
         inputs = random_inputs(1, 64, 2, 2, 24, torch.float64)
         most = 0
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import pytest
 
+from megatron_loong import build_groups
 from megatron_loong.config import LoongConfig
 from tests.multi_rank import cases
 from tests.multi_rank.pool import WorkerPool
@@ -47,3 +51,18 @@ def test_released_groups_are_gone_and_can_be_made_again(pool: WorkerPool) -> Non
 def test_members_alone_can_make_their_groups(pool: WorkerPool) -> None:
     """For users who bring their own process groups: only the ranks of one context-parallel group call."""
     pool.run(cases.groups_by_members_alone)
+
+
+def nodes_counted(rank: int, config: LoongConfig, ranks_per_node: int) -> int:
+    """`LoongGroups.nodes` where the launcher names a node for every so many ranks."""
+    with mock.patch.dict(os.environ, {"GROUP_RANK": str(rank // ranks_per_node)}):
+        groups = build_groups(config, range(8))
+    groups.destroy()
+    return groups.nodes
+
+
+@pytest.mark.parametrize("config", [LoongConfig(8, 8), LoongConfig(8, 2, 2)], ids=str)
+@pytest.mark.parametrize("ranks_per_node", [8, 4, 1])
+def test_every_rank_knows_how_many_nodes_there_are(pool: WorkerPool, config: LoongConfig, ranks_per_node: int) -> None:
+    """No communicator has all members: each rank hears of nodes that none of its own peers is on."""
+    assert pool.run(nodes_counted, config, ranks_per_node) == [8 // ranks_per_node] * 8
