@@ -8,14 +8,13 @@ wire, and the multiprocessors that NCCL's kernels take. The numbers that arrive 
 from __future__ import annotations
 
 import contextlib
-import datetime
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_loong.comm.transport import End, Pending, Transport
+from megatron_loong.comm.transport import Message, Pending, Transport
 
 BACKEND = "loong_local_copies"
 
@@ -70,30 +69,25 @@ class LocalCopies(Transport):
     def __init__(self, name: str, cp_rank: int, members: tuple[int, ...]) -> None:
         self._copies = Copies()
 
-    def post(self, ends: Sequence[End]) -> Iterator[Pending]:
+    def post(self, messages: Sequence[Message]) -> Pending[None]:
         """Fill what is to be received."""
-        for end in ends:
-            if end.send:
-                self._copies.send(end.block)
-        waits = [self._copies.receive(end.block) for end in ends if not end.send]
+        for message in messages:
+            if message.send:
+                self._copies.send(message.block)
+        waits = [self._copies.receive(message.block) for message in messages if not message.send]
 
-        def wait(timeout: datetime.timedelta) -> None:
+        def wait() -> None:
             for one in waits:
                 one()
 
-        yield wait
+        return wait
 
     def all_to_all(
-        self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        received_lengths: Sequence[int],
-        sent_lengths: Sequence[int],
-    ) -> Pending:
+        self, received: torch.Tensor, sent: torch.Tensor, received_lengths: Sequence[int], sent_lengths: Sequence[int]
+    ) -> Pending[None]:
         """What is sent comes back; of another length, zeros."""
         self._copies.send(sent)
-        wait = self._copies.receive(received)
-        return lambda timeout: wait()
+        return self._copies.receive(received)
 
 
 class _Work:

@@ -10,13 +10,13 @@ import functools
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
-from megatron_loong.comm.transport import End, Pending, Transport
+from megatron_loong.comm.transport import Message, Pending, Transport
 from megatron_loong.config import LoongConfig
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from megatron_loong.topology.layout import group_members
@@ -59,7 +59,7 @@ def simulate(
     def run(cp_rank: int) -> None:
         if device is not None:
             torch.cuda.set_device(device)
-        groups = groups_without_processes(config, cp_rank, lambda *own: _Mailbox(boxes, *own), timeout)
+        groups = groups_without_processes(config, cp_rank, lambda *own: _Mailbox(boxes, timeout, *own), timeout)
         try:
             # Otherwise the backward of all ranks runs on one thread per GPU, on which they would wait for each other.
             with torch.autograd.set_multithreading_enabled(False):
@@ -86,39 +86,33 @@ class _Mailbox(Transport):
 
     batched = False
 
-    def __init__(self, boxes: Boxes, name: str, rank: int, members: tuple[int, ...]) -> None:
-        self._boxes, self._name, self._rank, self._members = boxes, name, rank, sorted(members)
+    def __init__(self, boxes: Boxes, timeout: timedelta, name: str, rank: int, members: tuple[int, ...]) -> None:
+        self._boxes, self._name, self._rank, self._members = boxes, name, rank, members
+        self._timeout_s = timeout.total_seconds()
         self._counts: Counter[tuple[bool, int]] = Counter()
 
-    def post(self, ends: Sequence[End]) -> Iterator[Pending]:
+    def post(self, messages: Sequence[Message]) -> Pending[None]:
         """A send leaves at once; a receive takes what has come when it is waited for."""
-        for end in ends:
-            if end.send:
-                snapshot = end.block.clone()
-                self._box(True, end.peer).put(snapshot)
-                yield functools.partial(_check_unchanged, end.block, snapshot)
-            else:
-                end.block.view(torch.uint8).fill_(255)  # NaN, whatever the bytes are taken for
-                # Messages pair up in the order of posting, whatever is waited for first.
-                yield functools.partial(self._fill, end, self._box(False, end.peer))
+        (message,) = messages
+        if message.send:
+            snapshot = message.block.clone()
+            self._box(True, message.peer).put(snapshot)
+            return functools.partial(_check_unchanged, message.block, snapshot)
+        message.block.view(torch.uint8).fill_(255)  # NaN, whatever the bytes are taken for
+        # Messages pair up in the order of posting, whatever is waited for first.
+        return functools.partial(self._fill, message.block, message.peer, self._box(False, message.peer))
 
     def all_to_all(
-        self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        received_lengths: Sequence[int],
-        sent_lengths: Sequence[int],
-    ) -> Pending:
+        self, received: torch.Tensor, sent: torch.Tensor, received_lengths: Sequence[int], sent_lengths: Sequence[int]
+    ) -> Pending[None]:
         """A message from everyone to everyone."""
-        for peer, piece in zip(self._members, sent.split(list(sent_lengths)), strict=True):
+        for peer, piece in enumerate(sent.split(list(sent_lengths))):
             self._box(True, peer).put(piece.clone())
+        pieces = [(piece, x, self._box(False, x)) for x, piece in enumerate(received.split(list(received_lengths)))]
 
-        pieces = received.split(list(received_lengths))
-        arrivals = [(End(False, x, piece), self._box(False, x)) for x, piece in zip(self._members, pieces, strict=True)]
-
-        def arrive(timeout: timedelta) -> None:
-            for end, box in arrivals:
-                self._fill(end, box, timeout)
+        def arrive() -> None:
+            for piece in pieces:
+                self._fill(*piece)
 
         return arrive
 
@@ -126,17 +120,18 @@ class _Mailbox(Transport):
         """Where the next message to or from a peer is handed over."""
         index = self._counts[send, peer]
         self._counts[send, peer] += 1
-        sender, receiver = (self._rank, peer) if send else (peer, self._rank)
+        other = self._members[peer]
+        sender, receiver = (self._rank, other) if send else (other, self._rank)
         return self._boxes.setdefault((self._name, sender, receiver, index), queue.SimpleQueue())
 
-    def _fill(self, end: End, box: queue.SimpleQueue[torch.Tensor], timeout: timedelta) -> None:
+    def _fill(self, block: torch.Tensor, peer: int, box: queue.SimpleQueue[torch.Tensor]) -> None:
         try:
-            end.block.copy_(box.get(timeout=timeout.total_seconds()))
+            block.copy_(box.get(timeout=self._timeout_s))
         except queue.Empty:
-            seconds = timeout.total_seconds()
-            raise RuntimeError(f"rank {end.peer} sent nothing on {self._name} in {seconds:g} s") from None
+            sender = f"rank {self._members[peer]}"
+            raise RuntimeError(f"{sender} sent nothing on {self._name} in {self._timeout_s:g} s") from None
 
 
-def _check_unchanged(block: torch.Tensor, snapshot: torch.Tensor, _timeout: timedelta) -> None:
+def _check_unchanged(block: torch.Tensor, snapshot: torch.Tensor) -> None:
     if not torch.equal(block.view(torch.uint8), snapshot.view(torch.uint8)):
         raise RuntimeError("a block was written between its sending and the wait for it")

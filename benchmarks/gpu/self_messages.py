@@ -17,7 +17,8 @@ from torch.cuda import nccl
 from benchmarks.gpu.outcome import Run, main
 from benchmarks.gpu.syncs import no_synchronisation
 from benchmarks.rank_alone import clock
-from megatron_loong.comm.transport import Direct, End, Pending
+from megatron_loong.comm.transport import Direct, Message, Pending
+from megatron_loong.topology.groups import GroupHandle
 
 TIMEOUT = timedelta(seconds=30)
 #: Elements of a block; two of them travel, as k and v do.
@@ -25,7 +26,7 @@ SIZE = {"cuda": 1 << 25, "cpu": 1 << 10}
 #: A second or more of a GPU's clock.
 BUSY_CYCLES = 2_000_000_000
 
-Exchange = Callable[[list[torch.Tensor], list[torch.Tensor]], Callable[[], None]]
+Exchange = Callable[[list[torch.Tensor], list[torch.Tensor]], Pending[None]]
 """(sent, received) -> what waits for them."""
 
 
@@ -36,7 +37,7 @@ def check(run: Run) -> None:
     run.figures |= {"backend": backend, **({"nccl": ".".join(map(str, nccl.version()))} if cuda else {})}
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None
-    transport = Direct(dist.group.WORLD, backend)
+    transport = transport_to_oneself(backend)
     for name, exchange in (("all-to-all", all_to_all_of(transport)), ("messages", messages_of(transport))):
         if not cuda and name == "messages":
             run.figures[name] = "gloo has no messages to oneself"
@@ -54,12 +55,17 @@ def check(run: Run) -> None:
     dist.destroy_process_group()
 
 
+def transport_to_oneself(backend: str) -> Direct:
+    """The transport of a ring of one, over a backend of the world of one."""
+    return Direct(GroupHandle("inner", (0,), 0, dist.group.WORLD, TIMEOUT), backend)
+
+
 def messages_of(transport: Direct) -> Exchange:
     """As a ring of two posts k and v."""
 
-    def exchange(sent: list[torch.Tensor], received: list[torch.Tensor]) -> Callable[[], None]:
+    def exchange(sent: list[torch.Tensor], received: list[torch.Tensor]) -> Pending[None]:
         pairs = zip(sent, received, strict=True)
-        return _all(list(transport.post([end for x, y in pairs for end in (End(True, 0, x), End(False, 0, y))])))
+        return transport.post([m for x, y in pairs for m in (Message(True, 0, x, "x"), Message(False, 0, y, "y"))])
 
     return exchange
 
@@ -67,17 +73,17 @@ def messages_of(transport: Direct) -> Exchange:
 def all_to_all_of(transport: Direct) -> Exchange:
     """As a head group exchanges them."""
 
-    def exchange(sent: list[torch.Tensor], received: list[torch.Tensor]) -> Callable[[], None]:
+    def exchange(sent: list[torch.Tensor], received: list[torch.Tensor]) -> Pending[None]:
         pairs = zip(sent, received, strict=True)
         return _all([transport.all_to_all(y, x, [len(y)], [len(x)]) for x, y in pairs])
 
     return exchange
 
 
-def _all(waits: list[Pending]) -> Callable[[], None]:
+def _all(waits: list[Pending[None]]) -> Pending[None]:
     def wait() -> None:
         for one in waits:
-            one(TIMEOUT)
+            one()
 
     return wait
 

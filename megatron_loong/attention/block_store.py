@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from megatron_loong.attention.blocks import Block, Form
-from megatron_loong.comm.ring import Message, Ring, Wait
+from megatron_loong.comm.ring import Ring
+from megatron_loong.comm.transport import Message, Pending
 from megatron_loong.schedule.rotation import Moving
 from megatron_loong.schedule.rows import Rows, row_count, slice_within
 from megatron_loong.schedule.steps import Hop, Step
@@ -29,7 +30,7 @@ class _Messages:
 
     def __init__(self, rings: Rings, suffix: str) -> None:
         self._rings, self._suffix = rings, suffix
-        self._sent: defaultdict[int, list[Wait]] = defaultdict(list)
+        self._sent: defaultdict[int, list[Pending[None]]] = defaultdict(list)
 
     def buffer(self, hop: Hop, form: Form, device: torch.device) -> torch.Tensor:
         """Where a hop's rows arrive."""
@@ -37,7 +38,7 @@ class _Messages:
 
     def post(
         self, sends: list[tuple[Hop, torch.Tensor]], receives: list[tuple[Hop, torch.Tensor]], what: str
-    ) -> list[tuple[Hop, torch.Tensor, Wait]]:
+    ) -> list[tuple[Hop, torch.Tensor, Pending[None]]]:
         """Begin the hops of one step. Returns each hop that is received, with its buffer and its wait."""
         arriving = []
         for name in ("inner", "outer"):
@@ -72,7 +73,7 @@ class BlockStore:
         self._own = own
         self._held = {(step.moving, step.owner): step.rows for step in steps}
         self._here: dict[tuple[Moving, int], Block] = {(moving, ring_rank): block for moving, block in own.items()}
-        self._arriving: dict[tuple[Moving, int], tuple[torch.Tensor, Wait]] = {}
+        self._arriving: dict[tuple[Moving, int], tuple[torch.Tensor, Pending[None]]] = {}
         self._messages = _Messages(rings, "")
 
     def post(self, index: int, step: Step) -> None:
@@ -139,7 +140,7 @@ class Returns:
         self._form, self._device = Form.like(*home), home[0].device
         self._rows: dict[int, Rows] = {step.owner: step.return_rows for step in steps}
         self._sums: dict[int, Block] = {}
-        self._arriving: defaultdict[int, list[tuple[Hop, torch.Tensor, Wait]]] = defaultdict(list)
+        self._arriving: defaultdict[int, list[tuple[Hop, torch.Tensor, Pending[None]]]] = defaultdict(list)
         self._messages = _Messages(rings, "_dkv")
 
     def exchange(self, index: int, step: Step, parts: Sequence[Part]) -> None:

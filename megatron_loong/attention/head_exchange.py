@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from megatron_loong.comm.all_to_all import all_to_all, send_buffer
+from megatron_loong.comm.all_to_all import all_to_all
+from megatron_loong.comm.transport import Pending
 from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.folds import copy_rows_
 from megatron_loong.sequence.sharding import places_of
 from megatron_loong.topology.groups import GroupHandle
 from megatron_loong.topology.tokens import TokenLayout, joined, starts_of
 
-Arrival = Callable[[], list[torch.Tensor]]
-"""Waits for the results of an exchange that has begun; to be called once."""
+Arrival = Pending[list[torch.Tensor]]
+"""Of an exchange: its results."""
 
 Shares = tuple[range, ...]
 """By head coordinate: the heads that it takes of one tensor."""
@@ -57,7 +58,7 @@ class HeadExchange:
             return lambda: results
         tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
         given, lengths = [tokens[me] * width for width in row.widths], [n * row.widths[me] for n in tokens]
-        send = send_buffer(self.handle, tensors[0], sum(given))
+        send = tensors[0].new_empty(sum(given))
         copy_rows_(
             [
                 pair
@@ -99,7 +100,7 @@ class HeadExchange:
             return lambda: results
         tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
         given, lengths = [n * row.widths[me] for n in tokens], [tokens[me] * width for width in row.widths]
-        send = send_buffer(self.handle, tensors[0], sum(given))
+        send = tensors[0].new_empty(sum(given))
         parts = row.columns_of(send.view(sum(tokens), row.widths[me]), me)
         order = _order(self.layout, self.ring_rank, send.device)
         copy_rows_([(part, x.reshape(part.shape)) for x, part in zip(tensors, parts, strict=True)], target_rows=order)

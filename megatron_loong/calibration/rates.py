@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.attention.merge import merge_
-from megatron_loong.comm.ring import Message, Ring
+from megatron_loong.comm.ring import Ring
+from megatron_loong.comm.transport import Message
 from megatron_loong.config import CAUSAL, FULL, LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.registry import choose_kernel

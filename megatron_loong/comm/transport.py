@@ -1,186 +1,179 @@
-"""How blocks travel in a process group: handed to its backend as they are, or staged through host memory.
+"""How tensors travel in a process group: handed to its backend as they are, or copied through host memory.
 
-NCCL takes CUDA tensors and orders itself by streams. gloo's point-to-point messages and all-to-all take host memory
-only: blocks on a GPU are copied out before a send and back in at the wait, so that several ranks can share one GPU.
+NCCL takes CUDA tensors and orders itself by streams. gloo's point-to-point messages and its all-to-all take host memory
+only, so tensors on a GPU are copied to the host before a send and back after a receive. That lets several ranks share
+one GPU.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_loong.comm.streams import side_stream
+from megatron_loong.topology.groups import GroupHandle
 
-Pending = Callable[[timedelta], object]
-"""Waits for what was posted, at most so long; to be called once. Holds what must not go before."""
+T = TypeVar("T")
+Pending = Callable[[], T]
+"""Waits for something that was begun and returns its result. To be called once."""
 
 
-class End(NamedTuple):
-    """One end of a message."""
+class Message(NamedTuple):
+    """One end of a point-to-point message."""
 
     send: bool
     peer: int
-    """Global rank of the other end."""
+    """Coordinate of the other end in its group."""
     block: torch.Tensor
-    """Contiguous."""
+    """Contiguous. Until the wait, a block that is sent must not be written, and one that is received not be read."""
+    what: str
+    """What the message carries, for errors."""
 
 
 class Transport(ABC):
-    """Messages and all-to-alls of one process group. A `GroupHandle` may have one in the place of its group."""
+    """Messages and all-to-alls of one group. A simulation puts one in a `GroupHandle` in place of the process group."""
 
     batched: bool
-    """Whether all that is posted together is waited for together: `post` then yields once, else once for each end."""
+    """Whether the messages of a step are posted in one call, and waited for together. If not, each is posted alone."""
 
     @abstractmethod
-    def post(self, ends: Sequence[End]) -> Iterator[Pending]:
-        """Begin the messages of one step, in order; raises `RuntimeError` or `ValueError` at the one that fails."""
+    def post(self, messages: Sequence[Message]) -> Pending[None]:
+        """Begin the messages of a step, or a single one if not `batched`. Keeps their blocks alive until the wait."""
 
     @abstractmethod
     def all_to_all(
-        self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        received_lengths: Sequence[int],
-        sent_lengths: Sequence[int],
-    ) -> Pending:
-        """Begin to exchange pieces of flat buffers, in the group's own order of ranks; lengths in elements."""
+        self, received: torch.Tensor, sent: torch.Tensor, received_lengths: Sequence[int], sent_lengths: Sequence[int]
+    ) -> Pending[None]:
+        """Begin to exchange pieces of flat buffers with every coordinate of the group; lengths in elements."""
 
-    def buffer(self, size: int, device: torch.device) -> torch.Tensor:
-        """Uninitialised uint8 [size]: for what is to be sent, and then not written any more."""
-        return torch.empty(size, dtype=torch.uint8, device=device)
+
+def transport_for(handle: GroupHandle, device: torch.device) -> Transport:
+    """How tensors on `device` travel in a group. Chosen once, then kept in the handle."""
+    if device not in handle.transports:
+        handle.transports[device] = _chosen(handle, device)
+    return handle.transports[device]
+
+
+def _chosen(handle: GroupHandle, device: torch.device) -> Transport:
+    group = handle.process_group
+    assert group is not None, f"a group of one has nobody to talk to ({handle.name})"
+    if isinstance(group, Transport):
+        return group
+    # Such as "cpu:gloo,cuda:nccl": a group may have a backend for each kind of device.
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    backend = backends.get(device.type, "gloo")
+    direct = Direct(handle, backend)
+    if backend != "gloo" or device.type == "cpu":
+        return direct
+    if device.type != "cuda":
+        raise NotImplementedError(f"gloo cannot send tensors on {device.type}; staging is written for CUDA")
+    return Staged(direct)
 
 
 class Direct(Transport):
-    """By a backend that takes the blocks as they are."""
+    """A backend that takes the tensors as they are."""
 
-    def __init__(self, group: dist.ProcessGroup, backend: str) -> None:
-        self._group = group
-        self.batched = backend != "gloo"
+    def __init__(self, handle: GroupHandle, backend: str) -> None:
+        self._handle = handle
+        self._is_gloo = backend == "gloo"
+        self.batched = not self._is_gloo
 
-    def post(self, ends: Sequence[End]) -> Iterator[Pending]:
-        """gloo: one by one. NCCL: one group call, so that no order of sends and receives can deadlock a ring of two."""
-        if not self.batched:
-            for end in ends:
-                function = dist.isend if end.send else dist.irecv
-                work = function(end.block, end.peer, group=self._group)
-                assert work is not None
-                yield functools.partial(_wait_for, work, end.block)
-            return
-        operations = [dist.P2POp(dist.isend if x.send else dist.irecv, x.block, x.peer, self._group) for x in ends]
-        works = dist.batch_isend_irecv(operations)
+    def post(self, messages: Sequence[Message]) -> Pending[None]:
+        """gloo: one message. Other backends: one group call, without which a ring of two could deadlock."""
+        group, ranks = self._handle.process_group, self._handle.global_ranks
+        if self._is_gloo:
+            (message,) = messages
+            function = dist.isend if message.send else dist.irecv
+            works = [function(message.block, ranks[message.peer], group=group)]
+        else:
+            works = dist.batch_isend_irecv(
+                [dist.P2POp(dist.isend if x.send else dist.irecv, x.block, ranks[x.peer], group) for x in messages]
+            )
 
-        def wait(timeout: timedelta, blocks: Sequence[End] = ends) -> None:
-            # Given a timeout, NCCL's wait() blocks the host until the message is here; without one it makes the
-            # current stream wait, and NCCL's watchdog ends the process after the group's own timeout.
+        def wait(messages: Sequence[Message] = messages) -> None:  # the default argument keeps the blocks alive
             for work in works:
-                work.wait()
+                assert work is not None
+                self._wait_for(work)
 
-        yield wait
+        return wait
 
     def all_to_all(
-        self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        received_lengths: Sequence[int],
-        sent_lengths: Sequence[int],
-    ) -> Pending:
+        self, received: torch.Tensor, sent: torch.Tensor, received_lengths: Sequence[int], sent_lengths: Sequence[int]
+    ) -> Pending[None]:
         """One call of the backend."""
+        # torch sorts the ranks of a group, so its order may differ from that of the coordinates.
+        order = self._handle.order
+        in_order = order == sorted(order)
+        incoming = received if in_order else torch.empty_like(received)
+        if not in_order:
+            pieces = sent.split(list(sent_lengths))
+            sent = torch.cat([pieces[coordinate] for coordinate in order])
+        incoming_lengths = [received_lengths[coordinate] for coordinate in order]
         work = dist.all_to_all_single(
-            received, sent, list(received_lengths), list(sent_lengths), group=self._group, async_op=True
+            incoming,
+            sent,
+            incoming_lengths,
+            [sent_lengths[coordinate] for coordinate in order],
+            group=self._handle.process_group,
+            async_op=True,
         )
         assert work is not None
-        return (lambda timeout: work.wait()) if self.batched else work.wait
 
+        def wait() -> None:
+            self._wait_for(work)
+            if not in_order:
+                pieces = received.split(list(received_lengths))
+                for coordinate, piece in zip(order, incoming.split(incoming_lengths), strict=True):
+                    pieces[coordinate].copy_(piece)
 
-def _wait_for(work: dist.Work, block: torch.Tensor, timeout: timedelta) -> None:
-    # gloo's wait() without an argument ignores the timeout of the group.
-    work.wait(timeout)
+        return wait
 
-
-class HostMemory(Protocol):
-    """Buffers on the host and the copies between them and a device."""
-
-    def buffer(self, block: torch.Tensor) -> torch.Tensor:
-        """An uninitialised host tensor like `block`."""
-        ...
-
-    def copy_out(self, block: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        """Begin to copy a block to the host; returns the copy and what waits until it is complete."""
-        ...
-
-    def copy_in(self, host: torch.Tensor, block: torch.Tensor) -> None:
-        """Copy to the device, before anything that the current stream does later."""
-        ...
-
-
-class PinnedMemory:
-    """`HostMemory` of a CUDA device. Pinned buffers come from torch's caching allocator and go back to it."""
-
-    def buffer(self, block: torch.Tensor) -> torch.Tensor:
-        """Pinned."""
-        return torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
-
-    def copy_out(self, block: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        """On a stream of its own, behind what the current stream has done; the host waits for this copy alone."""
-        host, stream = self.buffer(block), side_stream(block.device, "staging")
-        stream.wait_stream(torch.cuda.current_stream(block.device))
-        with torch.cuda.stream(stream):
-            host.copy_(block, non_blocking=True)
-            complete = stream.record_event()
-        # Whoever frees the block does so on another stream than the one that reads it here.
-        block.record_stream(stream)
-        return host, complete.synchronize
-
-    def copy_in(self, host: torch.Tensor, block: torch.Tensor) -> None:
-        """On the current stream, which reads the block next; the allocator keeps `host` until the copy is done."""
-        block.copy_(host, non_blocking=True)
+    def _wait_for(self, work: dist.Work) -> None:
+        if self._is_gloo:
+            work.wait(self._handle.timeout)  # without an argument gloo ignores the timeout of the group
+        else:
+            # Given a timeout, NCCL's wait() would block the host until the message is here. Without one it makes the
+            # current stream wait, and NCCL's watchdog ends the process after the group's timeout.
+            work.wait()
 
 
 class Staged(Transport):
-    """gloo for blocks of a device that it cannot read: through host memory.
-
-    The host waits for the copies out before it posts the sends, for gloo knows no streams; all copies of a step run
-    before the first of these waits.
-    """
+    """gloo for tensors on a GPU, through pinned host memory."""
 
     batched = False
 
-    def __init__(self, wire: Transport, memory: HostMemory) -> None:
-        self._wire, self._memory = wire, memory
+    def __init__(self, wire: Transport) -> None:
+        self._wire = wire
 
-    def post(self, ends: Sequence[End]) -> Iterator[Pending]:
-        """Copies out all that is to be sent, then posts one by one; blocks to receive into are filled at their wait."""
-        outgoing = iter([self._memory.copy_out(end.block) for end in ends if end.send])
-        for end in ends:
-            if end.send:
-                host, wait_for_copy = next(outgoing)
-                wait_for_copy()
-                yield from self._wire.post([end._replace(block=host)])
-            else:
-                host = self._memory.buffer(end.block)
-                (arrival,) = self._wire.post([end._replace(block=host)])
-                yield functools.partial(self._arrive, arrival, host, end.block)
+    def host_buffer(self, block: torch.Tensor) -> torch.Tensor:
+        """Uninitialised host memory of the shape of `block`."""
+        return torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
 
-    def _arrive(self, arrival: Pending, host: torch.Tensor, block: torch.Tensor, timeout: timedelta) -> None:
-        arrival(timeout)
-        self._memory.copy_in(host, block)
+    def post(self, messages: Sequence[Message]) -> Pending[None]:
+        """One message. A block that is received is filled at the wait."""
+        (message,) = messages
+        host = self.host_buffer(message.block)
+        if message.send:
+            host.copy_(message.block)  # blocks the host until the copy is complete, for gloo knows no streams
+            return self._wire.post([message._replace(block=host)])
+        return self._copied_back(self._wire.post([message._replace(block=host)]), host, message.block)
 
     def all_to_all(
-        self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        received_lengths: Sequence[int],
-        sent_lengths: Sequence[int],
-    ) -> Pending:
-        """Copy out, exchange; copy in at the wait."""
-        outgoing, wait_for_copy = self._memory.copy_out(sent)
-        incoming = self._memory.buffer(received)
-        wait_for_copy()
-        arrival = self._wire.all_to_all(incoming, outgoing, received_lengths, sent_lengths)
-        return functools.partial(self._arrive, arrival, incoming, received)
+        self, received: torch.Tensor, sent: torch.Tensor, received_lengths: Sequence[int], sent_lengths: Sequence[int]
+    ) -> Pending[None]:
+        """Copies `sent` out and exchanges; `received` is filled at the wait."""
+        outgoing, incoming = self.host_buffer(sent).copy_(sent), self.host_buffer(received)
+        pending = self._wire.all_to_all(incoming, outgoing, received_lengths, sent_lengths)
+        return self._copied_back(pending, incoming, received)
+
+    @staticmethod
+    def _copied_back(pending: Pending[None], host: torch.Tensor, block: torch.Tensor) -> Pending[None]:
+        def wait() -> None:
+            pending()
+            # Runs before whatever the current stream does next; torch's allocator keeps `host` until then.
+            block.copy_(host, non_blocking=True)
+
+        return wait

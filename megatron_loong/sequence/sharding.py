@@ -213,6 +213,6 @@ def gathered(x: torch.Tensor, groups: LoongGroups, what: str, device: torch.devi
                 parts = parts.to(device)
             received = [torch.empty_like(parts) for _ in range(handle.size)]
             with collective(f"gathering {what}", f"{name} group", handle.global_ranks):
-                dist.all_gather(received, parts, group=handle.process_group)
-            parts = torch.cat([received[slot] for slot in handle.slots])
+                dist.all_gather([received[i] for i in handle.order], parts, group=handle.process_group)
+            parts = torch.cat(received)
     return parts

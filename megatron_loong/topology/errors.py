@@ -1,4 +1,4 @@
-"""The one error of whoever waits for other ranks."""
+"""The one error of waiting for other ranks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ import torch
 
 
 class CommunicationError(RuntimeError):
-    """A message or a collective failed or ran out of time; says which group, what was under way, and which peers."""
-
-
-def not_completed(what: str, group: str, ranks: Sequence[int], error: Exception) -> CommunicationError:
-    """The error of a collective in `group` of global `ranks`, any of which may be the one that is lost."""
-    return CommunicationError(
-        f"{what} in the {group} {list(ranks)} did not complete; one of these processes is gone, or did not get here "
-        f"within the group's timeout. Cause: {error}"
-    )
+    """A message or a collective failed or timed out. The message names the group, the ranks and what was under way."""
 
 
 @contextlib.contextmanager
 def collective(what: str, group: str, ranks: Sequence[int]) -> Iterator[None]:
-    """Around a collective: what its backend raises becomes `not_completed`."""
+    """Around communication in `group` of global `ranks`: an error of the backend becomes `CommunicationError`."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise  # this rank's own, and nobody is lost
+        raise  # this rank's own error: nobody is lost
     except RuntimeError as error:
-        raise not_completed(what, group, ranks, error) from error
+        raise CommunicationError(
+            f"{what} in the {group} {list(ranks)} did not complete; one of these processes is gone, or did not get "
+            f"here within the group's timeout. Cause: {error}"
+        ) from error

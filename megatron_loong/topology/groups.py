@@ -55,8 +55,8 @@ class GroupHandle:
     """None when the axis has size 1: nothing is ever sent on it."""
     timeout: timedelta = default_pg_timeout
     """How long a member waits for the others."""
-    kept: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What a transport keeps for this communicator from call to call."""
+    transports: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """By device: how its tensors travel here (`comm.transport`)."""
 
     @property
     def size(self) -> int:
@@ -64,20 +64,9 @@ class GroupHandle:
         return len(self.global_ranks)
 
     @functools.cached_property
-    def slots(self) -> list[int]:
-        """Where each member stands inside `process_group`: torch sorts the ranks of a group."""
-        ascending = sorted(self.global_ranks)
-        return [ascending.index(rank) for rank in self.global_ranks]
-
-    @functools.cached_property
     def order(self) -> list[int]:
-        """The coordinates in the order of `process_group`."""
-        return sorted(range(self.size), key=self.slots.__getitem__)
-
-    @functools.cached_property
-    def in_order(self) -> bool:
-        """Whether coordinates are places inside `process_group`."""
-        return self.order == list(range(self.size))
+        """The coordinates in the order of `process_group`, for torch sorts the ranks of a group."""
+        return sorted(range(self.size), key=self.global_ranks.__getitem__)
 
 
 _by_number: WeakValueDictionary[int, LoongGroups] = WeakValueDictionary()
@@ -160,7 +149,7 @@ class LoongGroups:
         """Release every communicator. Calling it twice does nothing."""
         handles, self.handles = self.handles, {}
         for handle in handles.values():
-            handle.kept.clear()
+            handle.transports.clear()
             # A group that went with `dist.destroy_process_group()` of the whole world is gone already.
             if handle.process_group is not None and dist.is_initialized():
                 with contextlib.suppress(ValueError, AssertionError):

@@ -333,8 +333,8 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
     import signal
     import time
 
-    from megatron_loong.comm.errors import CommunicationError
     from megatron_loong.kernels.registry import choose_kernel
+    from megatron_loong.topology.errors import CommunicationError
 
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
@@ -370,8 +370,8 @@ def lose_a_peer_before(rank: int, config: LoongConfig, timeout_s: float) -> str:
     import datetime
     import signal
 
-    from megatron_loong.comm.errors import CommunicationError
     from megatron_loong.sequence.sharding import gather_lengths
+    from megatron_loong.topology.errors import CommunicationError
 
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     if rank == 2:

@@ -25,7 +25,8 @@ RINGS = """
 import os
 import torch
 import torch.distributed as dist
-from megatron_loong.comm.ring import Message, Ring
+from megatron_loong.comm.ring import Ring
+from megatron_loong.comm.transport import Message
 from megatron_loong.config import LoongConfig
 from megatron_loong.topology.groups import build_groups
 

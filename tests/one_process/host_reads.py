@@ -20,7 +20,7 @@ from megatron_loong import LoongConfig, attention_2d
 from megatron_loong.attention import attention_2d as attention_2d_module
 from megatron_loong.attention import plan
 from megatron_loong.attention.call import Attention2D
-from megatron_loong.comm.transport import End, Pending, Transport
+from megatron_loong.comm.transport import Message, Pending, Transport
 from megatron_loong.kernels import common, folds
 
 #: Operators that hand a device's data to the host, or whose result has a shape that depends on it.
@@ -92,11 +92,11 @@ class Silent(Transport):
 
     def __init__(self, *_: Any) -> None: ...
 
-    def post(self, ends: Sequence[End]) -> Iterator[Pending]:
-        yield lambda timeout: None
+    def post(self, messages: Sequence[Message]) -> Pending[None]:
+        return lambda: None
 
-    def all_to_all(self, *_: Any) -> Pending:
-        return lambda timeout: None
+    def all_to_all(self, *_: Any) -> Pending[None]:
+        return lambda: None
 
 
 class _WithoutEngine:

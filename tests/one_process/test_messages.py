@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, LoongGroups, attention_2d, token_positions
-from megatron_loong.comm.ring import Message, Ring, Wait
+from megatron_loong.comm.ring import Ring
+from megatron_loong.comm.transport import Message, Pending
 from megatron_loong.schedule.steps import Hop, ring_schedule
 from megatron_loong.schedule.tiles import Mask
 from megatron_loong.sequence.sharding import layout_of
@@ -36,7 +37,7 @@ def messages_of(config: LoongConfig, window: int | None, documents: list[int] | 
     posted: dict[int, list[Sent]] = defaultdict(list)
     honest = Ring.post
 
-    def post(ring: Ring, messages: list[Message]) -> list[Wait]:
+    def post(ring: Ring, messages: list[Message]) -> list[Pending[None]]:
         posted[threading.get_ident()].append(
             sorted((ring.handle.name, x.send, x.peer, x.block.numel()) for x in messages)
         )

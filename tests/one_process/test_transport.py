@@ -11,11 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_loong.comm import routes
-from megatron_loong.comm.errors import CommunicationError
-from megatron_loong.comm.ring import Message, Ring
-from megatron_loong.comm.routes import transport_for
-from megatron_loong.comm.transport import Direct, End, PinnedMemory, Staged
+from megatron_loong.comm.ring import Ring
+from megatron_loong.comm.transport import Direct, Message, Staged, transport_for
+from megatron_loong.topology.errors import CommunicationError
 from megatron_loong.topology.groups import GroupHandle
 
 GROUP: Any = object()
@@ -117,50 +115,80 @@ def test_a_message_that_cannot_be_posted_is_named() -> None:
         exchange(ring_of_two(GROUP))
 
 
-class Log:
-    """`HostMemory` on the CPU that writes down the order of things."""
+class StagedOnCpu(Staged):
+    """Staging of tensors that the backend could read where they are; notes every buffer of the host."""
 
-    def __init__(self) -> None:
-        self.events: list[str] = []
+    def __init__(self, wire: Any) -> None:
+        super().__init__(wire)
+        self.buffers: list[torch.Tensor] = []
 
-    def buffer(self, block: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(block)
-
-    def copy_out(self, block: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        self.events.append("copy out")
-        return block.clone(), lambda: self.events.append("wait for copy")
-
-    def copy_in(self, host: torch.Tensor, block: torch.Tensor) -> None:
-        self.events.append("copy in")
+    def host_buffer(self, block: torch.Tensor) -> torch.Tensor:
+        self.buffers.append(torch.zeros_like(block))
+        return self.buffers[-1]
 
 
-def test_all_copies_out_begin_before_the_first_is_waited_for() -> None:
-    log, block = Log(), torch.zeros(2)
+def test_staged_messages_are_copied_out_at_the_post_and_in_at_the_wait() -> None:
+    posted: list[torch.Tensor] = []
 
-    def post(kind: str) -> Callable[..., FakeWork]:
-        return lambda *args, **kwargs: log.events.append(kind) or FakeWork()
+    def post(block: torch.Tensor, *args: Any, **kwargs: Any) -> FakeWork:
+        posted.append(block.clone())
+        return FakeWork()
 
-    with mock.patch.object(dist, "isend", post("send")), mock.patch.object(dist, "irecv", post("receive")):
-        staged = Staged(Direct(GROUP, "gloo"), log)
-        pending = list(staged.post([End(True, 1, block), End(False, 1, block), End(True, 1, block)]))
-    assert log.events == ["copy out", "copy out", "wait for copy", "send", "receive", "wait for copy", "send"]
-    log.events.clear()
-    for wait in pending:
-        wait(timedelta(seconds=1))
-    assert log.events == ["copy in"]
+    with mock.patch.object(dist, "isend", post), mock.patch.object(dist, "irecv", post):
+        staged = StagedOnCpu(Direct(handle_of_two(GROUP), "gloo"))
+        sent, received = torch.ones(2), torch.zeros(2)
+        waits = [staged.post([Message(True, 1, sent, "")]), staged.post([Message(False, 1, received, "")])]
+    assert posted[0].tolist() == [1, 1], "the copy out is complete before gloo reads it"
+    staged.buffers[1].fill_(7)  # arrives
+    assert received.tolist() == [0, 0]
+    for wait in waits:
+        wait()
+    assert received.tolist() == [7, 7] and sent.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("global_ranks", [(0, 1, 2), (5, 3, 4)])
+def test_pieces_of_an_all_to_all_go_by_coordinate_whatever_the_order_of_the_group(
+    global_ranks: tuple[int, ...],
+) -> None:
+    """torch sorts the ranks of a group, and its all-to-all knows places in the sorted order alone."""
+    by_rank = dict(zip(global_ranks, range(3), strict=True))
+    order = [by_rank[rank] for rank in sorted(global_ranks)]
+    lengths = [1, 2, 3]
+    seen: list[list[int]] = []
+
+    def exchange(received: torch.Tensor, sent: torch.Tensor, *lengths: list[int], **_: Any) -> FakeWork:
+        seen.extend([sent.tolist(), *lengths])
+        received.copy_(sent)  # everyone sends this rank what it sends to everyone
+        return FakeWork()
+
+    sent = torch.tensor([0, 1, 1, 2, 2, 2])  # to each coordinate its number
+    received = torch.empty_like(sent)
+    with mock.patch.object(dist, "all_to_all_single", exchange):
+        transport = Direct(GroupHandle("head", global_ranks, 0, GROUP), "gloo")
+        transport.all_to_all(received, sent, lengths, lengths)()
+    in_group_order = [lengths[coordinate] for coordinate in order]
+    assert seen == [[c for c in order for _ in range(lengths[c])], in_group_order, in_group_order]
+    assert received.tolist() == sent.tolist()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pinned_copies_see_what_the_stream_did_before_and_not_after() -> None:
-    memory, block = PinnedMemory(), torch.zeros(1 << 24, device="cuda")
-    torch.cuda._sleep(50_000_000)
-    block.fill_(3)
-    host, wait = memory.copy_out(block)
+def test_a_staged_message_sees_what_the_stream_did_before_and_not_after() -> None:
+    block, target = torch.zeros(1 << 24, device="cuda"), torch.zeros(1 << 24, device="cuda")
+    posted: list[torch.Tensor] = []
+
+    def post(block: torch.Tensor, *args: Any, **kwargs: Any) -> FakeWork:
+        posted.append(block)
+        return FakeWork()
+
+    with mock.patch.object(dist, "isend", post), mock.patch.object(dist, "irecv", post):
+        staged = Staged(Direct(handle_of_two(GROUP), "gloo"))
+        torch.cuda._sleep(50_000_000)
+        block.fill_(3)
+        staged.post([Message(True, 1, block, "")])
+        block.fill_(5)
+        wait = staged.post([Message(False, 1, target, "")])
+    assert all(host.is_pinned() for host in posted) and (posted[0] == 3).all()
+    posted[1].copy_(posted[0])
     wait()
-    block.fill_(5)
-    assert host.is_pinned() and (host == 3).all()
-    target = torch.empty_like(block)
-    memory.copy_in(host, target)
     assert (target == 3).all()
-    assert isinstance(routes._host_memory(block.device), PinnedMemory)
