@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.choose import best_layout
-from megatron_loong.planner.hardware import hardware_from_mapping
 from megatron_loong.planner.links import Site
+from megatron_loong.planner.profiles import hardware_from_mapping
 from megatron_loong.planner.search import layouts
 from megatron_loong.planner.simulate import simulate_pass
 from megatron_loong.planner.traffic import AttentionShape

@@ -26,7 +26,8 @@ from benchmarks.timing import Phases, interleaved, whole_s
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.calibration import command as calibrate
 from megatron_loong.config import LoongConfig
-from megatron_loong.planner.hardware import Hardware, hardware_from_mapping, hardware_to_text
+from megatron_loong.planner.hardware import Hardware, hardware_to_text
+from megatron_loong.planner.profiles import hardware_from_mapping
 from megatron_loong.sequence.sharding import shard_sequence
 from megatron_loong.topology.groups import build_groups
 

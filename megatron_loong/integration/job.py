@@ -6,7 +6,8 @@ import torch
 
 from megatron_loong.integration.options import LoongOptions
 from megatron_loong.planner.choose import Job, hardware_of_gpu
-from megatron_loong.planner.hardware import Hardware, load_hardware
+from megatron_loong.planner.hardware import Hardware
+from megatron_loong.planner.profiles import load_hardware
 
 
 def job_of(options: LoongOptions, args: object | None) -> Job | None:

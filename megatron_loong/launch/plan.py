@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_loong.planner.candidate import RECOMPUTE, Limits, Workload
-from megatron_loong.planner.hardware import Hardware, load_hardware
+from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
-from megatron_loong.planner.profiles import PROFILES
+from megatron_loong.planner.profiles import PROFILES, load_hardware
 from megatron_loong.planner.report import as_json, as_text
 from megatron_loong.planner.search import Outcome, search
 from megatron_loong.planner.units import tokens

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,81 +137,14 @@ class Hardware:
         return dataclasses.replace(self, **changes)
 
 
-_CURVES = ("attention_forward", "attention_forward_causal", "attention_backward", "attention_backward_causal")
+CURVES = ("attention_forward", "attention_forward_causal", "attention_backward", "attention_backward_causal")
+"""Fields of `Hardware` that are curves."""
 
 
 def hardware_to_text(hardware: Hardware) -> str:
     """The profile as a file: JSON, which is YAML too."""
     values = dataclasses.asdict(hardware)
-    for name in _CURVES:
+    for name in CURVES:
         values[name] = {str(length): rate for length, rate in getattr(hardware, name).points}
     values["sources"] = dict(hardware.sources)
     return json.dumps(values, indent=2) + "\n"
-
-
-def hardware_from_mapping(values: Mapping[str, Any], where: str) -> Hardware:
-    """A profile from a mapping; `base: h100` takes what is not given from a named profile.
-
-    Raises `ValueError` naming `where` for an unknown or missing field, and for numbers that cannot be.
-    """
-    from megatron_loong.planner.profiles import PROFILES
-
-    fields = dict(values)
-    base = fields.pop("base", None)
-    known = {item.name for item in dataclasses.fields(Hardware)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"{where}: no field {', '.join(unknown)}; a hardware profile has {', '.join(sorted(known))}")
-    for name in set(_CURVES) & set(fields):
-        if not isinstance(fields[name], Mapping):
-            raise ValueError(f"{where}: {name} must map block lengths to rates, such as {{1024: 1.5e14, 8192: 2e14}}")
-        fields[name] = Curve(tuple(sorted((int(length), float(rate)) for length, rate in fields[name].items())))
-    if base is not None:
-        if base not in PROFILES:
-            raise ValueError(f"{where}: base {base!r} is unknown; use one of {', '.join(PROFILES)}")
-        return dataclasses.replace(PROFILES[base], **fields)
-    required = {f.name for f in dataclasses.fields(Hardware) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(required - set(fields)):
-        raise ValueError(f"{where}: missing {', '.join(missing)}; or write `base:` with one of {', '.join(PROFILES)}")
-    return Hardware(**fields)
-
-
-def load_hardware(name_or_path: str, flag: str = "--hardware") -> Hardware:
-    """A named profile, or a profile from a YAML (JSON) file.
-
-    Raises `ValueError`, naming `flag`, when it is neither, and for YAML other than JSON where PyYAML is missing.
-
-    >>> load_hardware("h100").nics_per_node
-    8
-    """
-    from megatron_loong.planner.profiles import PROFILES
-
-    if name_or_path.lower() in PROFILES:
-        return PROFILES[name_or_path.lower()]
-    if not os.path.isfile(name_or_path):
-        raise ValueError(
-            f"{flag} {name_or_path}: neither a file nor a profile; the profiles are {', '.join(PROFILES)}, and "
-            "`python -m megatron_loong calibrate` writes a file for the machine that it runs on"
-        )
-    with open(name_or_path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError:
-        values = _yaml_mapping(text, f"{flag} {name_or_path}")
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{flag} {name_or_path}: the file must hold a mapping of hardware fields")
-    return hardware_from_mapping(values, f"{flag} {name_or_path}")
-
-
-def _yaml_mapping(text: str, where: str) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise ValueError(
-            f"{where} is not JSON, and reading other YAML needs PyYAML: pip install pyyaml, "
-            "or write the file as JSON (which is YAML too)"
-        ) from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from None

@@ -1,5 +1,6 @@
-"""Named nodes. Every number has its published source beside it; nothing here was measured by this project.
+"""Named nodes, and nodes read from files.
 
+Every number here has its published source beside it; nothing here was measured by this project.
 Curves are over block length in tokens, head width 128, bf16. How links fall short of their line rate is published
 less often than the line rate: two ratios are used for all profiles, `NVLINK_ACHIEVED` and `NIC_ACHIEVED`.
 """
@@ -7,8 +8,12 @@ less often than the line rate: two ratios are used for all profiles, `NVLINK_ACH
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
 
-from megatron_loong.planner.hardware import Curve, Hardware
+from megatron_loong.planner.hardware import CURVES, Curve, Hardware
 
 #: 376-380 of 450 GB/s in one direction between two H100: NVIDIA/nccl issue #1264, p2pBandwidthLatencyTest.
 NVLINK_ACHIEVED = 380 / 450
@@ -171,3 +176,67 @@ B200 = Hardware(
 
 #: Named profiles, the oldest first.
 PROFILES: dict[str, Hardware] = {x.name: x for x in (A100, A800, H100, H800, H200, B200)}
+
+
+def hardware_from_mapping(values: Mapping[str, Any], where: str) -> Hardware:
+    """A profile from a mapping; `base: h100` takes what is not given from a named profile.
+
+    Raises `ValueError` naming `where` for an unknown or missing field, and for numbers that cannot be.
+    """
+    fields = dict(values)
+    base = fields.pop("base", None)
+    known = {item.name for item in dataclasses.fields(Hardware)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"{where}: no field {', '.join(unknown)}; a hardware profile has {', '.join(sorted(known))}")
+    for name in set(CURVES) & set(fields):
+        if not isinstance(fields[name], Mapping):
+            raise ValueError(f"{where}: {name} must map block lengths to rates, such as {{1024: 1.5e14, 8192: 2e14}}")
+        fields[name] = Curve(tuple(sorted((int(length), float(rate)) for length, rate in fields[name].items())))
+    if base is not None:
+        if base not in PROFILES:
+            raise ValueError(f"{where}: base {base!r} is unknown; use one of {', '.join(PROFILES)}")
+        return dataclasses.replace(PROFILES[base], **fields)
+    required = {f.name for f in dataclasses.fields(Hardware) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(fields)):
+        raise ValueError(f"{where}: missing {', '.join(missing)}; or write `base:` with one of {', '.join(PROFILES)}")
+    return Hardware(**fields)
+
+
+def load_hardware(name_or_path: str, flag: str = "--hardware") -> Hardware:
+    """A named profile, or a profile from a YAML (JSON) file.
+
+    Raises `ValueError`, naming `flag`, when it is neither, and for YAML other than JSON where PyYAML is missing.
+
+    >>> load_hardware("h100").nics_per_node
+    8
+    """
+    if name_or_path.lower() in PROFILES:
+        return PROFILES[name_or_path.lower()]
+    if not os.path.isfile(name_or_path):
+        raise ValueError(
+            f"{flag} {name_or_path}: neither a file nor a profile; the profiles are {', '.join(PROFILES)}, and "
+            "`python -m megatron_loong calibrate` writes a file for the machine that it runs on"
+        )
+    with open(name_or_path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        values = _yaml_mapping(text, f"{flag} {name_or_path}")
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{flag} {name_or_path}: the file must hold a mapping of hardware fields")
+    return hardware_from_mapping(values, f"{flag} {name_or_path}")
+
+
+def _yaml_mapping(text: str, where: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError(
+            f"{where} is not JSON, and reading other YAML needs PyYAML: pip install pyyaml, "
+            "or write the file as JSON (which is YAML too)"
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}") from None

@@ -21,10 +21,10 @@ from megatron_loong.planner import fit
 from megatron_loong.planner.candidate import Candidate, Limits, Workload
 from megatron_loong.planner.choose import best_layout
 from megatron_loong.planner.flags import connections, flag_value, flags_of, model_flags
-from megatron_loong.planner.hardware import Curve, hardware_to_text, load_hardware
+from megatron_loong.planner.hardware import Curve, hardware_to_text
 from megatron_loong.planner.links import Site
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
-from megatron_loong.planner.profiles import PROFILES
+from megatron_loong.planner.profiles import PROFILES, load_hardware
 from megatron_loong.planner.reasons import describe
 from megatron_loong.planner.search import layouts, search
 from megatron_loong.planner.simulate import simulate_pass

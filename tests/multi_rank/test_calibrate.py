@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_loong.__main__ import main
-from megatron_loong.planner.hardware import load_hardware
+from megatron_loong.planner.profiles import load_hardware
 
 
 def calibrate(*arguments: str) -> subprocess.CompletedProcess[str]:
