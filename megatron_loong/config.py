@@ -83,8 +83,12 @@ class LoongConfig:
     sequence_layout: str = "zigzag"
     """`zigzag`: rank l holds chunks l and 2*cp_size-1-l, so that causal work is balanced. `contiguous`: chunk l."""
 
+    least_rows_to_cut: int = 2048
+    """A rank's own block of at least so many rows is attended to in two parts in the backward pass, and the first part
+    hides the first hops. For shorter blocks two smaller calls would cost more than the hops take."""
+
     def __post_init__(self) -> None:
-        for name in ("context_parallel_size", "head_parallel_size", "inner_ring_size"):
+        for name in ("context_parallel_size", "head_parallel_size", "inner_ring_size", "least_rows_to_cut"):
             value = getattr(self, name)
             if name == "inner_ring_size" and value is None:
                 continue

@@ -108,7 +108,9 @@ class Call:
         config, heads, ring_rank = self.groups.config, self.query_heads, self.groups.ring_rank
         assert config.inner_ring_size is not None
         narrow = self.wire_dtype.itemsize < torch.float32.itemsize
-        scheduled = functools.partial(ring_schedule, *self.layouts, self.mask, config.inner_ring_size)
+        scheduled = functools.partial(
+            ring_schedule, *self.layouts, self.mask, config.inner_ring_size, least_rows_to_cut=config.least_rows_to_cut
+        )
         # Gradients that are rounded to travel go straight to the first rank of a ring: rounded once, not once a hop.
         return RingPlan(
             layouts=self.layouts,

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from megatron_loong.config import LoongConfig
 from megatron_loong.schedule.routes import OWN, Place, forward_order, own_last_order
 from megatron_loong.schedule.steps import ring_schedule
-from megatron_loong.schedule.tiles import LEAST_ROWS_TO_CUT, Mask, Tile, held_segments, tiles
+from megatron_loong.schedule.tiles import Mask, Tile, held_segments, tiles
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 
@@ -61,7 +61,7 @@ def _program(
 ) -> tuple[Op, ...]:
     """The steps of any one rank: with one causal document in zigzag, all ranks do the same."""
     ring = outer_ring_size * inner_ring_size
-    layout = zigzag_or_contiguous(LoongConfig(ring), (2 if short else LEAST_ROWS_TO_CUT) * ring)
+    layout = zigzag_or_contiguous(LoongConfig(ring), (2 if short else LoongConfig.least_rows_to_cut) * ring)
     schedule = ring_schedule(layout, layout, Mask(right=0), inner_ring_size, direct_returns=direct_returns)
     steps, sizes = schedule.steps(0, backward), {"inner": inner_ring_size, "outer": outer_ring_size}
     order = own_last_order if backward else forward_order

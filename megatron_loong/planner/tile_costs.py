@@ -9,7 +9,7 @@ from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.methods import Method
 from megatron_loong.planner.programs import Tokens, backward_program
 from megatron_loong.planner.traffic import AttentionShape, shared_heads
-from megatron_loong.schedule.tiles import Tile, halved, worth_cutting
+from megatron_loong.schedule.tiles import Tile, halved
 
 
 class TileCosts:
@@ -28,7 +28,7 @@ class TileCosts:
         """Adding the gradients of one block."""
         self.opens = backward and config.ring_size > 1 and method.backward_program is backward_program
         """Whether the own tiles are computed in two parts."""
-        self.short = not worth_cutting(self.block_tokens)
+        self.short = self.block_tokens < config.least_rows_to_cut
         """Whether they are too short for that."""
         self.queries_move = method.queries_move(config, shape, backward)
         rows = shape.batch * self.block_tokens * self.heads
@@ -53,7 +53,7 @@ class TileCosts:
             kernel_s = merge_s = 0.0
             tiles: Sequence[Tile] = self.tokens.tiles(*key[:2])
             if part != "tile":
-                tiles = halved(tiles)[part == "rest"]
+                tiles = halved(tiles, self.config.least_rows_to_cut)[part == "rest"]
             for tile in tiles:
                 query_len, kv_len = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
                 kernel_s += self._kernel_s(query_len, kv_len, tile.window == CAUSAL)

@@ -39,9 +39,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from megatron_loong.config import LoongConfig
 from megatron_loong.schedule.rotation import Moving
 from megatron_loong.schedule.rows import Rows, row_count, running_unions, union
-from megatron_loong.schedule.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles, worth_cutting
+from megatron_loong.schedule.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles
 from megatron_loong.topology.tokens import TokenLayout
 
 
@@ -129,6 +130,7 @@ class Routes:
     inner_ring_size: int
     moving: Moving
     direct_returns: bool
+    least_rows_to_cut: int = LoongConfig.least_rows_to_cut
     share: Literal["all", "near", "far"] = "all"
     """Which pairs of ring ranks are computed by these routes: all, those at most half a ring apart, or the others."""
     _known_needs: dict[tuple[int, int], Rows] = field(default_factory=dict, repr=False)
@@ -317,4 +319,4 @@ class Routes:
     @functools.cached_property
     def _short(self) -> bool:
         """Whether own blocks are too short to be begun ahead (`tiles.halved`)."""
-        return not worth_cutting(max(row_count(self.q.ring_runs(rank)) for rank in range(self.ring_size)))
+        return max(row_count(self.q.ring_runs(rank)) for rank in range(self.ring_size)) < self.least_rows_to_cut

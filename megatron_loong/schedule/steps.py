@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from megatron_loong.config import LoongConfig
 from megatron_loong.schedule.rotation import Moving
 from megatron_loong.schedule.routes import OWN, Edge, Place, Routes
 from megatron_loong.schedule.rows import Rows, original_rows, row_count, slice_within
@@ -89,6 +90,7 @@ def ring_schedule(
     inner_ring_size: int,
     moving: Moving = "kv",
     direct_returns: bool = False,
+    least_rows_to_cut: int = LoongConfig.least_rows_to_cut,
 ) -> Schedule:
     """The schedule in which `moving` blocks go round; remembered, for all layers of a model ask for the same.
 
@@ -99,10 +101,10 @@ def ring_schedule(
     """
     contiguous = all(len(q.ring_runs(rank)) <= 1 for rank in range(q.ring_size))
     if contiguous and q is kv and q.ring_size > 2 and mask == Mask(right=0) and len(q.documents) == 2:
-        near = Routes(q, kv, mask, inner_ring_size, "kv", direct_returns, "near")
+        near = Routes(q, kv, mask, inner_ring_size, "kv", direct_returns, least_rows_to_cut, "near")
         # With caches of its own: `replace` would share them.
         return Schedule((near, replace(near, moving="q", share="far", _known_needs={}, _known_edges={})))
-    return Schedule((Routes(q, kv, mask, inner_ring_size, moving, direct_returns),))
+    return Schedule((Routes(q, kv, mask, inner_ring_size, moving, direct_returns, least_rows_to_cut),))
 
 
 def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple[Step, ...]:
@@ -145,7 +147,8 @@ def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple
         blocks.append(Step(routes.moving, owner, rows, tuple(tiles), return_rows=return_rows))
     if ahead:
         own = blocks[-1] if routes.own_last(backward) else blocks[0]
-        begun, rest = halved(own.tiles) if backward and routes.ring_size > 1 else ((), own.tiles)
+        cut = backward and routes.ring_size > 1
+        begun, rest = halved(own.tiles, routes.least_rows_to_cut) if cut else ((), own.tiles)
         blocks = [replace(own, tiles=begun), *blocks]
         blocks[-1 if routes.own_last(backward) else 1] = replace(own, tiles=rest)
     return tuple(

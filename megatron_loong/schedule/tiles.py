@@ -17,9 +17,6 @@ from typing import NamedTuple
 from megatron_loong.config import CAUSAL, FULL, UNBOUNDED
 from megatron_loong.topology.tokens import Run, TokenLayout
 
-#: Fewer rows are not cut for the sake of overlap: more calls on smaller tiles cost more than a hop of so few takes.
-LEAST_ROWS_TO_CUT = 2048
-
 
 @dataclass(frozen=True)
 class Mask:
@@ -91,26 +88,21 @@ def squared(tile: Tile) -> list[Tile]:
     return [Tile(tile.q, slice(tile.kv.start, middle), FULL), Tile(tile.q, slice(middle, tile.kv.stop), CAUSAL)]
 
 
-def worth_cutting(rows: int) -> bool:
-    """Whether a tile of so many rows is computed in two parts, where something can be hidden between them."""
-    return rows >= LEAST_ROWS_TO_CUT
-
-
-def halved(found: Sequence[Tile]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
-    """Tiles in two parts of about as many pairs each; at most one tile is cut, if it is large enough.
+def halved(found: Sequence[Tile], least_rows: int) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
+    """Tiles in two parts of about as many pairs each; at most one tile is cut, if it has `least_rows`.
 
     A causal square is cut into the square below its diagonal and two triangles: sizes that kernels like.
 
-    >>> [(tile.q, tile.kv) for tile in halved([Tile(slice(0, 4096), slice(0, 4096), CAUSAL)])[0]]
+    >>> [(tile.q, tile.kv) for tile in halved([Tile(slice(0, 4096), slice(0, 4096), CAUSAL)], 2048)[0]]
     [(slice(2048, 4096, None), slice(0, 2048, None))]
-    >>> halved([Tile(slice(0, 100), slice(0, 100), CAUSAL)])[0]
+    >>> halved([Tile(slice(0, 100), slice(0, 100), CAUSAL)], 2048)[0]
     ()
     """
     first: list[Tile] = []
     missing = sum(map(_pairs_of, found)) / 2
     for index, tile in enumerate(found):
         if _pairs_of(tile) > missing:
-            now, later = _cut(tile, missing / _pairs_of(tile))
+            now, later = _cut(tile, missing / _pairs_of(tile), least_rows)
             return (*first, *now), (*later, *found[index + 1 :])
         first.append(tile)
         missing -= _pairs_of(tile)
@@ -122,10 +114,10 @@ def _pairs_of(tile: Tile) -> int:
     return Mask(left, right).pairs(tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start)
 
 
-def _cut(tile: Tile, share: float) -> tuple[list[Tile], list[Tile]]:
+def _cut(tile: Tile, share: float, least_rows: int) -> tuple[list[Tile], list[Tile]]:
     """A full or causal tile in two parts, the first with about `share` of its pairs; others, and short ones, whole."""
     rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
-    if not worth_cutting(rows):
+    if rows < least_rows:
         return [], [tile]
     if tile.window == CAUSAL and rows == keys > 1:
         middle, key = tile.q.start + rows // 2, tile.kv.start + rows // 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -18,15 +17,8 @@ from megatron_loong.schedule.tiles import Mask, Tile
 from megatron_loong.sequence.packing import packed_layout
 from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
-
-@pytest.fixture(autouse=True, scope="module", params=[4, 2048], ids=["long blocks", "short blocks"])
-def least_rows_to_cut(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Blocks of some rows are cut here as long ones are in use, or none are."""
-    ring_schedule.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_loong.schedule.tiles.LEAST_ROWS_TO_CUT", request.param)
-        yield request.param
-    ring_schedule.cache_clear()
+#: Blocks of a few rows are cut as long ones are in use; or none are.
+CUTS = {"long blocks": 4, "short blocks": LoongConfig.least_rows_to_cut}
 
 
 @st.composite
@@ -50,9 +42,10 @@ masks = st.builds(Mask, left=reaches, right=st.one_of(st.just(0), reaches))
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    """Whichever side moves, and however results return."""
+    """Whichever side moves, however results return, and whether own blocks are cut or not."""
     layout, inner = draw(layouts())
-    return ring_schedule(layout, layout, draw(masks), inner, draw(st.sampled_from(["kv", "q"])), draw(st.booleans()))
+    moving, direct, least_rows = st.sampled_from(["kv", "q"]), st.booleans(), st.sampled_from([*CUTS.values()])
+    return ring_schedule(layout, layout, draw(masks), inner, draw(moving), draw(direct), draw(least_rows))
 
 
 def ring_of(schedule: Schedule) -> tuple[int, int]:
@@ -173,10 +166,11 @@ def test_blocks_are_here_when_they_are_used(schedule: Schedule, backward: bool) 
         assert dropped >= set(arrival), "every block is dropped"
 
 
+@pytest.mark.parametrize("least_rows_to_cut", CUTS.values(), ids=CUTS.keys())
 def test_the_first_outer_hop_hides_behind_the_begun_own_block_or_else_a_tile(least_rows_to_cut: int) -> None:
     """Two inner rings of two, backward, blocks of 8 rows."""
     layout = zigzag_or_contiguous(LoongConfig(4), 32)
-    steps = ring_schedule(layout, layout, Mask(right=0), 2).steps(0, backward=True)
+    steps = ring_schedule(layout, layout, Mask(right=0), 2, least_rows_to_cut=least_rows_to_cut).steps(0, backward=True)
     begun = bool(steps[0].tiles)
     assert begun == (least_rows_to_cut <= 8)
     needed = 1 if begun else 2

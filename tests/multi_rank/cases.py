@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.attention.prepare import kernel_request
 from megatron_loong.comm.ledger import count_bytes
-from megatron_loong.schedule import tiles
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
 
@@ -69,7 +67,9 @@ def float64_layout(rank: int, cp: int, hp: int, w: int, placements: list[str], h
         for layout in ("zigzag", "contiguous"):
             if layout == "contiguous" and placement != placements[0]:
                 continue
-            config = LoongConfig(cp, hp, w, placement, layout)
+            # Short own blocks are cut as long ones are in use, or not at all, as short ones are.
+            cut = (placements.index(placement) % 2 == 0) == (layout == "zigzag")
+            config = LoongConfig(cp, hp, w, placement, layout, 4 if cut else LoongConfig.least_rows_to_cut)
             groups = build_groups(config, range(cp))
             for causal in (True, False):
                 for index, kv_heads in enumerate(sorted({1, 2 if heads % 2 == 0 else 1, heads})):
@@ -139,17 +139,6 @@ def heads_in_parts(rank: int, config: LoongConfig) -> Any:
     assert_close(four, one, 1e-12, f"on rank {rank}, with what belongs to a head")
     groups.destroy()
     return sent
-
-
-def uncut_blocks(rank: int, config: LoongConfig) -> None:
-    """Own blocks that are too short for an opening, as all are below 2048 rows; keys move, then queries."""
-    groups = build_groups(config, range(8))
-    with mock.patch.object(tiles, "LEAST_ROWS_TO_CUT", 2048):
-        for kv_heads in (2, 8):
-            inputs = random_inputs(1, 80, 8, kv_heads, 8, torch.float64)  # a length of its own: schedules are kept
-            expected = {n: shard_sequence(x, groups) for n, x in dense_with_gradients(*inputs, True).items()}
-            assert_close(run_attention(inputs, groups), expected, 1e-12, f"on rank {rank}, {kv_heads=}")
-    groups.destroy()
 
 
 def dtypes_and_value_width(rank: int, kernel: str) -> None:

@@ -30,9 +30,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_loong.schedule import tiles
-
-    tiles.LEAST_ROWS_TO_CUT = 4  # short own blocks go through as long ones do in use
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)

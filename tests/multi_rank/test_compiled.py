@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 
 from megatron_loong import LoongConfig, build_groups, shard_sequence
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.schedule import parts as module
+from megatron_loong.comm.ledger import count_bytes
 from tests.dense import dense_with_gradients
 from tests.multi_rank.cases import assert_close, random_inputs
 
 
-def compiled_in_parts(rank: int, *case) -> None:
-    """Every head a part of its own."""
-    least, module.LEAST_BYTES_IN_NODE = module.LEAST_BYTES_IN_NODE, 1
-    try:
-        compiled_layer(rank, *case)
-    finally:
-        module.LEAST_BYTES_IN_NODE = least
+def compiled_in_parts(rank: int, cp: int, hp: int, heads: tuple[int, int]) -> int:
+    """Ranks that find themselves on two nodes, and as much of q as is exchanged in two parts between nodes."""
+    with mock.patch.dict(os.environ, {"GROUP_RANK": str(rank % 2)}):
+        return compiled_layer(rank, cp, hp, heads, tokens=128, width=64)
 
 
-def compiled_layer(rank: int, cp: int, hp: int, heads: tuple[int, int]) -> None:
+def compiled_layer(rank: int, cp: int, hp: int, heads: tuple[int, int], tokens: int = 8, width: int = 8) -> int:
+    """All comparisons; returns the messages of the head group in a forward pass."""
     groups = build_groups(LoongConfig(cp, hp), range(cp))
     if rank >= cp:
-        return
+        return 0
     torch._dynamo.reset()  # workers stay alive, and torch counts the graphs of a function over all tests
-    full = random_inputs(1, 8 * cp, *heads, 8, torch.float64)
+    full = random_inputs(1, tokens * cp, *heads, width, torch.float64)
     expected = {name: shard_sequence(x, groups) for name, x in dense_with_gradients(*full, True).items()}
     q, k, v, dout = (shard_sequence(x, groups).detach() for x in full)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def layer(q, k, v):
-        return 2 * attention_2d(q, k, v, groups, seq_len=8 * cp)
+        return 2 * attention_2d(q, k, v, groups, seq_len=tokens * cp)
 
-    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(*leaves) / 2
+    with count_bytes() as ledger:
+        out = torch.compile(layer, fullgraph=True, backend="aot_eager")(*leaves) / 2
     results = (out.detach(), *torch.autograd.grad(out, leaves, dout))
     assert_close(dict(zip(("out", "dq", "dk", "dv"), results, strict=True)), expected, 1e-12, f"on rank {rank}")
-    eager = attention_2d(*leaves, groups, seq_len=8 * cp)
+    eager = attention_2d(*leaves, groups, seq_len=tokens * cp)
     assert torch.equal(out, eager)
     # Without seq_len the ranks ask each other, outside the graph.
     asking = torch.compile(lambda *x: attention_2d(*x, groups), backend="eager")
     assert torch.equal(asking(*leaves), eager)
     packed_layers(groups, full)
     groups.destroy()
+    return ledger.messages["head"]
 
 
 def packed_layers(groups, full) -> None:
@@ -76,4 +79,4 @@ def test_compiled_attention_matches_dense_attention(cp, hp, heads, pool) -> None
 
 @pytest.mark.multi_rank
 def test_heads_that_go_in_parts_compile_too(pool) -> None:
-    pool.run(compiled_in_parts, 4, 2, (8, 4))
+    assert pool.run(compiled_in_parts, 4, 2, (8, 4))[:4] == [4] * 4, "two parts, each there and back"

@@ -37,6 +37,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(divisors(cp // hp))),
         draw(st.sampled_from(PLACEMENTS)),
         draw(st.sampled_from(["zigzag", "contiguous"])),
+        draw(st.sampled_from([4, LoongConfig.least_rows_to_cut])),
     )
     tokens = draw(st.integers(1, 60))
     packed = draw(st.booleans())
@@ -78,7 +79,7 @@ def test_any_layout_mask_and_shape_matches_one_device(pool: WorkerPool, case: Ca
     assert min(compared[: case.config.context_parallel_size]) >= 4
 
 
-DOUBLE_RING = LoongConfig(8, 2, 2)
+DOUBLE_RING = LoongConfig(8, 2, 2, least_rows_to_cut=4)
 NAMED = {
     "documents of 1 token and of no multiple": Case(
         DOUBLE_RING, (0, 1, 2, 9, 40, 41, 59), packed=True, qkv_format="thd"

@@ -77,7 +77,7 @@ def run_packing(rank: int, config: LoongConfig, most_calls: int | None, changes:
         pytest.param(LoongConfig(1), 1, {}, id="one-rank"),
         pytest.param(LoongConfig(2, 2), 1, {}, id="head-group"),
         pytest.param(LoongConfig(2), 3, {}, id="ring"),
-        pytest.param(LoongConfig(4, 1, 2), 6, {"heads": 2, "kv_heads": 1}, id="double-ring"),
+        pytest.param(LoongConfig(4, 1, 2, least_rows_to_cut=4), 6, {"heads": 2, "kv_heads": 1}, id="double-ring"),
         pytest.param(LoongConfig(4, 2), 3, {"window": (5, 0)}, id="window"),
         pytest.param(LoongConfig(2), 3, {"causal": False, "sink": True}, id="full-with-sinks"),
         pytest.param(LoongConfig(2), None, {"batch": 2}, id="a-batch-comes-apart"),

@@ -90,7 +90,7 @@ def _at(level: Any, function: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "config",
-    [LoongConfig(4, 1, 2), LoongConfig(4, 2), LoongConfig(4, 4), LoongConfig(8, 2, 2)],
+    [LoongConfig(4, 1, 2), LoongConfig(4, 2), LoongConfig(4, 4), LoongConfig(8, 2, 2, least_rows_to_cut=4)],
     ids=LoongConfig.describe,
 )
 def test_selective_checkpoint(pool: WorkerPool, config: LoongConfig, dtype: torch.dtype) -> None:
