@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then lints and tests: scripts/test.sh [--all-versions] [pytest arguments]
+# Sets up what is missing, then lints and tests: scripts/test.sh [--all-versions] [--nightly] [pytest arguments]
 #   (none)           Python 3.12, megatron-core 0.19.2
 #   --all-versions   also the same tests on Python 3.11 with megatron-core 0.16.1, and import, install and
 #                    uninstall on the versions in between
+#   --nightly        also the tests that are too long for every change: hours
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 
 all_versions=false
-if [ "${1:-}" = --all-versions ]; then
-    all_versions=true
+selection=()
+while :; do
+    case "${1:-}" in
+        --all-versions) all_versions=true ;;
+        --nightly) selection=(-m "") ;;
+        *) break ;;
+    esac
     shift
-fi
+done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 failed=()
 
@@ -36,9 +42,9 @@ if $all_versions; then
         check "versions.py on megatron-core $version" \
             env PYTHONPATH="$side:$repo" "$bin/python" tests/integration/versions.py
     done
-    check "pytest on Python 3.11, megatron-core 0.16.1" "$env_dir/.venv-3.11/bin/python" -m pytest "$@"
+    check "pytest on Python 3.11, megatron-core 0.16.1" "$env_dir/.venv-3.11/bin/python" -m pytest "${selection[@]}" "$@"
 fi
-check "pytest on Python 3.12, megatron-core 0.19.2" "$bin/python" -m pytest "$@"
+check "pytest on Python 3.12, megatron-core 0.19.2" "$bin/python" -m pytest "${selection[@]}" "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf -v list '; %s' "${failed[@]}"

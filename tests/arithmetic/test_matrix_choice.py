@@ -1,4 +1,4 @@
-"""The matrix of training runs meets what it says it meets: every value by default, every pair with LOONG_TEST_ALL."""
+"""The matrix of training runs meets what it says it meets: every value by day, every pair by night."""
 
 from __future__ import annotations
 

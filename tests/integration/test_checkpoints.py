@@ -2,19 +2,19 @@
 
 Megatron's distributed checkpoints (torch_dist) on the CPU, with Adam and its moments. Only the distributed optimizer
 cannot be resumed here: Megatron needs Apex or TransformerEngine for that. Native context parallelism needs a GPU, so
-that the native layout here is one rank. LOONG_TEST_ALL=1 runs every pair of layouts.
+that the native layout here is one rank. Most pairs of layouts run by night.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.integration import megatron_runs
+from tests.nightly import mostly_nightly
 
 STEPS, SAVED_AFTER = 4, 2
 SHARED = (
@@ -34,6 +34,8 @@ LAYOUTS = {
     "tp2-cp2": (4, f"{LOONG} --context-parallel-size 2 --tensor-model-parallel-size 2"),
     "pp2-cp2": (4, f"{LOONG} --context-parallel-size 2 --pipeline-model-parallel-size 2"),
 }
+#: A pipeline stage draws other initial weights than one rank: nothing could be compared with what it saves.
+PAIRS = [pair for pair in itertools.permutations(LAYOUTS, 2) if pair[0] != "pp2-cp2"]
 ALWAYS = {("cp4-context-first", "one-rank"), ("cp4-context-first", "tp2-cp2")}
 
 
@@ -65,26 +67,21 @@ def saved_under(layout: str, folder: Path, *flags: str) -> tuple[Path, list[mega
     return place, train(layout, *flags, *save)
 
 
-@pytest.mark.parametrize(("saved", "resumed"), itertools.permutations(LAYOUTS, 2))
+@pytest.mark.parametrize(("saved", "resumed"), mostly_nightly(PAIRS, ALWAYS))
 def test_a_run_continues_under_another_layout(saved: str, resumed: str, folder: Path) -> None:
-    if (saved, resumed) not in ALWAYS and os.environ.get("LOONG_TEST_ALL") != "1":
-        pytest.skip("LOONG_TEST_ALL=1 runs this pair of layouts too")
-    if saved == "pp2-cp2":
-        pytest.skip("a pipeline stage draws other initial weights than one rank: there is nothing to compare with")
     expected = train("one-rank")
     place, before = saved_under(saved, folder)
     megatron_runs.assert_same_steps(before, expected[:SAVED_AFTER])
     megatron_runs.assert_same_steps(train(resumed, "--load", str(place)), expected[SAVED_AFTER:])
 
 
+@pytest.mark.nightly
 def test_random_numbers_are_in_a_checkpoint_and_know_no_layout(folder: Path) -> None:
     """With dropout, one checkpoint resumed under two layouts of the same ranks: masks depend on a rank's tokens alone.
 
     Not compared with the run that was never stopped: in CPU mode one generator serves the GPU's random numbers and the
     data loader, which draws a seed when it starts again.
     """
-    if os.environ.get("LOONG_TEST_ALL") != "1":
-        pytest.skip("LOONG_TEST_ALL=1 runs this too")
     dropout = ("--hidden-dropout", "0.2")
     place, before = saved_under("cp4-double-ring", folder, *dropout)
     assert abs(before[0].grad_norm - train("one-rank")[0].grad_norm) > 1e-2  # there is dropout

@@ -2,14 +2,13 @@
 
 Float32, no momentum. One rank trains two steps and saves its weights after each; a drawn run begins from those after
 the first and must repeat the second to 1e-5: loss, gradient norm, and the parameters after it.
-Ten seeds and a planted fault by default; LOONG_TEST_ALL=1 draws hundreds, on up to eight ranks, and plants all faults.
-LOONG_TEST_SEEDS=3,17 runs those alone.
+Ten seeds and two planted faults by day; by night hundreds, on up to eight ranks, and all faults. One seed alone:
+`-m "" -k seed17-`.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,13 @@ from tests.integration import drawn, megatron_runs, planted
 from tests.integration.drawn import Composition, composition
 from tests.integration.test_matrix import unequal_data
 from tests.integration.test_packed_runs import packed_script
+from tests.nightly import mostly_nightly
 
-ALL = os.environ.get("LOONG_TEST_ALL") == "1"
-LARGEST_WORLD = 8 if ALL else 4
-NAMED = [int(seed) for seed in os.environ.get("LOONG_TEST_SEEDS", "").split(",") if seed]
 #: 106 has MTP, per-token loss and packs, whose ranks have other numbers of tokens with loss.
-SEEDS = NAMED or (range(300) if ALL else [106, *drawn.varied(range(60), LARGEST_WORLD, 9)])
+SEEDS = [
+    *(pytest.param(seed, 4, id=f"seed{seed}-on-4") for seed in [106, *drawn.varied(range(60), 4, 9)]),
+    *(pytest.param(seed, 8, id=f"seed{seed}-on-8", marks=pytest.mark.nightly) for seed in range(300)),
+]
 TOLERANCE = 1e-5
 #: Weights large enough that sinks, windows and places matter.
 SHARED = tuple(
@@ -84,9 +84,9 @@ def differences(one: Composition, folder: Path, fault: str = "", change: str = "
     return found
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_drawn_composition_trains_as_one_rank(seed: int, folder: Path) -> None:
-    one = drawn.draw(seed, LARGEST_WORLD)
+@pytest.mark.parametrize(("seed", "largest_world"), SEEDS)
+def test_a_drawn_composition_trains_as_one_rank(seed: int, largest_world: int, folder: Path) -> None:
+    one = drawn.draw(seed, largest_world)
     print(f"seed {seed}: {one}: {' '.join(one.flags(drawn.AXES))}")
     found = differences(one, folder)
     print("\n".join(found))
@@ -102,7 +102,7 @@ CAUGHT = {
 }
 
 
-@pytest.mark.parametrize("fault", planted.FAULTS if ALL else ["dropped_gradient", "unmarked_sinks"])
+@pytest.mark.parametrize("fault", mostly_nightly(planted.FAULTS, ["dropped_gradient", "unmarked_sinks"]))
 def test_the_net_catches_a_planted_fault(fault: str, folder: Path) -> None:
     one, change = CAUGHT[fault]
     found = differences(one, folder, fault, change)

@@ -2,7 +2,7 @@
 
 Documents of 2 to 51 tokens, each on as many of the ranks of DP x CP as its length needs; every rank meets several sizes
 (hybrid_gpt.py sees to it). The reference is one rank with Megatron's own attention and the documents' mask spelled out.
-LOONG_TEST_ALL=1 runs every case.
+Most cases run by night.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pytest
 
 from tests.integration import megatron_runs
 from tests.integration.test_packed_runs import packed_script
-from tests.integration.test_pretrain_gpt import RUN_ALL, assert_same_steps, script_or_skip
+from tests.integration.test_pretrain_gpt import assert_same_steps, script_or_skip
+from tests.nightly import mostly_nightly
 
 #: The vocabulary is padded to the same size for one and two tensor-parallel ranks, or other weights would be drawn.
 SHARED = "--calculate-per-token-loss --vocab-size 319 --make-vocab-size-divisible-by 4"
@@ -32,11 +33,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("script_name", ["tests", "checkout"])
+@pytest.mark.parametrize("name", mostly_nightly(CASES, always=["cp2-dp2-head2"]))
+@pytest.mark.parametrize("script_name", mostly_nightly(["tests", "checkout"], always=["tests"]))
 def test_each_document_gets_the_ranks_it_needs(documents: str, script_name: str, name: str) -> None:
-    if not RUN_ALL and (script_name, name) != ("tests", "cp2-dp2-head2"):
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     reference = packed_script()
     script = Path(__file__).with_name("hybrid_gpt.py") if script_name == "tests" else script_or_skip("checkout")
     shared = [*documents.split(), *SHARED.split()]
@@ -44,12 +43,11 @@ def test_each_document_gets_the_ranks_it_needs(documents: str, script_name: str,
     assert_same_steps(megatron_runs.train(script, 4, *shared, *HYBRID.split(), *CASES[name].split()), native)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["cp2-dp2-head2", "cp1-dp4-ring"])
 def test_packs_of_documents_in_every_version(name: str) -> None:
     """The pretrain_gpt.py of MEGATRON_LM_PATH, from 0.16 on; its folder has to be on PYTHONPATH too."""
     script_or_skip("checkout")
-    if not RUN_ALL:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     script = Path(__file__).with_name("hybrid_checkout.py")
     native = megatron_runs.train(script, 1, SHARED.split()[0], "--global-batch-size", "16")
     steps = megatron_runs.train(script, 4, SHARED.split()[0], "--sft", *HYBRID.split(), *CASES[name].split())

@@ -5,8 +5,6 @@ TransformerEngine is not here: `fp8_gpt.py` says what plays it.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests.integration import megatron_runs
@@ -22,7 +20,7 @@ SELECTIVE = "--loong-selective-checkpoint --loong-offload-attention --loong-offl
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-@pytest.mark.skipif("LOONG_TEST_ALL" not in os.environ, reason="set LOONG_TEST_ALL=1")
+@pytest.mark.nightly
 @pytest.mark.parametrize("layout", ["--loong-head-parallel-size 1", "--loong-head-parallel-size 2"])
 def test_trains_as_on_one_rank_and_runs_each_ring_once(layout: str) -> None:
     """72 tokens are padded to 96 on 2 ranks, for multiples of 16 (`test_low_precision`); losses do not show it."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.integration import megatron_runs
 from tests.integration.test_packed_runs import packed_script
+from tests.nightly import mostly_nightly
 
-RUN_ALL = os.environ.get("LOONG_TEST_ALL") == "1"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LOONG = "--context-parallel-impl loong"
 CP2 = f"{LOONG} --context-parallel-size 2 --loong-head-parallel-size 2"
@@ -59,10 +58,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_nightly(RUNS, always=["everything"]))
 def test_selective_checkpoint_repeats_full_recomputation(name: str) -> None:
-    if name != "everything" and not RUN_ALL:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     world_size, shared, selective = RUNS[name]
     full = train(world_size, shared)
     kept = train(world_size, f"{shared} {selective}")
@@ -72,9 +69,8 @@ def test_selective_checkpoint_repeats_full_recomputation(name: str) -> None:
         assert [2 * s.ring_forwards for s in kept] == [s.ring_forwards for s in full]
 
 
+@pytest.mark.nightly
 def test_selective_checkpoint_of_packed_documents() -> None:
-    if not RUN_ALL:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     flags = f"--sft {LOONG} --context-parallel-size 4 --loong-head-parallel-size 2 {RECOMPUTE}".split()
     full = megatron_runs.train(packed_script(), 4, *flags)
     kept = megatron_runs.train(packed_script(), 4, *flags, SELECTIVE)
@@ -90,17 +86,17 @@ def test_tiled_loss_and_mlp_train_as_untiled(flags: str) -> None:
     assert_same(tiled, untiled)
 
 
+@pytest.mark.nightly
 def test_tiled_loss_with_a_parallel_vocabulary_and_tied_embeddings() -> None:
-    if not RUN_ALL:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     flags = "--tensor-model-parallel-size 2"
     assert_same(train(2, f"{flags} --loong-tiled-loss 10"), train(2, flags))
 
 
+@pytest.mark.nightly
 def test_multi_token_prediction() -> None:
     """Needs a checkout's pretrain_gpt.py: its head is used once more per depth, and its layer is recomputed too."""
-    if not RUN_ALL or megatron_runs.checkout_script() is None:
-        pytest.skip("LOONG_TEST_ALL=1 with MEGATRON_LM_PATH runs this case")
+    if megatron_runs.checkout_script() is None:
+        pytest.skip("set MEGATRON_LM_PATH to a Megatron-LM checkout")
     flags = f"{CP2} {RECOMPUTE} --mtp-num-layers 1"
     full = train(2, flags)
     assert_same(train(2, f"{flags} --loong-tiled-loss 10"), full)
@@ -109,10 +105,9 @@ def test_multi_token_prediction() -> None:
     assert [2 * s.ring_forwards for s in kept] == [s.ring_forwards for s in full]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("size", ["2", "all"])
 def test_optimizer_states_in_a_subgroup_train_as_plain_data_parallel(size: str) -> None:
-    if not RUN_ALL:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     flags = f"{CP2} --optimizer adam --lr 1e-3"
     assert_same(train(4, f"{flags} --loong-zero-optimizer-size {size}"), train(4, flags))
 

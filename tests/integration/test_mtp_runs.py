@@ -12,7 +12,8 @@ import pytest
 from tests.integration import megatron_runs
 from tests.integration.test_matrix import unequal_data
 from tests.integration.test_packed_runs import CP2, CP4, packed_script
-from tests.integration.test_pretrain_gpt import RUN_ALL, assert_same_steps
+from tests.integration.test_pretrain_gpt import assert_same_steps
+from tests.nightly import mostly_nightly
 
 #: Flags; and how many tokens of a sequence have a loss, beside one another, where few have.
 CASES = {
@@ -31,11 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mtp")
 
 
-@pytest.mark.parametrize("layout", [CP2, CP4], ids=["ring2", "head2-ring2"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", mostly_nightly([CP2, CP4], always=[CP4]), ids=["ring2", "head2-ring2"])
+@pytest.mark.parametrize("name", mostly_nightly(CASES, ALWAYS))
 def test_mtp_trains_as_on_one_rank(name: str, layout: str, folder: Path) -> None:
-    if not RUN_ALL and (name not in ALWAYS or layout != CP4):
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     flags, real = CASES[name]
     # The end token of 0.19 with this vocabulary is 254.
     data = [] if real is None else [*unequal_data(folder, real, (254, 255)), "--vocab-size", "255"]

@@ -1,7 +1,7 @@
 """Packs, lengths that do not divide and unusual layers, trained by `megatron.training` over ranks as on one.
 
 The reference is one rank with Megatron's own local attention; with packs it gets the mask as a tensor, spelled out
-document by document (tests/integration/packed_gpt.py). LOONG_TEST_ALL=1 runs the cases that are not in the default.
+document by document (tests/integration/packed_gpt.py). Most cases run by night.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration import megatron_runs
-from tests.integration.test_pretrain_gpt import RUN_ALL, assert_same_steps, script_or_skip
+from tests.integration.test_pretrain_gpt import assert_same_steps, script_or_skip
+from tests.nightly import mostly_nightly
 
 CP4 = "--context-parallel-size 4 --loong-head-parallel-size 2"
 CP2 = "--context-parallel-size 2 --loong-head-parallel-size 1"
@@ -65,23 +66,19 @@ def packed_script() -> Path:
     return Path(__file__).with_name("packed_gpt.py")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", mostly_nightly(CASES, [x for x in CASES if x.always]), ids=lambda case: case.name)
 def test_trains_as_on_one_rank(case: Case) -> None:
-    if not RUN_ALL and not case.always:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     script, shared = packed_script(), [*STEPS.split(), *case.shared.split()]
     native = megatron_runs.train(script, case.native_world_size, *shared)
     loong = ["--context-parallel-impl", "loong", *case.loong.split()]
     assert_same_steps(megatron_runs.train(script, 4, *shared, *loong), native)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-@pytest.mark.parametrize("script_name", ["tests", "checkout"])
+@pytest.mark.parametrize("micro_batch_size", mostly_nightly([1, 2], always=[1]))
+@pytest.mark.parametrize("script_name", mostly_nightly(["tests", "checkout"], always=["tests"]))
 def test_documents_of_a_dataset_are_masked_from_one_another(
     documents: str, script_name: str, micro_batch_size: int
 ) -> None:
-    if not RUN_ALL and (script_name, micro_batch_size) != ("tests", 1):
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     reference = packed_script()
     script = reference if script_name == "tests" else script_or_skip("checkout")
     shared = [*documents.split(), "--micro-batch-size", str(micro_batch_size)]

@@ -1,6 +1,6 @@
 """`megatron-loong patch`: one patch per Megatron-LM tag, applied to the file it was made for and to no other.
 
-The last tests run in real checkouts: LOONG_TEST_CHECKOUTS names a folder that holds them as core_v0.16.1, ....
+The last tests run in real checkouts: MEGATRON_LM_CHECKOUTS names a folder that holds them as core_v0.16.1, ....
 """
 
 from __future__ import annotations
@@ -126,13 +126,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture
 def checkout(tag: str, tmp_path: Path) -> Path:
     """A copy of the real checkout of `tag`, or a skip."""
-    folder = os.environ.get("LOONG_TEST_CHECKOUTS")
+    folder = os.environ.get("MEGATRON_LM_CHECKOUTS")
     if not folder:
         pytest.skip(
-            "set LOONG_TEST_CHECKOUTS to a folder with Megatron-LM checkouts called core_v0.16.1, core_v0.17.1, ..."
+            "set MEGATRON_LM_CHECKOUTS to a folder with Megatron-LM checkouts called core_v0.16.1, core_v0.17.1, ..."
         )
     original = Path(folder) / tag
-    assert original.is_dir(), f"LOONG_TEST_CHECKOUTS={folder} has no {tag}"
+    assert original.is_dir(), f"MEGATRON_LM_CHECKOUTS={folder} has no {tag}"
     copy = tmp_path / tag
     skipped = shutil.ignore_patterns(".git", "tests", "docs", "examples")
     return Path(shutil.copytree(original, copy, ignore=skipped))

@@ -1,8 +1,8 @@
 """`--context-parallel-impl loong` trains as one rank would: same losses, same gradient norms, whatever is beside it.
 
 Megatron's own loop, in fp32 on the CPU. Two scripts, each where it can run: the `pretrain_gpt.py` of a Megatron-LM
-checkout named by MEGATRON_LM_PATH, and our own on a megatron-core that ships the loop. LOONG_TEST_ALL=1 runs every
-case with both; without it the second script runs the first case only.
+checkout named by MEGATRON_LM_PATH, and our own on a megatron-core that ships the loop. By day
+the second script runs the first case only.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration import megatron_runs
 from tests.integration.megatron_runs import assert_same_steps
+from tests.nightly import mostly_nightly
 
 #: Megatron's distributed optimizer and its checkpoints know Adam, but no SGD.
 ADAM = "--optimizer adam --lr 1e-3"
-RUN_ALL = os.environ.get("LOONG_TEST_ALL") == "1"
+SCRIPTS = ["checkout", "own"]
+#: The one that runs every case.
+FIRST = "own" if megatron_runs.checkout_script() is None else "checkout"
 
 
 @dataclass(frozen=True)
@@ -102,35 +106,42 @@ def script_or_skip(name: str) -> Path:
     return script
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("script_name", ["checkout", "own"])
+def runs() -> list[Any]:
+    """Scripts and cases, most of them marked `nightly`."""
+    return [
+        pytest.param(
+            script,
+            case,
+            id=f"{script}-{case.name}",
+            marks=[] if case is CASES[0] or (case.always and script == FIRST) else pytest.mark.nightly,
+        )
+        for script in SCRIPTS
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize(("script_name", "case"), runs())
 def test_loong_trains_as_without_context_parallelism(script_name: str, case: Case) -> None:
     script = script_or_skip(script_name)
-    is_second = script_name == "own" and megatron_runs.checkout_script() is not None
-    if not RUN_ALL and (not case.always or (is_second and case is not CASES[0])):
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     shared = case.shared.split()
     native = megatron_runs.train(script, case.native_world_size, *shared)
     loong_flags = ["--context-parallel-impl", "loong", *case.loong.split()]
     assert_same_steps(megatron_runs.train(script, case.world_size, *shared, *loong_flags), native)
 
 
-@pytest.mark.parametrize("script_name", ["checkout", "own"])
+@pytest.mark.parametrize("script_name", mostly_nightly(SCRIPTS, always=[FIRST]))
 def test_data_parallel_ranks_change_nothing_natively(script_name: str) -> None:
     """The yardstick itself: without loong, two ranks and a distributed optimizer give one rank's numbers."""
     script = script_or_skip(script_name)
-    if script_name == "own" and not RUN_ALL and megatron_runs.checkout_script() is not None:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     native = megatron_runs.train(script, 1, *ADAM.split())
     assert_same_steps(megatron_runs.train(script, 2, *ADAM.split(), "--use-distributed-optimizer"), native)
 
 
-@pytest.mark.parametrize("script_name", ["checkout", "own"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("script_name", SCRIPTS)
 def test_a_checkpoint_continues_where_it_stopped(script_name: str, tmp_path: Path) -> None:
     """Saved under loong with CP 2, continued natively on one rank: the layout of CP is not in a checkpoint."""
     script = script_or_skip(script_name)
-    if not RUN_ALL:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     native = (*ADAM.split(), "--ckpt-format", "torch_dist")
     loong = ("--context-parallel-impl", "loong", "--context-parallel-size", "2")
     save = ("--save", str(tmp_path), "--save-interval", "2", "--exit-interval", "2")

@@ -17,7 +17,8 @@ from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron_loong.integration import reset_mask
 from megatron_loong.integration.checks import refuse_beside_reset
 from tests.integration import megatron_runs
-from tests.integration.test_pretrain_gpt import RUN_ALL, assert_same_steps, script_or_skip
+from tests.integration.test_pretrain_gpt import assert_same_steps, script_or_skip
+from tests.nightly import mostly_nightly
 
 EOD = 9
 ROWS = torch.tensor([[1, 2, EOD, 3, 4, 5, EOD, EOD], [1, 2, 3, 4, 5, 6, 7, 8]])
@@ -88,15 +89,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_nightly(CASES, always=["from-the-mask"]))
 def test_trains_as_on_one_rank_with_the_mask(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    if not RUN_ALL and name != "from-the-mask":
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     script = script_or_skip("checkout" if megatron_runs.checkout_script() else "own")
     shared = [*data(tmp_path_factory.mktemp("ends")).split(), "--reset-attention-mask"]
     native = megatron_runs.train(script, 1, *shared)
     steps = megatron_runs.train(script, 4, *shared, "--context-parallel-impl", "loong", *CASES[name].split())
     assert_same_steps(steps, native)
-    if RUN_ALL:
-        seen_whole = megatron_runs.train(script, 1, *(flag for flag in shared if flag != "--reset-attention-mask"))
-        assert abs(seen_whole[0].grad_norm / native[0].grad_norm - 1) > 1e-3, "the documents make no difference"
+
+
+@pytest.mark.nightly
+def test_the_mask_of_documents_makes_a_difference(tmp_path: Path) -> None:
+    script = script_or_skip("checkout" if megatron_runs.checkout_script() else "own")
+    whole = megatron_runs.train(script, 1, *data(tmp_path).split())
+    masked = megatron_runs.train(script, 1, *data(tmp_path).split(), "--reset-attention-mask")
+    assert abs(whole[0].grad_norm / masked[0].grad_norm - 1) > 1e-3

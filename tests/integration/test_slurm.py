@@ -1,6 +1,6 @@
 """Rendered batch scripts: checked by shellcheck, run by bash with a stand-in for srun, and by a real Slurm.
 
-The real one needs LOONG_TEST_ALL=1, Debian's packages slurmctld, slurmd, slurm-client and munge, and root.
+The real one runs by night (`nightly`) and needs Debian's packages slurmctld, slurmd, slurm-client and munge, and root.
 """
 
 from __future__ import annotations
@@ -264,8 +264,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     """A one-machine Slurm with its own munge; the environment in which its commands work."""
     search = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin"
     daemons = {name: shutil.which(name, path=search) for name in ("munged", "slurmctld", "slurmd", "sbatch")}
-    if os.environ.get("LOONG_TEST_ALL") != "1":
-        pytest.skip("LOONG_TEST_ALL=1 runs this too")
     if None in daemons.values() or os.geteuid() != 0:
         pytest.skip("needs root and the Debian packages slurmctld, slurmd, slurm-client and munge")
     folder = tmp_path_factory.mktemp("slurm")
@@ -320,7 +318,7 @@ def submit_to(cluster: dict[str, str], job: slurm.Job, folder: Path) -> str:
     return answer.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_slurm_runs_the_cpu_mode_job_to_its_end(cluster: dict[str, str], tmp_path: Path) -> None:
     from tests.integration import megatron_runs
 
@@ -339,7 +337,7 @@ def test_slurm_runs_the_cpu_mode_job_to_its_end(cluster: dict[str, str], tmp_pat
     assert "2D-Attention: cp 2 = head 2 x ring 1" in (run_dir / "rank0.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_slurm_requeues_a_failed_job_once(cluster: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "fails_once.py"
     script.write_text("import os, sys\nsys.exit(5 if os.environ.get('SLURM_RESTART_COUNT', '0') == '0' else 0)\n")

@@ -6,7 +6,6 @@ Triton runs in its interpreter on a CPU; with a GPU the same cases run on it, co
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from megatron_loong.kernels import folds
 from megatron_loong.kernels.common import dtype_name
+from tests.nightly import mostly_nightly
 
 TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
@@ -292,11 +292,9 @@ class compiled_only:
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", mostly_nightly([80, 90, 100], always=[90]))
 def test_kernels_compile_for_nvidia_gpus_with_loads_of_16_bytes(arch, monkeypatch):
-    """sm_90 always; LOONG_TEST_ALL=1 the others. Without the wide loads a kernel cannot reach the copy bandwidth."""
-    if arch != 90 and os.environ.get("LOONG_TEST_ALL") != "1":
-        pytest.skip("LOONG_TEST_ALL=1 compiles for this one too")
+    """Without the wide loads a kernel cannot reach the copy bandwidth."""
     import triton
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

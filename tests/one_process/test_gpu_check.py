@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -257,7 +256,7 @@ def test_a_broken_kernel_leaves_its_traceback_and_the_other_kernels_their_result
 
 @pytest.mark.multi_rank
 @pytest.mark.slow
-@pytest.mark.skipif("LOONG_TEST_ALL" not in os.environ, reason="set LOONG_TEST_ALL=1")
+@pytest.mark.nightly
 def test_four_processes_agree_on_a_cpu(tmp_path: Path, check_in: Callable[..., runner.Check]) -> None:
     (step,) = (x for x in STEPS if x.name == "4 processes, staged gloo")
     result = check_in().run_step(step, 120, {})
