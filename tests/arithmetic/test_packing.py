@@ -100,6 +100,7 @@ def test_documents_of_both_sides_stay_pairs(lengths: list[tuple[int, int]], conf
     assert [x.rank_runs for x in layouts] == [packed_layout(config, side).rank_runs for side in sides]
 
 
+@pytest.mark.nightly
 def test_the_page_in_the_docs_is_what_the_script_says() -> None:
     page = runpy.run_path(str(REPOSITORY / "scripts" / "packing_table.py"))["document"]()
     assert (REPOSITORY / "docs" / "packing.md").read_text() == page + "\n"

@@ -2,7 +2,7 @@
 
 Float32, no momentum. One rank trains two steps and saves its weights after each; a drawn run begins from those after
 the first and must repeat the second to 1e-5: loss, gradient norm, and the parameters after it.
-Ten seeds and two planted faults by day; by night hundreds, on up to eight ranks, and all faults. One seed alone:
+Seven seeds and two planted faults by day; by night hundreds, on up to eight ranks, and all faults. One seed alone:
 `-m "" -k seed17-`.
 """
 
@@ -21,7 +21,7 @@ from tests.nightly import mostly_nightly
 
 #: 106 has MTP, per-token loss and packs, whose ranks have other numbers of tokens with loss.
 SEEDS = [
-    *(pytest.param(seed, 4, id=f"seed{seed}-on-4") for seed in [106, *drawn.varied(range(60), 4, 9)]),
+    *(pytest.param(seed, 4, id=f"seed{seed}-on-4") for seed in [106, *drawn.varied(range(60), 4, 6)]),
     *(pytest.param(seed, 8, id=f"seed{seed}-on-8", marks=pytest.mark.nightly) for seed in range(300)),
 ]
 TOLERANCE = 1e-5

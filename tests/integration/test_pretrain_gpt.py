@@ -16,7 +16,6 @@ import pytest
 
 from tests.integration import megatron_runs
 from tests.integration.megatron_runs import assert_same_steps
-from tests.nightly import mostly_nightly
 
 #: Megatron's distributed optimizer and its checkpoints know Adam, but no SGD.
 ADAM = "--optimizer adam --lr 1e-3"
@@ -37,6 +36,7 @@ class Case:
     """Flags of both runs. TP and PP are shared: the initial weights may differ with them."""
     native_world_size: int = 1
     always: bool = True
+    """By day too. Pipelines, sharded optimizers and MoE are among the recipes of test_matrix.py."""
 
 
 CASES = [
@@ -52,17 +52,20 @@ CASES = [
         "--context-parallel-size 2 --loong-head-parallel-size 1",
         shared="--pipeline-model-parallel-size 2",
         native_world_size=2,
+        always=False,
     ),
     Case(
         "dp2-cp2-distributed-optimizer",
         "--context-parallel-size 2 --use-distributed-optimizer",
         shared=ADAM,
+        always=False,
     ),
     Case(
         "moe-cp2",
         "--context-parallel-size 2 --loong-head-parallel-size 2",
         world_size=2,
         shared="--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01",
+        always=False,
     ),
     Case(
         "cp4-double-ring",
@@ -129,7 +132,8 @@ def test_loong_trains_as_without_context_parallelism(script_name: str, case: Cas
     assert_same_steps(megatron_runs.train(script, case.world_size, *shared, *loong_flags), native)
 
 
-@pytest.mark.parametrize("script_name", mostly_nightly(SCRIPTS, always=[FIRST]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("script_name", SCRIPTS)
 def test_data_parallel_ranks_change_nothing_natively(script_name: str) -> None:
     """The yardstick itself: without loong, two ranks and a distributed optimizer give one rank's numbers."""
     script = script_or_skip(script_name)
