@@ -1,4 +1,4 @@
-"""Bytes sent, counted where they are sent. Costs one list look-up a message when nobody counts."""
+"""Counts the bytes that this process sends. Without an open `count_bytes` a message costs one look at an empty list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Ledger:
-    """What this process sent to others, per communicator name (`head`, `inner`, `outer`, `inner_dkv`, `outer_dkv`)."""
+    """What this process sent to others, by communicator (`head`, `inner`, `outer`, `inner_dkv`, `outer_dkv`)."""
 
     sent_bytes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
@@ -36,7 +36,7 @@ def count_bytes() -> Iterator[Ledger]:
 
 
 def record(communicator: str, sent_bytes: int) -> None:
-    """Note one message of `sent_bytes` to others on `communicator`."""
+    """Count one message of `sent_bytes` to others on `communicator`."""
     for ledger in _open_ledgers:
         ledger.sent_bytes[communicator] += sent_bytes
         ledger.messages[communicator] += 1

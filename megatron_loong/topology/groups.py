@@ -73,7 +73,7 @@ _by_number: WeakValueDictionary[int, LoongGroups] = WeakValueDictionary()
 
 
 def checked_groups(groups: object) -> LoongGroups:
-    """`groups`; `ValueError` for anything else than `LoongGroups` of which this process is a member."""
+    """`groups` itself. Raises `ValueError` unless it is a `LoongGroups` that this process is a member of."""
     if not isinstance(groups, LoongGroups):
         raise ValueError(
             f"groups={groups!r:.80} must be the LoongGroups of build_groups(LoongConfig(...), cp_global_ranks), which "
@@ -84,7 +84,7 @@ def checked_groups(groups: object) -> LoongGroups:
 
 
 def groups_by_number(number: int) -> LoongGroups:
-    """The `LoongGroups` of this number; `RuntimeError` when nobody holds them any more."""
+    """The `LoongGroups` with this number. Raises `RuntimeError` once they are garbage-collected."""
     if number not in _by_number:
         raise RuntimeError(f"LoongGroups number {number} are gone; keep them as long as a compiled graph uses them")
     return _by_number[number]
@@ -105,11 +105,11 @@ class LoongGroups:
     nodes: int = 1
     """How many nodes the ranks of the group are spread over."""
     known_kinds: set[Any] = field(default_factory=set, repr=False)
-    """Kinds of call in which the ranks have been found to agree (`attention.agreement`)."""
+    """Kinds of attention call whose arguments have been compared over the ranks (`attention.agreement`)."""
     always_compare: bool = field(default_factory=lambda: os.environ.get("LOONG_CHECK") == "1", repr=False)
-    """Whether they are compared at every call all the same."""
+    """Compare arguments at every call, not only at the first of each kind."""
     number: int = field(default_factory=itertools.count().__next__, repr=False)
-    """By which `groups_by_number` finds these in this process, for those who can pass on nothing but numbers."""
+    """Key for `groups_by_number`: operators of a compiled graph take numbers, but no objects."""
 
     def __post_init__(self) -> None:
         _by_number[self.number] = self
@@ -121,16 +121,16 @@ class LoongGroups:
 
     @functools.cached_property
     def ring_rank(self) -> int:
-        """Place in the whole ring, `outer * inner_ring_size + inner`."""
+        """Position in the whole ring, `outer * inner_ring_size + inner`."""
         return ring_rank_of(self.config, self.coordinates)
 
     @functools.cached_property
     def logical_rank(self) -> int:
-        """Place that decides which tokens this process holds."""
+        """Rank that decides which tokens this process holds (`layout.logical_rank_of`)."""
         return logical_rank_of(self.config, self.coordinates)
 
     def require_cp_rank(self) -> int:
-        """The cp_rank; `ValueError` when this process does not belong to the group."""
+        """The cp_rank. Raises `ValueError` if this process is not a member."""
         if self.cp_rank is None:
             raise ValueError(
                 f"this process is not in cp_global_ranks={list(self.cp_global_ranks)}: "
@@ -139,7 +139,7 @@ class LoongGroups:
         return self.cp_rank
 
     def handle(self, name: str) -> GroupHandle:
-        """The communicator called `name`; `RuntimeError` after `destroy`."""
+        """The communicator called `name`. Raises `RuntimeError` after `destroy`."""
         self.require_cp_rank()
         if name not in self.handles:
             raise RuntimeError(f"these LoongGroups were destroyed: there is no {name!r} communicator any more")
@@ -150,7 +150,7 @@ class LoongGroups:
         handles, self.handles = self.handles, {}
         for handle in handles.values():
             handle.transports.clear()
-            # A group that went with `dist.destroy_process_group()` of the whole world is gone already.
+            # If the program has destroyed the whole world, our groups went with it.
             if handle.process_group is not None and dist.is_initialized():
                 with contextlib.suppress(ValueError, AssertionError):
                     dist.destroy_process_group(handle.process_group)
@@ -162,13 +162,12 @@ _names_used_up_to = 0
 
 @contextlib.contextmanager
 def _names_that_members_agree_on(ranks: tuple[int, ...]) -> Iterator[None]:
-    """Let `new_group(use_local_synchronization=True)` find its peers, whatever groups each of them has besides.
+    """Inside, `new_group(use_local_synchronization=True)` gives a group the same, unused name on all its members.
 
-    torch names such a group after its ranks and after a count of groups that differs between processes (up to 2.13
-    the groups they have, later the groups they asked for). Members with different counts would wait for each other
-    for ever, and a name that comes back after a release would meet the rendezvous of the old group. So the members
-    agree, over the world's store, on a number that none of them has reached, and count from there. The count of
-    torch is put back, because groups that the whole world makes are named after it.
+    torch names such a group after its ranks and a count of groups that differs between processes (up to 2.13 the groups
+    that a process is in, later those that it asked for). Members with different counts would wait for each other for
+    ever, and a name that comes back after a group was destroyed would find the old group's rendezvous. So the members
+    agree, over the world's store, on a number that none of them has reached, and count from there.
     """
     global _names_used_up_to
     world, store, me = c10d._world, c10d._get_default_store(), dist.get_rank()
@@ -177,6 +176,8 @@ def _names_that_members_agree_on(ranks: tuple[int, ...]) -> Iterator[None]:
     _builds[ranks] += 1
     store.set(f"{key}{me}", str(max(len(known), count, _names_used_up_to)))
     agreed = max(int(store.get(f"{key}{rank}")) for rank in ranks)
+    # torch up to 2.13 counts the entries of `known`, later versions have a counter: both are raised to the same number.
+    # They are put back afterwards, for groups that the whole world makes are named by them too.
     padding: list[Any] = [object() for _ in range(agreed - len(known))]
     known.update(dict.fromkeys(padding, "padding"))
     world.group_count = agreed
@@ -199,9 +200,9 @@ def build_groups(
     """Make the communicators of this process's context-parallel group: head, inner and outer ring, dKV rings.
 
     Collective: every rank of the world calls it, each with the `cp_global_ranks` of its own group (a rank outside
-    the ranks that it passes gets groups with `cp_rank=None`). With `local_synchronization=True` only the members
-    of the group call it, for users who never meet all ranks in one place. `cp_global_ranks[i]` gets the coordinates of
-    cp_rank i under `config.placement`.
+    the ranks that it passes gets groups with `cp_rank=None`). With `local_synchronization=True` only the members of
+    the group call it, for programs in which not all ranks come to the same place. `cp_global_ranks[i]` gets the
+    coordinates of cp_rank i under `config.placement`.
 
     `timeout` is that of each communicator (default: torch's, 30 minutes). Raises `ValueError` on every rank alike when
     the ranks do not fit the config, repeat, lie outside the world, or overlap another group.
@@ -264,11 +265,11 @@ def _count_nodes(groups: LoongGroups) -> int:
 
 
 def _wait_until_connected(groups: LoongGroups) -> None:
-    """Have every communicator connected by all its members before anyone uses or releases it.
+    """Return once every communicator is connected on all its members, before anyone uses or destroys it.
 
-    gloo connects a group before `new_group` returns, but not at the same moment everywhere: a member that releases its
-    groups at once would cut off one that still connects. NCCL connects at the first use, in which all members must
-    take part, and the hops of a window or of a pack are between some of them.
+    gloo connects a group before `new_group` returns, but not at the same moment everywhere: a member that destroys its
+    groups at once would cut off one that is still connecting. NCCL connects at the first use, in which all members must
+    take part, but a window or a pack of documents needs hops between some of them only.
     """
     for handle in groups.handles.values():
         if handle.process_group is not None:
@@ -283,8 +284,10 @@ def _make_communicators(
     *,
     members_alone: bool,
 ) -> None:
-    """Make those of all wanted groups, in one order on every rank, and keep this process's own in `groups`."""
+    """Make the communicators of all wanted groups, and keep this process's own in `groups`."""
     me = dist.get_rank()
+    # `new_group` is collective, so every rank makes the groups of all ranks, in the same order. Unless
+    # `members_alone`: then only members call it, and `wanted` is their own group.
     for request_config, request_ranks in wanted:
         for name, axis in COMMUNICATORS.items():
             for members in group_members(request_config, axis):
@@ -315,7 +318,7 @@ def _problem_with(config: LoongConfig, ranks: tuple[int, ...]) -> str | None:
 
 
 def _check_requests(requests: Sequence[tuple[LoongConfig, tuple[int, ...], str | None]]) -> None:
-    """Raise the same error on every rank when any rank's request is wrong or two requests contradict each other."""
+    """Raise the same error on every rank if any rank's request is wrong or two requests contradict each other."""
     for global_rank, (_, _, problem) in enumerate(requests):
         if problem:
             raise ValueError(problem if len(requests) == 1 else f"{problem} (asked for by rank {global_rank})")

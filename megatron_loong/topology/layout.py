@@ -8,7 +8,7 @@ from megatron_loong.config import LoongConfig
 
 
 class Coordinates(NamedTuple):
-    """Where a context-parallel rank stands: its place in the head group, the outer ring and the inner ring."""
+    """Position of a context-parallel rank in its head group, outer ring and inner ring."""
 
     head: int
     outer: int
@@ -32,6 +32,7 @@ def coordinates_of(config: LoongConfig, cp_rank: int) -> Coordinates:
     """
     if not 0 <= cp_rank < config.context_parallel_size:
         raise ValueError(f"cp_rank={cp_rank} is outside range({config.context_parallel_size})")
+    # A number with mixed bases: the fastest-varying axis is its last digit.
     sizes, place = _axis_sizes(config), {}
     for axis in config.axis_order:
         cp_rank, place[axis] = divmod(cp_rank, sizes[axis])
@@ -52,13 +53,13 @@ def cp_rank_of(config: LoongConfig, coordinates: Coordinates) -> int:
 
 
 def ring_rank_of(config: LoongConfig, coordinates: Coordinates) -> int:
-    """Place in the whole ring, `outer * inner_ring_size + inner`."""
+    """Position in the whole ring, `outer * inner_ring_size + inner`."""
     assert config.inner_ring_size is not None
     return coordinates.outer * config.inner_ring_size + coordinates.inner
 
 
 def logical_rank_of(config: LoongConfig, coordinates: Coordinates) -> int:
-    """`ring_rank * head_parallel_size + head`: what decides which tokens a rank holds, whatever the placement.
+    """`ring_rank * head_parallel_size + head`, which decides what tokens a rank holds, whatever the placement.
 
     It equals the cp_rank under `head_first`; inside Megatron it is Megatron's own context-parallel rank.
     """
@@ -73,6 +74,7 @@ def group_members(config: LoongConfig, axis: str) -> list[list[int]]:
     >>> group_members(LoongConfig(8, 2, 2, "head_first"), "outer")
     [[0, 4], [1, 5], [2, 6], [3, 7]]
     """
+    # Ranks that differ in the coordinate on this axis alone are one group.
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for cp_rank in range(config.context_parallel_size):
         place = coordinates_of(config, cp_rank)

@@ -10,7 +10,7 @@ from megatron_loong.topology.layout import coordinates_of, group_members, logica
 
 
 def cp_ranks_per_node(cp_global_ranks: Sequence[int], ranks_per_node: int) -> int:
-    """How many ranks of a context-parallel group share a node, the fewest over its nodes.
+    """How many ranks of a context-parallel group share a node: the smallest number over its nodes.
 
     Global rank r is taken to run on node r // ranks_per_node, as torchrun and srun number them.
 
@@ -30,7 +30,7 @@ def fitting_head_parallel_sizes(context_parallel_size: int, heads: int) -> list[
 
 
 def largest_head_parallel_size(context_parallel_size: int, heads_per_tp_rank: int, cp_ranks_in_node: int) -> int:
-    """`auto`: the largest that divides the query heads and cp_size and whose all-to-all stays inside a node.
+    """`auto`: the largest size that divides the query heads and cp_size and keeps the all-to-all inside a node.
 
     >>> largest_head_parallel_size(16, heads_per_tp_rank=12, cp_ranks_in_node=8)
     4
@@ -42,7 +42,7 @@ def largest_head_parallel_size(context_parallel_size: int, heads_per_tp_rank: in
 def largest_inner_ring_size(
     context_parallel_size: int, head_parallel_size: int, placement: str, cp_ranks_in_node: int
 ) -> int:
-    """`auto`: the largest inner ring of which no hop leaves a node under the placement.
+    """`auto`: the largest inner ring whose hops stay inside a node under the placement.
 
     >>> largest_inner_ring_size(16, 2, "head_first", cp_ranks_in_node=8)
     4
@@ -58,11 +58,11 @@ def largest_inner_ring_size(
 
 
 def permuted_ranks(cp_groups: Sequence[Sequence[int]], config: LoongConfig) -> dict[int, int]:
-    """The rank that the process launched as rank r takes, so that logical rank and cp_rank are the same thing.
+    """Launched rank -> the rank that this process takes, so that its cp_rank is also its logical rank.
 
-    Inside a host that numbers context-parallel ranks itself (Megatron), a placement is a permutation of ranks:
-    the i-th process of each group stands where the placement puts cp_rank i, and takes the rank whose logical
-    place that is. `head_first` is the identity; rank 0 always keeps its place.
+    Megatron numbers context-parallel ranks itself, and its cp_rank decides which tokens a rank holds. A placement is
+    therefore a permutation of ranks: the i-th process of each group has the coordinates of cp_rank i under the
+    placement, and takes the rank that holds the tokens for them. `head_first` is the identity; rank 0 stays rank 0.
 
     >>> permuted_ranks([[0, 1, 2, 3]], LoongConfig(4, 2, placement="context_first"))
     {0: 0, 1: 2, 2: 1, 3: 3}
