@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write docs/reproduction.md: the planner's figures beside published ones. Needs neither torch nor a GPU.
+"""Write docs/reproduction.md, the planner's figures beside published ones, and the error band that `plan` prints.
 
-python scripts/reproduce.py            # writes the file
-python scripts/reproduce.py --print    # to stdout
+python scripts/reproduce.py            # writes both files; needs neither torch nor a GPU
+python scripts/reproduce.py --print    # the document, to stdout
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.reproduction import render
+from benchmarks.reproduction import band_module, compare, render
 
 
 def main() -> int:
+    compared = compare()
     if sys.argv[1:] == ["--print"]:
-        print(render(), end="")
+        print(render(compared), end="")
         return 0
     if sys.argv[1:]:
         print(__doc__, file=sys.stderr)
         return 2
-    path = Path(__file__).resolve().parents[1] / "docs" / "reproduction.md"
-    path.write_text(render(), encoding="utf-8")
-    print(f"wrote {path}")
+    root = Path(__file__).resolve().parents[1]
+    files = {"docs/reproduction.md": render(compared), "megatron_loong/planner/error_band.py": band_module(compared)}
+    for name, text in files.items():
+        (root / name).write_text(text, encoding="utf-8")
+        print(f"wrote {root / name}")
     return 0
 
 

@@ -89,6 +89,9 @@ class Hardware:
     """The same between nodes."""
     kernel_overhead_s: float = 5e-6
     """Time between two dependent kernels."""
+    training_efficiency: float = 1.0
+    """Share of the rates of matrix products and memory that whole training steps reach outside of attention: launch
+    gaps, small kernels, narrow matrices, clocks under load, slow ranks."""
     dtype_bytes: int = 2
     """Width of activations: 2 for bf16; `calibrate` on a CPU measures 4."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -100,6 +103,10 @@ class Hardware:
             free = "_busy_s" in item.name and value == 0
             if isinstance(value, bool) or (isinstance(value, (int, float)) and not value > 0 and not free):
                 raise ValueError(f"hardware {self.name!r}: {item.name}={value} must be above 0")
+        if self.training_efficiency > 1:
+            raise ValueError(
+                f"hardware {self.name!r}: training_efficiency={self.training_efficiency} must be at most 1"
+            )
         if self.nic_order not in ("block", "cyclic"):
             raise ValueError(f"hardware {self.name!r}: nic_order={self.nic_order!r} is unknown; use block or cyclic")
         if self.gpus_per_node % self.nics_per_node and self.nics_per_node % self.gpus_per_node:
@@ -109,10 +116,21 @@ class Hardware:
             )
 
     def attention_flops_per_s(self, query_len: int, kv_len: int, *, causal: bool, backward: bool) -> float:
-        """Rate of one attention tile; see the curves."""
-        name = ("attention_backward" if backward else "attention_forward") + ("_causal" if causal else "")
-        curve: Curve = getattr(self, name)
-        return curve.at(math.sqrt(query_len * kv_len))
+        """Rate of one attention tile; see the curves.
+
+        A triangle longer than was measured is two of half its length and the square between them, half the area each.
+        """
+        full = self.attention_backward if backward else self.attention_forward
+        length = math.sqrt(query_len * kv_len)
+        if not causal:
+            return full.at(length)
+        triangle, halvings = self.attention_backward_causal if backward else self.attention_forward_causal, 0
+        while length > triangle.points[-1][0]:
+            length, halvings = length / 2, halvings + 1
+        seconds = 1 / triangle.at(length)
+        for doubling in range(halvings):
+            seconds = (seconds + 1 / full.at(length * 2**doubling)) / 2
+        return 1 / seconds
 
     def nic_of(self, gpu: int) -> int:
         """The NIC that a GPU of a node uses.

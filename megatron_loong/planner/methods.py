@@ -119,5 +119,15 @@ LOONGTRAIN = Method("LoongTrain", backward_program=forward_order_backward)
 MEGATRON_CP = Method("Megatron-CP", backward_program=forward_order_backward, narrow_gradients=True)
 """TransformerEngine's p2p ring: gradients travel in bf16."""
 
+TORCH_CP = Method(
+    "PyTorch CP",
+    backward_program=forward_order_backward,
+    merge_bytes_per_element=38,
+    dq_bytes_per_element=18,
+    dkv_bytes_per_element=18,
+)
+"""PyTorch's ring (torch.distributed.tensor.experimental, `_SDPAMerger`): one kernel for each operator of a merge, all
+in float32, in which gradients travel too."""
+
 ULYSSES = Method("DeepSpeed-Ulysses")
 """Without a ring there is nothing to merge."""

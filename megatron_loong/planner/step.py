@@ -6,6 +6,8 @@
     micro-batch       layers of a stage x the above, + output layer on the last stage
     step              micro-batches x that, x (1 + (PP - 1) / micro-batches) for the bubble, + DP + optimizer
 
+Matrix products and memory traffic run at `Hardware.training_efficiency` of their best rates.
+
 MFU = useful FLOPs (`ModelShape.flops_per_token`) x tokens / (GPUs x step time x peak FLOP/s of the data sheet).
 """
 
@@ -63,7 +65,7 @@ def step_cost(
     terms["pipeline bubble"] = busy * (candidate.pipeline - 1) / micro
     terms["DP collectives"] = _data_parallel_s(candidate, work, hardware, layers * sum(layer.values()))
     shard = candidate.stage_params(work) / candidate.zero.optimizer
-    terms["optimizer"] = shard * _OPTIMIZER_BYTES_PER_PARAM / hardware.memory_bytes_per_s
+    terms["optimizer"] = shard * _OPTIMIZER_BYTES_PER_PARAM / _memory_rate(hardware)
     seconds = sum(terms.values())
     tokens = work.global_batch_size * work.seq_len
     useful = work.model.flops_per_token(work.seq_len) * tokens
@@ -98,8 +100,8 @@ def _layer_terms(
     return {
         "attention, computing": forward.compute_s * (1 + attention_again) + backward.compute_s,
         "attention, waiting": forward.exposed_s * (1 + attention_again) + backward.exposed_s,
-        "matrix products": (runs * flops + tiled) / hardware.matmul_flops_per_s,
-        "memory traffic": memory / hardware.memory_bytes_per_s,
+        "matrix products": (runs * flops + tiled) / _matmul_rate(hardware),
+        "memory traffic": memory / _memory_rate(hardware),
         "TP collectives": (2 + again) * _tensor_parallel_s(candidate, work, hardware),
         "expert all-to-all": (2 + again) * _expert_s(candidate, work, hardware),
     }
@@ -131,7 +133,15 @@ def _output_layer_s(candidate: Candidate, work: Workload, hardware: Hardware) ->
     """Forward and backward of the output layer; loss in float32 over the vocabulary read and written twice."""
     tokens, vocab = candidate.local_tokens(work), work.model.vocab_size / candidate.tensor
     flops = 6.0 * tokens * work.model.hidden_size * vocab * (4 / 3 if candidate.tiled_logits else 1)
-    return flops / hardware.matmul_flops_per_s + tokens * vocab * 16 / hardware.memory_bytes_per_s
+    return flops / _matmul_rate(hardware) + tokens * vocab * 16 / _memory_rate(hardware)
+
+
+def _matmul_rate(hardware: Hardware) -> float:
+    return hardware.matmul_flops_per_s * hardware.training_efficiency
+
+
+def _memory_rate(hardware: Hardware) -> float:
+    return hardware.memory_bytes_per_s * hardware.training_efficiency
 
 
 def _data_parallel_s(candidate: Candidate, work: Workload, hardware: Hardware, last_micro_batch_s: float) -> float:
@@ -148,8 +158,11 @@ def _data_parallel_s(candidate: Candidate, work: Workload, hardware: Hardware, l
     copies = ranks // shared
 
     def rate(members: int) -> float:
-        in_node = members * candidate.tensor <= hardware.gpus_per_node
-        return hardware.node_link_bytes_per_s if in_node else _nic_share(hardware)
+        if members * candidate.tensor <= hardware.gpus_per_node:
+            return hardware.node_link_bytes_per_s
+        # A ring enters each node once, and a node's ranks are members of as many rings as they have NICs for.
+        in_node = max(1, hardware.gpus_per_node // candidate.tensor)
+        return min(hardware.node_link_bytes_per_s, in_node * _nic_share(hardware))
 
     share = (shared - 1) / shared * params / rate(shared)
     between = 2 * (copies - 1) / copies * params / shared / rate(ranks)
