@@ -73,7 +73,7 @@ class Candidate:
     recompute: str = "selective"
     zero: ZeroSizes = NO_ZERO
     expert: int = 1
-    """Expert-parallel size, inside data x context ranks."""
+    """Expert-parallel size, inside TP x data x context ranks: experts are not cut by TP."""
     tiled_mlp: bool = False
     tiled_logits: bool = False
 
@@ -99,14 +99,21 @@ class Candidate:
         """Tokens of one micro-batch on one context-parallel rank."""
         return work.seq_len * work.micro_batch_size // self.context
 
-    def stage_params(self, work: Workload) -> float:
-        """Parameters of one rank of a pipeline stage before any ZeRO; an embedding on the first and on the last."""
+    def layer_params(self, work: Workload) -> tuple[float, float]:
+        """Of one layer on one rank before any ZeRO: (all but the experts, the experts)."""
         model = work.model
-        dense = model.attention_params + model.shared_expert_params
-        experts = (model.num_experts or 1) * model.expert_params / self.expert
-        return (self.layers(work) * (dense + experts) + model.embedding_params * (2 if self.pipeline == 1 else 1)) / (
-            self.tensor
-        )
+        if not model.num_experts:
+            return model.layer_params / self.tensor, 0.0
+        experts = model.num_experts * model.expert_params
+        return (model.layer_params - experts) / self.tensor, experts / self.expert
+
+    def stage_params(self, work: Workload, ranks: int = 1) -> float:
+        """Parameters of one rank of a pipeline stage, spread over so many data x context ranks; an embedding on the
+        first and on the last. Copies of an expert are fewer than those of the rest."""
+        dense, experts = self.layer_params(work)
+        tables = work.model.embedding_params * (2 if self.pipeline == 1 else 1) / self.tensor
+        copies = max(1.0, ranks * self.tensor / self.expert) if ranks > 1 else 1.0
+        return (self.layers(work) * dense + tables) / ranks + self.layers(work) * experts / copies
 
     def attention_shape(self, work: Workload) -> AttentionShape:
         """The attention of one layer as one TP rank sees it; KV heads fewer than TP ranks are copied, as Megatron

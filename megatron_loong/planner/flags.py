@@ -47,6 +47,7 @@ def model_flags(model: ModelShape) -> list[str]:
         values["--moe-ffn-hidden-size"] = model.moe_ffn_hidden_size or model.ffn_hidden_size
         values["--moe-router-load-balancing-type"] = "aux_loss"
         values["--moe-aux-loss-coeff"] = model.moe_aux_loss_coeff
+        values["--moe-router-dtype"] = "fp32"  # Megatron warns of bf16 with many experts
     if model.moe_shared_expert_intermediate_size:
         values["--moe-shared-expert-intermediate-size"] = model.moe_shared_expert_intermediate_size
     switches = {
@@ -76,8 +77,12 @@ def flags_of(candidate: Candidate, work: Workload) -> list[str]:
     if c.expert > 1:
         sizes["--expert-model-parallel-size"] = c.expert
     words = _words(sizes)
+    if work.model.num_experts:
+        words.append("--moe-grouped-gemm")  # Megatron's default computes one expert after another
     if c.expert > 1:  # Megatron's default gathers every token on every rank
         words += ["--moe-token-dispatcher-type", "alltoall"]
+    if work.model.num_experts and c.tensor > 1:  # Megatron's default cuts each expert's matrices too
+        words += ["--expert-tensor-parallel-size", "1"]
     if c.tensor > 1:
         words.append("--sequence-parallel")
     if c.context > 1:

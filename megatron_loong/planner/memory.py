@@ -98,26 +98,36 @@ def state_bytes(model: ModelShape, plan: MemoryPlan) -> dict[str, int]:
     parameters are spread, two layers of them (or the table) are whole at a time, the one in use and the next; where
     gradients are spread, one layer's are whole until they are reduced.
     """
-    stage = _stage_parameters(model, plan)
+    dense, experts = _stage_parameters(model, plan)
+
+    def spread(ranks: int) -> int:  # copies of an expert are fewer than those of the rest
+        copies = ranks * plan.tensor_parallel_size // plan.expert_parallel_size if ranks > 1 else 1
+        return dense // ranks + experts // max(1, copies)
+
     mixed = plan.dtype_bytes < 4
     optimizer = 0 if plan.offload_optimizer else (12 if mixed else 8)
-    layer, table = (n // plan.tensor_parallel_size for n in (model.layer_params, model.embedding_params))
+    expert_params = (model.num_experts or 0) * model.expert_params
+    layer = (model.layer_params - expert_params) // plan.tensor_parallel_size
+    layer += expert_params // plan.expert_parallel_size
+    table = model.embedding_params // plan.tensor_parallel_size
     gathered = max(2 * layer, table) * plan.dtype_bytes if plan.zero_param_size > 1 else 0
     return {
-        "parameters": stage * plan.dtype_bytes // plan.zero_param_size,
+        "parameters": spread(plan.zero_param_size) * plan.dtype_bytes,
         "gathered parameters": gathered,
         "gradients to be reduced": max(layer, table) * plan.gradient_bytes if plan.zero_grad_size > 1 else 0,
-        "gradients": stage * plan.gradient_bytes // plan.zero_grad_size,
-        "optimizer states": stage * optimizer // plan.zero_optimizer_size,
+        "gradients": spread(plan.zero_grad_size) * plan.gradient_bytes,
+        "optimizer states": spread(plan.zero_optimizer_size) * optimizer,
     }
 
 
-def _stage_parameters(model: ModelShape, plan: MemoryPlan) -> int:
+def _stage_parameters(model: ModelShape, plan: MemoryPlan) -> tuple[int, int]:
+    """(All but the experts, the experts), which are not cut by TP."""
     layers = math.ceil(model.num_layers / plan.pipeline_parallel_size)
     tables = (2 if plan.pipeline_parallel_size == 1 else 1) * model.embedding_params
-    experts = (model.num_experts or 1) * model.expert_params // plan.expert_parallel_size
-    split = layers * (model.attention_params + model.shared_expert_params + experts) + tables
-    return split // plan.tensor_parallel_size + (2 * layers + 1) * model.hidden_size
+    experts = (model.num_experts or 0) * model.expert_params
+    split = layers * (model.layer_params - experts) + tables
+    dense = split // plan.tensor_parallel_size + (2 * layers + 1) * model.hidden_size
+    return dense, layers * experts // plan.expert_parallel_size
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,7 @@ def layer_bytes(model: ModelShape, plan: MemoryPlan) -> LayerBytes:
         norm, residual = hidden + 4 * norm_rows, hidden
         mlp_kept, mlp_backward = (wide + 1) * ffn, (2 * wide + 1) * ffn
     if model.num_experts:  # a copy of each token for every expert that it visits, on the way there and back
-        copies = 2 * model.moe_router_topk * mlp_rows * model.hidden_size * e
+        copies = 2 * model.moe_router_topk * mlp_rows * model.hidden_size * e // tp
         mlp_kept, mlp_backward = mlp_kept + copies, mlp_backward + copies
     if plan.tiled_mlp:  # run again in the backward, from its input, which the norm keeps
         mlp_kept = 0

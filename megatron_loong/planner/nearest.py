@@ -14,7 +14,7 @@ _DECIDED = {
     "tensor": ("--tensor-model-parallel-size", "it divides --gpus, the GPUs of a node and the heads"),
     "pipeline": ("--pipeline-model-parallel-size", "it divides --gpus / (TP x CP) and the layers"),
     "context": ("--context-parallel-size", "it divides --gpus / TP, and twice it divides --seq-length"),
-    "expert": ("--expert-model-parallel-size", "it divides the experts and the data x context parallel ranks"),
+    "expert": ("--expert-model-parallel-size", "it divides the experts and the TP x data x context parallel ranks"),
     "head_parallel": ("--loong-head-parallel-size", "it divides CP and the heads of a TP rank"),
     "recompute": ("--recompute", "selective needs CP above 1"),
 }

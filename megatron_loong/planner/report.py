@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from megatron_loong.planner.baselines import Baseline, baselines
 from megatron_loong.planner.candidate import Workload
+from megatron_loong.planner.error_band import ERROR_BAND
 from megatron_loong.planner.flags import CONNECTIONS, LEFT_TO_THE_USER, connections, flags_of, model_flags
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.reasons import against, changes, crossing_axes, describe, reasons
 from megatron_loong.planner.search import Outcome, Plan
-from megatron_loong.planner.units import duration, number
+from megatron_loong.planner.step import StepCost
+from megatron_loong.planner.units import duration, length, number
 
 _GIB = 1 << 30
 
@@ -19,14 +22,20 @@ def as_text(outcome: Outcome, work: Workload, hardware: Hardware) -> str:
     """The plan, why, what else, what would change it, and the flags."""
     winner = outcome.plans[0]
     cost, flags = winner.cost, flags_of(winner.candidate, work)
+    others = baselines(winner.candidate, work, hardware)
     lines = [
-        f"Best plan for {work.gpus} x {hardware.name}, {work.seq_len} tokens, {work.global_batch_size} sequences",
+        f"Best plan for {work.gpus} x {hardware.name}, {length(work.seq_len)} tokens, "
+        f"{work.global_batch_size} sequences",
         f"  {describe(winner.candidate)}",
         f"  {duration(cost.seconds)} a step, {number(cost.tokens_per_gpu_s)} tokens/GPU/s, MFU {100 * cost.mfu:.1f}%; "
         "modelled",
+        f"  {_band(hardware)}",
         "",
         "Why",
         *(f"  - {line}" for line in reasons(winner, hardware)),
+        "",
+        "The same job without this package",
+        *([f"  {_beside(one, cost)}" for one in others] or ["  none of the others can run it with these sizes"]),
         "",
         "Where the time of a step goes",
         *_rows({name: duration(s) for name, s in cost.terms_s.items() if s >= 5e-4 * cost.seconds}),
@@ -50,6 +59,21 @@ def as_text(outcome: Outcome, work: Workload, hardware: Hardware) -> str:
     return "\n".join(lines)
 
 
+def _band(hardware: Hardware) -> str:
+    """How far the model is from what others have measured on this GPU."""
+    if hardware.name not in ERROR_BAND:
+        return "no published training run on this GPU has been set beside the model"
+    rows, median, largest = ERROR_BAND[hardware.name]
+    return f"published training runs on this GPU: within {largest}%, half of {rows} within {median}%"
+
+
+def _beside(one: Baseline, cost: StepCost) -> str:
+    words = f"{one.name}: {describe(one.candidate)}: {duration(one.cost.seconds)} a step"
+    return (
+        f"{words}, {one.cost.seconds / cost.seconds:.2f}x the time{'' if one.fits else '; it does not fit the memory'}"
+    )
+
+
 def _environment(flags: list[str]) -> str:
     needed = connections(flags)
     return f"{CONNECTIONS} unset, for Megatron-FSDP refuses 1" if needed is None else f"{CONNECTIONS}={needed}"
@@ -62,7 +86,7 @@ def _rows(values: dict[str, str]) -> list[str]:
 
 def as_json(outcome: Outcome, work: Workload, hardware: Hardware) -> dict[str, Any]:
     """Everything of `as_text` with names and plain numbers; `flags` are the words for the script."""
-    winner = outcome.plans[0]
+    winner, band = outcome.plans[0], ERROR_BAND.get(hardware.name)
     return {
         "modelled": True,
         "hardware": hardware.name,
@@ -79,6 +103,19 @@ def as_json(outcome: Outcome, work: Workload, hardware: Hardware) -> dict[str, A
             {**plan_as_json(plan, hardware), "against_winner": against(plan, winner)} for plan in outcome.plans[1:]
         ],
         "what_would_change_it": list(changes(outcome, work, hardware)),
+        "baselines": [
+            {
+                "name": one.name,
+                "description": describe(one.candidate),
+                "head_parallel_size": one.candidate.attention.head_parallel_size,
+                "recompute": one.candidate.recompute,
+                "step_s": one.cost.seconds,
+                "times_the_plan": one.cost.seconds / winner.cost.seconds,
+                "fits": one.fits,
+            }
+            for one in baselines(winner.candidate, work, hardware)
+        ],
+        "error_band": dict(zip(("rows", "median_percent", "largest_percent"), band, strict=True)) if band else None,
         "effort": vars(outcome.effort),
     }
 

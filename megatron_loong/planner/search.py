@@ -225,7 +225,7 @@ def _variants(
         if work.global_batch_size % (data * work.micro_batch_size):
             continue
         ranks = data * context
-        experts = [1] if not work.model.num_experts else [e for e in divisors(ranks) if work.model.num_experts % e == 0]
+        experts = [e for e in divisors(tensor * ranks) if (work.model.num_experts or 1) % e == 0]
         for expert in experts:
             if limits.expert not in (None, expert):
                 continue
@@ -235,7 +235,8 @@ def _variants(
                 if recompute == "selective" and context == 1:
                     continue  # it keeps what 2D-Attention computed, which one rank has no use for
                 for zero in zero_sizes(ranks, max(1, hardware.gpus_per_node // tensor), shards):
-                    yield Candidate(tensor, pipeline, data, placeholder, recompute, zero, expert)
+                    if tensor * zero.optimizer % expert == 0:  # an expert's states are spread over its copies
+                        yield Candidate(tensor, pipeline, data, placeholder, recompute, zero, expert)
 
 
 def zero_sizes(ranks: int, in_node: int, shards: _Shards) -> list[ZeroSizes]:

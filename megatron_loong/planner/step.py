@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.hardware import Hardware
+from megatron_loong.planner.model import ModelShape
 from megatron_loong.planner.simulate import PassTime
 
 #: Memory traffic of a layer outside attention and matrix products in bf16, bytes per token.
@@ -64,7 +65,7 @@ def step_cost(
     busy = sum(terms.values())
     terms["pipeline bubble"] = busy * (candidate.pipeline - 1) / micro
     terms["DP collectives"] = _data_parallel_s(candidate, work, hardware, layers * sum(layer.values()))
-    shard = candidate.stage_params(work) / candidate.zero.optimizer
+    shard = candidate.stage_params(work, candidate.zero.optimizer)
     terms["optimizer"] = shard * _OPTIMIZER_BYTES_PER_PARAM / _memory_rate(hardware)
     seconds = sum(terms.values())
     tokens = work.global_batch_size * work.seq_len
@@ -95,8 +96,9 @@ def _layer_terms(
     tiled = 2.0 * tokens * width / candidate.tensor if candidate.tiled_mlp else 0.0
     per_hidden, per_ffn = (f * (1 + again) + b for f, b in zip(_FORWARD_BYTES, _BACKWARD_BYTES, strict=True))
     memory = tokens * (per_hidden * model.hidden_size + per_ffn * ffn) / candidate.tensor
-    experts = model.layer_params / candidate.expert if model.num_experts else model.layer_params
-    memory += _GRADIENT_BYTES * experts / candidate.tensor
+    memory += _GRADIENT_BYTES * sum(candidate.layer_params(work))
+    if model.num_experts:
+        memory += tokens * (2 + again) * _dispatch_bytes(candidate, model) / candidate.tensor
     return {
         "attention, computing": forward.compute_s * (1 + attention_again) + backward.compute_s,
         "attention, waiting": forward.exposed_s * (1 + attention_again) + backward.exposed_s,
@@ -108,12 +110,14 @@ def _layer_terms(
 
 
 def _tensor_parallel_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float:
-    """Two all-gathers and two reduce-scatters of the hidden states (sequence parallelism), inside the node."""
-    tp = candidate.tensor
+    """An all-gather and a reduce-scatter of the hidden states (sequence parallelism) for the attention and for the MLP,
+    inside the node; routed experts are not cut and have none."""
+    tp, model = candidate.tensor, work.model
     if tp == 1:
         return 0.0
+    collectives = 2 if model.num_experts and not model.shared_expert_params else 4
     moved = candidate.local_tokens(work) * work.model.hidden_size * hardware.dtype_bytes * (tp - 1) / tp
-    return 4 * (moved / hardware.node_link_bytes_per_s + (tp - 1) * hardware.node_link_latency_s)
+    return collectives * (moved / hardware.node_link_bytes_per_s + (tp - 1) * hardware.node_link_latency_s)
 
 
 def _expert_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float:
@@ -123,10 +127,17 @@ def _expert_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float
         return 0.0
     tokens = candidate.local_tokens(work) / candidate.tensor
     moved = tokens * model.moe_router_topk * model.hidden_size * hardware.dtype_bytes
-    in_node = min(ep, max(1, hardware.gpus_per_node // candidate.tensor))
+    in_node = min(ep, hardware.gpus_per_node)
     outside, inside = moved * (ep - in_node) / ep, moved * (in_node - 1) / ep
     once = max(inside / hardware.node_link_bytes_per_s, outside / _nic_share(hardware)) + hardware.nic_latency_s
     return 2 * once
+
+
+def _dispatch_bytes(candidate: Candidate, model: ModelShape) -> int:
+    """Memory traffic per token of one forward of Megatron's all-to-all dispatcher: a copy for each expert is made and
+    summed up again, and between them, with EP, copies are sorted by expert and back."""
+    copies = 2 * model.moe_router_topk * model.hidden_size
+    return 4 * model.hidden_size + 2 * copies + (4 * copies if candidate.expert > 1 else 0)
 
 
 def _output_layer_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float:
