@@ -13,9 +13,10 @@ from typing import Any
 from megatron_loong.planner.candidate import RECOMPUTE, Limits, Workload
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
+from megatron_loong.planner.nearest import what_fits
 from megatron_loong.planner.profiles import PROFILES, load_hardware
 from megatron_loong.planner.report import as_json, as_text
-from megatron_loong.planner.search import Outcome, search
+from megatron_loong.planner.search import Outcome, any_fits, search
 from megatron_loong.planner.units import tokens
 
 _MODEL_FIELDS = [f for f in dataclasses.fields(ModelShape) if f.name != "gated"]
@@ -73,9 +74,12 @@ def main(argv: list[str]) -> int:
         return 2
     if not outcome.plans:
         need, there = outcome.smallest_bytes / 2**30, hardware.memory_bytes / 2**30
+        lines = what_fits(work, lambda other: any_fits(other, hardware, limits))
         print(
             f"megatron_loong: nothing fits: the leanest of {outcome.effort.candidates} plans needs {need:.1f} GiB "
-            f"a GPU, and {hardware.name} has {there:.0f}; take more GPUs, a shorter sequence or a larger global batch",
+            f"a GPU, and {hardware.name} has {there:.0f}; change one of these:",
+            *(lines or ["--model: no number of GPUs or length that was tried fits"]),
+            sep="\n  ",
             file=sys.stderr,
         )
         return 1

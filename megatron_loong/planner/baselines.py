@@ -31,7 +31,7 @@ def baselines(winner: Candidate, work: Workload, hardware: Hardware) -> list[Bas
     found = []
     recompute = "full" if winner.recompute == "selective" else winner.recompute
     if winner.context > 1:
-        same = dataclasses.replace(winner, recompute=recompute)
+        same = dataclasses.replace(winner, recompute=recompute, offload_attention=False)
         native = [
             _costed(name, dataclasses.replace(same, attention=config), MEGATRON_CP, work, hardware)
             for name, config in _native_layouts(winner, work, hardware)
@@ -40,7 +40,7 @@ def baselines(winner: Candidate, work: Workload, hardware: Hardware) -> list[Bas
     ranks = work.gpus // winner.data
     if work.seq_len % (2 * ranks) == 0:
         sharded = ZeroSizes(work.gpus, work.gpus, work.gpus)
-        fsdp = Candidate(1, 1, winner.data, LoongConfig(ranks), "full", sharded, tiled_logits=True)
+        fsdp = Candidate(1, 1, winner.data, LoongConfig(ranks), "full", sharded, tiled_logits=True, offload=True)
         found.append(_costed("PyTorch's FSDP2 and ring", fsdp, TORCH_CP, work, hardware))
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,6 +78,10 @@ class Candidate:
     """Expert-parallel size, inside TP x data x context ranks: experts are not cut by TP."""
     tiled_mlp: bool = False
     tiled_logits: bool = False
+    offload: bool = False
+    """The inputs of recomputed layers wait in host memory."""
+    offload_attention: bool = False
+    """So does what Selective Checkpoint++ keeps."""
 
     @property
     def context(self) -> int:
@@ -86,6 +92,20 @@ class Candidate:
     def gpus(self) -> int:
         """Number of GPUs."""
         return self.tensor * self.pipeline * self.data * self.context
+
+    def leaner(self, work: Workload) -> Iterator[Candidate]:
+        """This; with the loss in tiles; the MLP too; with the inputs of recomputed layers on the host; all they keep.
+
+        Experts are not tiled: the plugin refuses it.
+        """
+        yield self
+        yield (lean := dataclasses.replace(self, tiled_logits=True))
+        if not work.model.num_experts:
+            yield (lean := dataclasses.replace(lean, tiled_mlp=True))
+        if self.recompute != "none":
+            yield (lean := dataclasses.replace(lean, offload=True))
+        if self.recompute == "selective":
+            yield dataclasses.replace(lean, offload_attention=True)
 
     def layers(self, work: Workload) -> int:
         """Layers of one pipeline stage."""

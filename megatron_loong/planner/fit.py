@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.flags import TILED_LOSS_TOKENS, TILED_MLP_PIECES
 from megatron_loong.planner.hardware import Hardware
-from megatron_loong.planner.memory import MemoryPlan, peak
+from megatron_loong.planner.memory import MemoryPlan, layer_bytes, peak, state_bytes
+from megatron_loong.planner.model import ModelShape
 
 MemoryTerms = dict[str, int]
 MemoryModel = Callable[[Candidate, Workload], MemoryTerms]
@@ -40,12 +43,24 @@ def memory_plan(candidate: Candidate, work: Workload) -> MemoryPlan:
         selective_checkpoint="ring" if c.recompute == "selective" else "off",
         tiled_loss=TILED_LOSS_TOKENS if c.tiled_logits else 0,
         tiled_mlp=TILED_MLP_PIECES if c.tiled_mlp else 0,
+        offload_activations=c.offload,
+        offload_attention=c.offload_attention,
     )
 
 
 def peak_bytes(candidate: Candidate, work: Workload) -> MemoryTerms:
     """Peak bytes of the fullest rank, by term of `planner.memory`."""
     return {**peak(work.model, memory_plan(candidate, work)).terms, "runtime": RESERVE_BYTES}
+
+
+def host_bytes(model: ModelShape, plan: MemoryPlan) -> int:
+    """What the offloads put into host memory for one GPU of the first pipeline stage."""
+    layer, stages = layer_bytes(model, plan), plan.pipeline_parallel_size
+    calls = math.ceil(model.num_layers / stages) * (plan.micro_batches_in_flight or stages)
+    stash = layer.out + layer.lse if plan.selective_checkpoint == "ring" else 0
+    kept = calls * (layer.hidden * plan.offload_activations + stash * plan.offload_attention)
+    on_the_gpu = state_bytes(model, dataclasses.replace(plan, offload_optimizer=False))
+    return kept + on_the_gpu["optimizer states"] * plan.offload_optimizer
 
 
 def fits(terms: MemoryTerms, hardware: Hardware) -> bool:

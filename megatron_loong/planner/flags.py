@@ -94,6 +94,10 @@ def flags_of(candidate: Candidate, work: Workload) -> list[str]:
         words += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     if c.recompute == "selective":
         words.append("--loong-selective-checkpoint")
+    if c.offload:
+        words.append("--loong-offload-activations")
+    if c.offload_attention:
+        words.append("--loong-offload-attention")
     if c.tiled_logits:
         words += ["--loong-tiled-loss", str(TILED_LOSS_TOKENS)]
     if c.tiled_mlp:

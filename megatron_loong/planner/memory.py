@@ -9,7 +9,6 @@ and NCCL's own buffers are `reserve_bytes`, outside of the model.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -337,23 +336,3 @@ def tiled_loss_bytes(tile: int, vocab: int, hidden_size: int, dtype_bytes: int) 
     narrow = tile * vocab * dtype_bytes
     logits = narrow + (tile * vocab * 4 if dtype_bytes < 4 else 0)
     return table * max(4, dtype_bytes) + max(logits, narrow + table * dtype_bytes)
-
-
-def longest_sequence(
-    model: ModelShape, plan: MemoryPlan, memory_bytes: int, *, multiple: int | None = None
-) -> tuple[int, MemoryReport] | None:
-    """The longest sequence whose peak is at most `memory_bytes`, in steps of `multiple` tokens; None if none fits."""
-    step = multiple or 1024 * plan.context_parallel_size
-
-    def at(steps: int) -> MemoryReport:
-        return peak(model, dataclasses.replace(plan, seq_len=steps * step))
-
-    if at(1).peak_bytes > memory_bytes:
-        return None
-    low, high = 1, 2
-    while at(high).peak_bytes <= memory_bytes:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle).peak_bytes <= memory_bytes else (low, middle)
-    return low * step, at(low)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 from typing import Any
 
 from megatron_loong.config import divisors
-from megatron_loong.planner.memory import MemoryPlan, MemoryReport, layer_bytes, longest_sequence, peak, state_bytes
+from megatron_loong.planner.fit import host_bytes
+from megatron_loong.planner.memory import MemoryPlan, MemoryReport, peak
 from megatron_loong.planner.model import MODELS, ModelShape, model_from
-from megatron_loong.planner.units import tokens
+from megatron_loong.planner.units import length, tokens
 
 #: The order in which a user would turn them on: what costs least time first. Each adds to those above it.
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -88,7 +88,7 @@ def table(args: argparse.Namespace) -> str:
     if args.seq_length:
         rows = [(name, dataclasses.replace(row, seq_len=args.seq_length)) for name, row in rows]
         lines = [_terms(name, peak(model, row), host_bytes(model, row)) for name, row in rows]
-        return "\n".join([head, f"the peak of one rank at --seq-length {args.seq_length:,}", *lines])
+        return "\n".join([head, f"the peak of one rank at --seq-length {length(args.seq_length)}", *lines])
     lines = [f"{'switches':48} {'longest sequence':>16} {'host':>7}   what fills the GPU"]
     for name, row in rows:
         found = longest_sequence(model, row, budget)
@@ -98,18 +98,30 @@ def table(args: argparse.Namespace) -> str:
         else:
             seq_len, report = found
             host = host_bytes(model, dataclasses.replace(row, seq_len=seq_len))
-            lines.append(f"{name:48} {seq_len:>16,} {f'{host / 1e9:.0f}' if host else '-':>7}   {_largest(report)}")
+            lines.append(
+                f"{name:48} {length(seq_len):>16} {f'{host / 1e9:.0f}' if host else '-':>7}   {_largest(report)}"
+            )
     return "\n".join([head, *lines])
 
 
-def host_bytes(model: ModelShape, plan: MemoryPlan) -> int:
-    """What the offloads put into host memory for one GPU of the first pipeline stage."""
-    layer, stages = layer_bytes(model, plan), plan.pipeline_parallel_size
-    calls = math.ceil(model.num_layers / stages) * (plan.micro_batches_in_flight or stages)
-    stash = layer.out + layer.lse if plan.selective_checkpoint == "ring" else 0
-    kept = calls * (layer.hidden * plan.offload_activations + stash * plan.offload_attention)
-    on_the_gpu = state_bytes(model, dataclasses.replace(plan, offload_optimizer=False))
-    return kept + on_the_gpu["optimizer states"] * plan.offload_optimizer
+def longest_sequence(
+    model: ModelShape, plan: MemoryPlan, memory_bytes: int, *, multiple: int | None = None
+) -> tuple[int, MemoryReport] | None:
+    """The longest sequence whose peak is at most `memory_bytes`, in steps of `multiple` tokens; None if none fits."""
+    step = multiple or 1024 * plan.context_parallel_size
+
+    def at(steps: int) -> MemoryReport:
+        return peak(model, dataclasses.replace(plan, seq_len=steps * step))
+
+    if at(1).peak_bytes > memory_bytes:
+        return None
+    low, high = 1, 2
+    while at(high).peak_bytes <= memory_bytes:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle).peak_bytes <= memory_bytes else (low, middle)
+    return low * step, at(low)
 
 
 def _cumulative() -> list[tuple[str, dict[str, Any]]]:
@@ -139,11 +151,14 @@ def _plan(args: argparse.Namespace, model: ModelShape) -> MemoryPlan:
         )
     cp = args.gpus // (tp * pp)
     heads = model.num_attention_heads // tp
+    _check_divides("--loong-head-parallel-size", args.loong_head_parallel_size, cp, "--gpus / (TP x PP)")
     fitting = [hp for hp in range(1, min(cp, 8) + 1) if cp % hp == 0 and heads % hp == 0]
+    hp = args.loong_head_parallel_size or fitting[-1]
+    _check_divides("--loong-inner-ring-size", args.loong_inner_ring_size, cp // hp, "the ring, CP / head parallel,")
     return MemoryPlan(
         seq_len=1024 * cp,
         context_parallel_size=cp,
-        head_parallel_size=args.loong_head_parallel_size or fitting[-1],
+        head_parallel_size=hp,
         inner_ring_size=args.loong_inner_ring_size,
         tensor_parallel_size=tp,
         sequence_parallel=tp > 1,
@@ -153,6 +168,11 @@ def _plan(args: argparse.Namespace, model: ModelShape) -> MemoryPlan:
         zero_param_size=cp if args.zero >= 3 else 1,
         gradient_bytes=args.gradient_bytes,
     )
+
+
+def _check_divides(flag: str, size: int | None, whole: int, words: str) -> None:
+    if size is not None and (size < 1 or whole % size):
+        raise ValueError(f"{flag} {size} does not divide {words} of {whole}; try one of {divisors(whole)}")
 
 
 def _largest(report: MemoryReport) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_loong.config import divisors
 from megatron_loong.planner.candidate import RECOMPUTE, Limits, Workload
+from megatron_loong.planner.units import length
 
 #: What the user has decided: field of `Limits` -> flag, and what binds it.
 _DECIDED = {
@@ -34,11 +35,35 @@ def why_not(work: Workload, limits: Limits, is_possible: Callable[[Workload, Lim
     """
     lines = [*_decided(work, limits, is_possible)] or [*_given(work, limits, is_possible)]
     flags = [f"{flag} {getattr(limits, name)}" for name, (flag, _) in _DECIDED.items() if _is_decided(limits, name)]
-    given = [f"{flag} {getattr(work, name)}" for name, (flag, _, _) in _GIVEN.items()]
+    given = [f"{flag} {getattr(work, name)}" for name, (flag, _, _) in _GIVEN.items() if name != "seq_len"]
+    given.insert(1, f"--seq-length {length(work.seq_len)}")
     job = f"no sizes fit {work.gpus} GPUs with {', '.join([*given[1:], *flags])}"
     if not lines:
         return f"{job}, and no change of one of them would do; leave out what is decided, or change --gpus"
     return "\n".join([f"{job}; change one of these:", *(f"  {line}" for line in lines)])
+
+
+def what_fits(work: Workload, any_fits: Callable[[Workload], bool]) -> list[str]:
+    """When nothing fits the memory: the fewest GPUs and the longest sequence that do, one a line; both in steps."""
+    found = []
+    for times in (2**i for i in range(1, 11)):
+        if _does(any_fits, work, "gpus", work.gpus * times):
+            found.append(f"--gpus {work.gpus}: {work.gpus * times} would do")
+            break
+    least = 1024 * work.gpus
+    for eighths in (*range(7, 0, -1), *(1 / 2**i for i in range(1, 11))):
+        seq_len = int(work.seq_len * eighths / 8) // least * least
+        if seq_len and _does(any_fits, work, "seq_len", seq_len):
+            found.append(f"--seq-length {length(work.seq_len)}: {length(seq_len)} would do")
+            break
+    return found
+
+
+def _does(any_fits: Callable[[Workload], bool], work: Workload, name: str, value: int) -> bool:
+    try:
+        return any_fits(dataclasses.replace(work, **{name: value}))
+    except ValueError:
+        return False
 
 
 def _is_decided(limits: Limits, name: str) -> bool:
@@ -67,7 +92,8 @@ def _given(work: Workload, limits: Limits, is_possible: Callable[[Workload, Limi
                     found.append(other)
                     break
         if found:
-            yield f"{flag} {present}: {_or(found)} would work ({rule})"
+            said = length if name == "seq_len" else str
+            yield f"{flag} {said(present)}: {_or([said(x) for x in found])} would work ({rule})"
 
 
 def _fits(

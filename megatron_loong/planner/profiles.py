@@ -22,6 +22,9 @@ NIC_ACHIEVED = 0.9
 #: Of HBM in streaming kernels: 2903 of 3350 GB/s device to device on H100, aigatech/vpbenchmarking README.
 MEMORY_ACHIEVED = 2903 / 3350
 
+#: Of PCIe in large copies: the same file (mem2, 32 GB/s, efficiency 0.95).
+PCIE_ACHIEVED = 0.95
+
 _GIB = 1 << 30
 _MAMF = "stas00/ml-engineering, compute/accelerator, table of maximum achievable matmul FLOPS (BF16)"
 _MAGI = (
@@ -72,8 +75,10 @@ A100 = Hardware(
     nics_per_node=4,
     nic_bytes_per_s=25e9 * NIC_ACHIEVED,
     nic_latency_s=20e-6,
+    host_link_bytes_per_s=32e9 * PCIE_ACHIEVED,
     training_efficiency=0.77,
     sources={
+        "host_link_bytes_per_s": "PCIe 4.0 x16 (NVIDIA A100 data sheet: 64 GB/s both directions), x PCIE_ACHIEVED",
         "training_efficiency": _SHORT_RUNS.format(runs="InternEvo's and MosaicML llm-foundry's 7B, A100"),
         "peak_flops_per_s": "NVIDIA A100 data sheet: 312 TFLOPS bf16 dense",
         "memory_bytes": "NVIDIA A100 80GB SXM data sheet",
@@ -115,8 +120,10 @@ H100 = Hardware(
     nics_per_node=8,
     nic_bytes_per_s=50e9 * NIC_ACHIEVED,
     nic_latency_s=20e-6,
+    host_link_bytes_per_s=64e9 * PCIE_ACHIEVED,
     training_efficiency=0.68,
     sources={
+        "host_link_bytes_per_s": "PCIe 5.0 x16 (NVIDIA data sheet: 128 GB/s both directions), x PCIE_ACHIEVED",
         "training_efficiency": _SHORT_RUNS.format(runs="MosaicML llm-foundry's 7B, H100"),
         "peak_flops_per_s": "NVIDIA H100 SXM data sheet: 989 TFLOPS bf16 dense",
         "memory_bytes": "NVIDIA H100 SXM data sheet",
@@ -169,8 +176,10 @@ B200 = Hardware(
     nics_per_node=8,
     nic_bytes_per_s=50e9 * NIC_ACHIEVED,
     nic_latency_s=20e-6,
+    host_link_bytes_per_s=64e9 * PCIE_ACHIEVED,
     training_efficiency=0.68,
     sources={
+        "host_link_bytes_per_s": "PCIe 5.0 x16 (NVIDIA data sheet: 128 GB/s both directions), x PCIE_ACHIEVED",
         "training_efficiency": "as H100: no bf16 training run of short sequences on B200 was found",
         "peak_flops_per_s": "NVIDIA HGX B200 data sheet: 2.25 PFLOPS bf16 dense",
         "memory_bytes": "NVIDIA DGX B200 data sheet: 1440 GB in eight GPUs",

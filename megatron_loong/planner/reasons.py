@@ -149,7 +149,8 @@ def describe(candidate: Candidate) -> str:
         ring = f"{a.outer_ring_size} x {a.inner_ring_size}" if a.outer_ring_size > 1 else f"{a.ring_size}"
         parts.append(f"(head {a.head_parallel_size} x ring {ring}, {a.placement})")
     recompute = {"none": "no recomputation", "selective": "selective recomputation", "full": "full recomputation"}
-    parts.append(f"{recompute[c.recompute]}{_tiled_words(c)}{_zero_words(c)}")
+    offload = f", layer inputs{' and attention' if c.offload_attention else ''} in host memory" if c.offload else ""
+    parts.append(f"{recompute[c.recompute]}{_tiled_words(c)}{offload}{_zero_words(c)}")
     return " ".join(parts)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_loong.planner.baselines import Baseline, baselines
 from megatron_loong.planner.candidate import Workload
 from megatron_loong.planner.error_band import ERROR_BAND
+from megatron_loong.planner.fit import host_bytes, memory_plan
 from megatron_loong.planner.flags import CONNECTIONS, LEFT_TO_THE_USER, connections, flags_of, model_flags
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.reasons import against, changes, crossing_axes, describe, reasons
@@ -41,7 +42,7 @@ def as_text(outcome: Outcome, work: Workload, hardware: Hardware) -> str:
         *_rows({name: duration(s) for name, s in cost.terms_s.items() if s >= 5e-4 * cost.seconds}),
         "",
         "Peak memory of a rank (GiB)",
-        *_rows({name: f"{size / _GIB:.2f}" for name, size in winner.memory.items() if size}),
+        *_rows({name: f"{size / _GIB:.2f}" for name, size in {**winner.memory, **_host(winner, work)}.items() if size}),
         "",
         "Runner-ups",
         *([f"  {describe(plan.candidate)}: {against(plan, winner)}" for plan in outcome.plans[1:5]] or ["  none"]),
@@ -72,6 +73,10 @@ def _beside(one: Baseline, cost: StepCost) -> str:
     return (
         f"{words}, {one.cost.seconds / cost.seconds:.2f}x the time{'' if one.fits else '; it does not fit the memory'}"
     )
+
+
+def _host(plan: Plan, work: Workload) -> dict[str, int]:
+    return {"(in host memory)": host_bytes(work.model, memory_plan(plan.candidate, work))}
 
 
 def _environment(flags: list[str]) -> str:
@@ -115,6 +120,7 @@ def as_json(outcome: Outcome, work: Workload, hardware: Hardware) -> dict[str, A
             }
             for one in baselines(winner.candidate, work, hardware)
         ],
+        "host_memory_bytes": sum(_host(winner, work).values()),
         "error_band": dict(zip(("rows", "median_percent", "largest_percent"), band, strict=True)) if band else None,
         "effort": vars(outcome.effort),
     }
@@ -138,6 +144,8 @@ def plan_as_json(plan: Plan, hardware: Hardware) -> dict[str, Any]:
         "zero": c.zero._asdict(),
         "tiled_mlp": c.tiled_mlp,
         "tiled_logits": c.tiled_logits,
+        "offload_activations": c.offload,
+        "offload_attention": c.offload_attention,
         "step_s": plan.cost.seconds,
         "tokens_per_gpu_s": plan.cost.tokens_per_gpu_s,
         "mfu": plan.cost.mfu,

@@ -34,6 +34,8 @@ _SHARDS: tuple[_Shards, ...] = ("optimizer", "gradients", "parameters")
 
 #: What cannot win by more than this share of the time is not simulated, and counts as equally fast.
 _WORTHWHILE = 0.002
+#: Copies to host memory are chosen where they gain more than this.
+_WORTH_A_COPY = 0.03
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,17 @@ def search(
     return outcome
 
 
+def any_fits(work: Workload, hardware: Hardware, limits: Limits) -> bool:
+    """Whether the leanest plans fit the memory: everything sharded, in tiles and on the host."""
+    for tensor, context in _families(work, hardware, limits):
+        for config in layouts(context, work.model.num_attention_heads // tensor, limits.head_parallel):
+            for variant in _variants(tensor, context, work, hardware, limits, "parameters"):
+                leanest = list(dataclasses.replace(variant, attention=config).leaner(work))[-1]
+                if fit.fits(fit.peak_bytes(leanest, work), hardware):
+                    return True
+    return False
+
+
 def _computing(config: LoongConfig, shape: AttentionShape, site: Site) -> Passes:
     forward, backward = (computing_bound(config, shape, site, backward=b) for b in (False, True))
     return forward, backward
@@ -282,12 +295,8 @@ def _leanest_needed(
     memory_model: fit.MemoryModel,
     outcome: Outcome,
 ) -> Plan | None:
-    """The plan without tiling if it fits, else with the loss in tiles, else the MLP too; None when none does.
-
-    Experts are not tiled: the plugin refuses it.
-    """
-    for logits, mlp in ((False, False), (True, False), (True, True))[: 2 if work.model.num_experts else 3]:
-        candidate = dataclasses.replace(variant, attention=config, tiled_mlp=mlp, tiled_logits=logits)
+    """The plan with the fewest switches that fits; None when none does."""
+    for candidate in dataclasses.replace(variant, attention=config).leaner(work):
         memory = memory_model(candidate, work)
         outcome.effort.candidates += 1
         total = sum(memory.values())
@@ -322,5 +331,8 @@ def _keep(plans: list[Plan], plan: Plan, keep: int) -> None:
 def _order(plan: Plan) -> tuple[int, int, float]:
     """Faster first; what is as fast goes by fewer switches."""
     c = plan.candidate
-    switches = c.tiled_mlp + c.tiled_logits + (c.pipeline > 1) + RECOMPUTE.index(c.recompute)
-    return (round(math.log(plan.cost.seconds) / _WORTHWHILE), switches, plan.cost.seconds)
+    switches = (
+        c.tiled_mlp + c.tiled_logits + c.offload + c.offload_attention + (c.pipeline > 1) + RECOMPUTE.index(c.recompute)
+    )
+    seconds = plan.cost.seconds * (1 + _WORTH_A_COPY * c.offload)
+    return (round(math.log(seconds) / _WORTHWHILE), switches, plan.cost.seconds)

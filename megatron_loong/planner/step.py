@@ -51,7 +51,10 @@ class StepCost:
         return sum(s for name, s in self.terms_s.items() if name in EXPOSED_TERMS)
 
 
-EXPOSED_TERMS = ("attention, waiting", "TP collectives", "expert all-to-all", "pipeline bubble", "DP collectives")
+EXPOSED_TERMS = (
+    *("attention, waiting", "TP collectives", "expert all-to-all"),
+    *("host copies", "pipeline bubble", "DP collectives"),
+)
 
 
 def step_cost(
@@ -62,6 +65,7 @@ def step_cost(
     layers, micro = candidate.layers(work), candidate.micro_batches(work)
     terms = {name: seconds * layers * micro for name, seconds in layer.items()}
     terms["output layer"] = _output_layer_s(candidate, work, hardware) * micro
+    terms["host copies"] = layers * micro * _host_s(candidate, work, hardware, sum(layer.values()))
     busy = sum(terms.values())
     terms["pipeline bubble"] = busy * (candidate.pipeline - 1) / micro
     terms["DP collectives"] = _data_parallel_s(candidate, work, hardware, layers * sum(layer.values()))
@@ -131,6 +135,16 @@ def _expert_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float
     outside, inside = moved * (ep - in_node) / ep, moved * (in_node - 1) / ep
     once = max(inside / hardware.node_link_bytes_per_s, outside / _nic_share(hardware)) + hardware.nic_latency_s
     return 2 * once
+
+
+def _host_s(candidate: Candidate, work: Workload, hardware: Hardware, layer_s: float) -> float:
+    """Copies of what a layer keeps to host memory under its forward, and back under a later backward, as far as neither
+    hides them: a forward is a quarter of a layer's time or more."""
+    if not candidate.offload:
+        return 0.0
+    width = work.model.hidden_size + work.model.attention_width * candidate.offload_attention
+    moved = candidate.local_tokens(work) * width * hardware.dtype_bytes / candidate.tensor
+    return 2 * max(0.0, moved / hardware.host_link_bytes_per_s - layer_s / 4)
 
 
 def _dispatch_bytes(candidate: Candidate, model: ModelShape) -> int:

@@ -27,11 +27,11 @@ def length(tokens: int) -> str:
     """A length as people say it, where it is a round one.
 
     >>> length(131072), length(1048576), length(1572864), length(212992), length(5000), length(1 << 22)
-    ('128K', '1M', '1.5M', '208K', '5,000', '4M')
+    ('128K', '1M', '1.5M', '208K', '5000', '4M')
     """
     if tokens % (1 << 17) == 0 and tokens >= 1 << 20:
         return f"{tokens / (1 << 20):.10g}M"
-    return f"{tokens >> 10:,}K" if tokens % 1024 == 0 else f"{tokens:,}"
+    return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)
 
 
 def number(value: float) -> str:

@@ -12,8 +12,10 @@ import pytest
 from megatron_loong.__main__ import main
 from megatron_loong.integration.memory_options import check_recompute, check_tiled
 from megatron_loong.integration.options import LoongOptions
-from megatron_loong.planner.memory import MemoryPlan, longest_sequence, peak, state_bytes
+from megatron_loong.planner.memory import MemoryPlan, peak, state_bytes
+from megatron_loong.planner.memory_table import longest_sequence
 from megatron_loong.planner.model import MODELS
+from megatron_loong.planner.units import tokens
 
 LLAMA = MODELS["llama3-8b"]
 
@@ -95,11 +97,11 @@ def test_the_longest_sequence_fits_and_the_next_does_not() -> None:
 def test_each_switch_lengthens_the_sequence_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "--model", "llama3-8b", "--gpus", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    lengths = [int(line[48:65].replace(",", "")) for line in lines[3:8]]
+    lengths = [tokens(line[48:65].strip()) for line in lines[3:8]]
     assert lengths == sorted(lengths) and len(set(lengths)) == 5
     assert "MODELLED" in lines[0] and "ZeRO-3" in lines[1]
     offload = next(line for line in lines if line.startswith("+ --loong-offload-activations"))
-    assert re.search(r" 3,997,696 +131 ", offload)  # 32 layers x 499,712 tokens x 4096 x 2 bytes
+    assert re.search(r" 3904K +131 ", offload)  # 32 layers x 499,712 tokens x 4096 x 2 bytes
 
 
 def test_lengths_are_written_as_for_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +109,7 @@ def test_lengths_are_written_as_for_plan(capsys: pytest.CaptureFixture[str]) -> 
     for length in ("65536", "64K"):
         assert main(["memory", "--gpus", "8", "--seq-length", length]) == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and "--seq-length 65,536" in texts[0]
+    assert texts[0] == texts[1] and "--seq-length 64K" in texts[0]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,31 @@ def test_experts_are_not_cut_and_their_states_are_spread_over_their_copies() -> 
     assert words[words.index("--expert-tensor-parallel-size") + 1] == "1" and "--moe-grouped-gemm" in words
 
 
+def test_what_no_memory_holds_names_what_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["plan", "--hardware", "h100", "--model", "llama3-8b", "--global-batch-size", "1", "--gpus", "8"]
+    assert main([*job, "--seq-length", "6M"]) == 1
+    error = capsys.readouterr().err
+    assert "--gpus 8: 16 would do" in error
+    length = error.rsplit("--seq-length 6M: ")[1].split()[0]
+    assert main([*job, "--seq-length", length, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["plan"]["offload_activations"] and plan["host_memory_bytes"] > 0
+    assert "--loong-offload-activations" in plan["flags"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--loong-head-parallel-size", "3"], "--loong-head-parallel-size 3 does not divide --gpus / (TP x PP) of 8"),
+        (["--loong-inner-ring-size", "3", "--loong-head-parallel-size", "1"], "--loong-inner-ring-size 3 does not"),
+        (["--loong-inner-ring-size", "0", "--loong-head-parallel-size", "1"], "try one of [1, 2, 4, 8]"),
+    ],
+)
+def test_memory_names_the_flag_at_fault(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "--gpus", "8", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_fine_grained_experts_are_placed_as_in_public_recipes() -> None:
     """Qwen3-30B-A3B: EP 8 in Megatron-Bridge's recipe, whatever the other sizes."""
     best = search(Workload(MODELS["qwen3-30b-a3b"], 64, 1 << 17, 64), PROFILES["h100"]).plans[0].candidate
