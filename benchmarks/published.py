@@ -16,8 +16,6 @@ _K, _M = 1 << 10, 1 << 20
 #: 40 heads of 128 as in BurstEngine's attention benchmark; layers and MLP are assumed to be those of a Llama-like 14B.
 _BURST_14B = ModelShape(40, 5120, 40, 40, 13824, 32000)
 _QWEN3_0_6B = ModelShape(28, 1024, 16, 8, 3072, 151936, kv_channels=128)
-_QWEN3_8B = ModelShape(36, 4096, 32, 8, 12288, 151936)
-_QWEN3_32B = ModelShape(64, 5120, 64, 8, 25600, 151936, kv_channels=128)
 _GLM_4_5_AIR = ModelShape(46, 4096, 96, 8, 10944, 151552, 128, True, 128, 8, 1408, 1408)
 _MIXTRAL_8X22B = ModelShape(56, 6144, 48, 8, 16384, 32768, num_experts=8)
 _QWEN2_57B_A14B = ModelShape(28, 3584, 28, 4, 18944, 151936, None, True, 64, 8, 2560, 20480)
@@ -111,10 +109,10 @@ def _trl() -> list[Row]:
     """TRL's guide to a million tokens (huggingface/trl #6845, #6846): H100, PyTorch's context parallelism and FSDP2
     over all GPUs, full recomputation with its inputs on the host. cuDNN ran: #6846 corrects the earlier figures."""
     rows = [
-        ("Qwen3-8B, 1M", _QWEN3_8B, 8, _M, 380.0),
-        ("Qwen3-8B, 2M", _QWEN3_8B, 16, 2 * _M, 696.0),
-        ("Qwen3-8B, 4M", _QWEN3_8B, 32, 4 * _M, 1346.0),
-        ("Qwen3-32B, 1M", _QWEN3_32B, 8, _M, 1295.0),
+        ("Qwen3-8B, 1M", MODELS["qwen3-8b"], 8, _M, 380.0),
+        ("Qwen3-8B, 2M", MODELS["qwen3-8b"], 16, 2 * _M, 696.0),
+        ("Qwen3-8B, 4M", MODELS["qwen3-8b"], 32, 4 * _M, 1346.0),
+        ("Qwen3-32B, 1M", MODELS["qwen3-32b"], 8, _M, 1295.0),
         ("Qwen3-30B-A3B, 1M", MODELS["qwen3-30b-a3b"], 8, _M, 483.0),
         ("Qwen3-0.6B, 1M", _QWEN3_0_6B, 8, _M, 137.0),
         ("Qwen3-0.6B, 4M", _QWEN3_0_6B, 8, 4 * _M, 2135.0),

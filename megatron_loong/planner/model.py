@@ -125,6 +125,16 @@ def _llama3(layers: int, hidden: int, heads: int, ffn: int) -> ModelShape:
     return ModelShape(layers, hidden, heads, 8, ffn, 128256, rotary_base=500_000, use_rope_scaling=True)
 
 
+def _qwen3(layers: int, hidden: int, heads: int, ffn: int) -> ModelShape:
+    return ModelShape(
+        *(layers, hidden, heads, 8, ffn, 151936),
+        kv_channels=128,
+        rotary_base=1_000_000,
+        norm_epsilon=1e-6,
+        qk_layernorm=True,
+    )
+
+
 #: Models by name, from their published configurations; what a paper leaves out is from config.json on Hugging Face.
 MODELS: dict[str, ModelShape] = {
     "llama2-7b": ModelShape(32, 4096, 32, 32, 11008, 32000),  # arXiv 2307.09288
@@ -137,6 +147,8 @@ MODELS: dict[str, ModelShape] = {
     "qwen2.5-14b": ModelShape(
         48, 5120, 40, 8, 13824, 152064, rotary_base=1_000_000, add_qkv_bias=True
     ),  # arXiv 2412.15115
+    "qwen3-8b": _qwen3(36, 4096, 32, 12288),  # Hugging Face Qwen/Qwen3-8B, config.json
+    "qwen3-32b": _qwen3(64, 5120, 64, 25600),  # Hugging Face Qwen/Qwen3-32B, config.json
     "qwen3-30b-a3b": ModelShape(
         48,
         2048,

@@ -25,12 +25,19 @@ from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.search import search
 from tests.integration import megatron_runs
 
-#: Name -> GPUs, tokens, sequences a step; the first two of them cannot do without Megatron-FSDP.
+#: Name -> GPUs, tokens, sequences a step; the first two of them cannot do without Megatron-FSDP, and some not without
+#: the offloads.
 JOBS = {
     "llama3-405b": (512, 1 << 17, 64),
-    "llama3-8b": (7, 1 << 16, 7),
+    "llama3-8b": (7, 7 << 17, 7),
+    "llama2-7b": (8, 1 << 20, 1),
+    "llama2-7b-gqa": (32, 1 << 17, 32),
+    "llama2-13b": (16, 1 << 19, 2),
     "llama2-70b": (64, 1 << 17, 64),
+    "llama3-70b": (64, 1 << 20, 4),
     "qwen2.5-14b": (32, 1 << 17, 32),
+    "qwen3-8b": (8, 1 << 20, 1),
+    "qwen3-32b": (32, 1 << 20, 1),
     "qwen3-30b-a3b": (64, 1 << 17, 64),
     "mixtral-8x7b": (64, 1 << 15, 64),
 }
@@ -51,7 +58,7 @@ def planned(name: str) -> tuple[list[str], int]:
     return [*model_flags(work.model), *flags_of(search(work, PROFILES["h100"]).plans[0].candidate, work)], gpus
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", MODELS)
 def test_megatron_accepts_every_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words, gpus = planned(name)
     args = validated(words, gpus, 8)
