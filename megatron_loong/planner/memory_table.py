@@ -20,6 +20,7 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ --loong-tiled-mlp", {"tiled_mlp": 64}),
     ("+ --loong-offload-activations", {"offload_activations": True}),
     ("+ --optimizer-cpu-offload", {"offload_optimizer": True}),
+    ("+ --grad-reduce-in-bf16", {"gradient_bytes": 2}),
 )
 #: What `--zero` assumes to be spread over the context-parallel ranks, and Megatron's means for it.
 ZERO = (
@@ -64,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loong-head-parallel-size", type=int, default=None, help="default: most that the heads allow")
     parser.add_argument("--loong-inner-ring-size", type=int, default=None)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=3, help="states spread over all CP ranks")
-    parser.add_argument("--gradient-bytes", type=int, choices=(2, 4), default=4, help="of one gradient")
     parser.add_argument(
         "--seq-length", type=tokens, metavar="TOKENS", help="show the terms of this length instead; such as 64K or 1M"
     )
@@ -166,7 +166,6 @@ def _plan(args: argparse.Namespace, model: ModelShape) -> MemoryPlan:
         zero_optimizer_size=cp if args.zero >= 1 else 1,
         zero_grad_size=cp if args.zero >= 2 else 1,
         zero_param_size=cp if args.zero >= 3 else 1,
-        gradient_bytes=args.gradient_bytes,
     )
 
 

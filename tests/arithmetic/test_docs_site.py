@@ -109,7 +109,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_the_memory_page_has_the_figures_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """The three columns of docs/memory.md beside Arctic ALST's, as `megatron-loong memory` prints them now."""
+    """The columns of docs/memory.md beside Arctic ALST's, lengths and host memory, as the command prints them."""
     from megatron_loong.planner import memory_table
 
     page = (DOCS / "memory.md").read_text()
@@ -117,7 +117,8 @@ def test_the_memory_page_has_the_figures_of_the_command(capsys: pytest.CaptureFi
     for gpus in ("1", "8", "32"):
         memory_table.main(["--model", "llama3-8b", "--gpus", gpus])
         lines = capsys.readouterr().out.splitlines()[3:]
-        columns.append(dict(re.match(r"(.*?)  +([\d,]+|none)", line).groups() for line in lines))  # type: ignore[union-attr]
+        found = [re.match(r"(.*?)  +(\d+[KM]|none) +([\d-]+) ", line).groups() for line in lines]  # type: ignore[union-attr]
+        columns.append({name: seq if host == "-" else f"{seq}, {host} GB" for name, seq, host in found})
     for name in columns[1]:
         one = columns[0][name] if name.startswith(("full recomputation", "+")) and "Selective" not in name else "-"
         assert f"| {name} | {one} | {columns[1][name]} | {columns[2][name]} |" in page, name
