@@ -14,8 +14,18 @@ from megatron_loong.planner.reasons import describe
 from megatron_loong.planner.search import Plan, layouts
 from megatron_loong.planner.simulate import Span, simulate_pass
 from megatron_loong.planner.step import step_cost
+from megatron_loong.planner.units import length
 
-_STREAMS = ("compute", "head", "inner", "outer", "inner_dkv", "outer_dkv")
+_STREAMS = {
+    "compute": "computes",
+    "head": "all-to-all",
+    "inner": "inner ring",
+    "outer": "outer ring",
+    "inner_dkv": "gradients, inner ring",
+    "outer_dkv": "gradients, outer ring",
+}
+#: Colour in the timeline -> what is computed in it.
+_KINDS = {"#4c72b0": "attention", "#8fa8d0": "merging and summing", "#c9c9c9": "packing"}
 _COLOURS = {"tile": "#4c72b0", **dict.fromkeys(("merge", "add", "sums", "round"), "#8fa8d0")}
 _COLOURS |= dict.fromkeys(("pack", "unpack", "move"), "#c9c9c9")
 _HOPS = {"head": "#937860", "inner": "#55a868", "outer": "#c44e52", "inner_dkv": "#8fcf9f", "outer_dkv": "#e59a9d"}
@@ -73,10 +83,13 @@ def draw_timeline(axes: Any, candidate: Candidate, work: Workload, hardware: Har
         width = 1e3 * (span.end_s - span.start_s)
         axes.barh(row, width, left=1e3 * span.start_s, color=colour, edgecolor="white", linewidth=0.3)
     axes.axvline(1e3 * ends[0], color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"rank {rank} {stream}" for rank, stream in rows])
+    axes.set_yticks(range(len(rows)), [f"rank {rank}: {_STREAMS[stream]}" for rank, stream in rows])
+    for colour, kind in _KINDS.items():
+        axes.barh(0, 0, color=colour, label=kind)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=len(_KINDS))
     axes.invert_yaxis()
     axes.set_xlabel("ms; forward | backward of one layer's attention (modelled)")
-    axes.set_title(f"{describe(candidate)}\n{work.seq_len} tokens on {hardware.name}", fontsize=9)
+    axes.set_title(f"{describe(candidate)}\n{length(work.seq_len)} tokens on {hardware.name}", fontsize=9)
 
 
 def draw_layouts(axes: Any, candidate: Candidate, work: Workload, hardware: Hardware) -> None:
@@ -93,11 +106,12 @@ def draw_layouts(axes: Any, candidate: Candidate, work: Workload, hardware: Hard
         points = sorted((w, s) for (size, w), s in best.items() if size == hp)
         axes.plot(*zip(*points, strict=True), marker="o", label=f"head parallel {hp}")
     _label_powers(axes, "x", sorted({w for _, w in best}))
-    axes.set_xlabel("inner ring size w (the whole ring: a single ring)")
+    axes.set_ylim(0, 1.1 * max(best.values()))
+    axes.set_xlabel("ranks of an inner ring; the right end of each line is a single ring of all its ranks")
     axes.set_ylabel("s a step (modelled)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left", ncol=2)
     axes.set_title(
-        f"CP {candidate.context} on {hardware.name}, {work.seq_len} tokens; best placement of each", fontsize=9
+        f"CP {candidate.context} on {hardware.name}, {length(work.seq_len)} tokens; best placement of each", fontsize=9
     )
 
 
@@ -117,7 +131,7 @@ def draw_longest_sequence(axes: Any, candidate: Candidate, work: Workload, hardw
     _label_powers(axes, "x", [context * candidate.tensor for context in contexts])
     _label_powers(axes, "y", sorted(lengths))
     axes.set_xlabel(f"GPUs of one sequence (TP {candidate.tensor} x CP)")
-    axes.set_ylabel("tokens (modelled)")
+    axes.set_ylabel("tokens, the largest power of two that fits (modelled)", fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title(f"Longest sequence that fits {hardware.name}, MLP and loss in tiles", fontsize=9)
@@ -126,8 +140,7 @@ def draw_longest_sequence(axes: Any, candidate: Candidate, work: Workload, hardw
 def _label_powers(axes: Any, axis: str, values: list[int]) -> None:
     """A logarithmic axis that says 64K where it means 65536."""
     getattr(axes, f"set_{axis}scale")("log", base=2)
-    words = [f"{v >> 20}M" if v >= 1 << 20 else f"{v >> 10}K" if v >= 1 << 12 else str(v) for v in values]
-    getattr(axes, f"set_{axis}ticks")(values, words)
+    getattr(axes, f"set_{axis}ticks")(values, [length(value) if value >= 2048 else str(value) for value in values])
 
 
 def longest_sequence(
