@@ -13,12 +13,16 @@ MFU = useful FLOPs (`ModelShape.flops_per_token`) x tokens / (GPUs x step time x
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from dataclasses import dataclass
 
+from megatron_loong.config import LoongConfig
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.model import ModelShape
 from megatron_loong.planner.simulate import PassTime
+from megatron_loong.topology.layout import coordinates_of, logical_rank_of
 
 #: Memory traffic of a layer outside attention and matrix products in bf16, bytes per token.
 #: Forward, per element of hidden_size: two norms (read 2, write 2), two residual sums (read 4, write 2), rotary
@@ -131,10 +135,28 @@ def _expert_s(candidate: Candidate, work: Workload, hardware: Hardware) -> float
         return 0.0
     tokens = candidate.local_tokens(work) / candidate.tensor
     moved = tokens * model.moe_router_topk * model.hidden_size * hardware.dtype_bytes
-    in_node = min(ep, hardware.gpus_per_node)
+    in_node = experts_in_node(candidate, hardware)
     outside, inside = moved * (ep - in_node) / ep, moved * (in_node - 1) / ep
     once = max(inside / hardware.node_link_bytes_per_s, outside / _nic_share(hardware)) + hardware.nic_latency_s
     return 2 * once
+
+
+def experts_in_node(candidate: Candidate, hardware: Hardware) -> int:
+    """Of the ranks that share a layer's experts, those on one node: they follow one another in Megatron's order, TP
+    first, then CP, and stand where the placement puts their context-parallel ranks."""
+    config, per_node = candidate.attention, candidate.site(hardware).cp_ranks_in_node
+    group = -(-candidate.expert // candidate.tensor)
+    if group > config.context_parallel_size:  # all of a context-parallel group, and of its data-parallel neighbours
+        whole = per_node == config.context_parallel_size
+        return min(candidate.expert, hardware.gpus_per_node if whole else per_node * candidate.tensor)
+    nodes = Counter(rank // per_node for rank, logical in enumerate(_logical_ranks(config)) if logical < group)
+    return min(candidate.expert, max(nodes.values()) * candidate.tensor)
+
+
+@functools.lru_cache(maxsize=1024)
+def _logical_ranks(config: LoongConfig) -> tuple[int, ...]:
+    ranks = range(config.context_parallel_size)
+    return tuple(logical_rank_of(config, coordinates_of(config, rank)) for rank in ranks)
 
 
 def _host_s(candidate: Candidate, work: Workload, hardware: Hardware, layer_s: float) -> float:

@@ -16,6 +16,7 @@ from megatron_loong.planner.memory import MemoryPlan, state_bytes
 from megatron_loong.planner.model import MODELS
 from megatron_loong.planner.profiles import PROFILES
 from megatron_loong.planner.search import search
+from megatron_loong.planner.step import experts_in_node
 
 
 def test_a_plan_names_what_the_job_takes_without_this_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +65,28 @@ def test_experts_are_not_cut_and_their_states_are_spread_over_their_copies() -> 
     assert candidate.stage_params(work, 8) == dense / 8 + experts / 4
     words = flags_of(candidate, work)
     assert words[words.index("--expert-tensor-parallel-size") + 1] == "1" and "--moe-grouped-gemm" in words
+
+
+@pytest.mark.parametrize(
+    "placement, tensor, expert, in_node",
+    [
+        ("head_first", 1, 8, 8),
+        (
+            "context_first",
+            1,
+            8,
+            2,
+        ),  # eight neighbours: two ring ranks of four heads, each head on a node
+        ("inner-head-outer", 1, 8, 2),
+        ("head_first", 2, 8, 8),
+        ("head_first", 1, 16, 8),
+        ("head_first", 1, 64, 8),
+    ],
+)
+def test_experts_stand_where_the_placement_puts_them(placement: str, tensor: int, expert: int, in_node: int) -> None:
+    config = LoongConfig(32, 4, 8, placement)
+    candidate = Candidate(tensor, 1, 2, config, expert=expert)
+    assert experts_in_node(candidate, PROFILES["h100"]) == in_node
 
 
 def test_what_no_memory_holds_names_what_would_do(capsys: pytest.CaptureFixture[str]) -> None:
