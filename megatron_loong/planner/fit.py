@@ -63,6 +63,7 @@ def host_bytes(model: ModelShape, plan: MemoryPlan) -> int:
     return kept + on_the_gpu["optimizer states"] * plan.offload_optimizer
 
 
-def fits(terms: MemoryTerms, hardware: Hardware) -> bool:
-    """Whether the sum stays inside the usable share of a GPU."""
-    return sum(terms.values()) <= USABLE * hardware.memory_bytes
+def fits(terms: MemoryTerms, hardware: Hardware, host: int = 0) -> bool:
+    """Whether the sum stays inside the usable share of a GPU, and `host` bytes a GPU inside that of a node."""
+    on_host = host * hardware.gpus_per_node
+    return sum(terms.values()) <= USABLE * hardware.memory_bytes and on_host <= USABLE * hardware.host_memory_bytes

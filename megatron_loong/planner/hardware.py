@@ -87,6 +87,8 @@ class Hardware:
     """Computing that it loses besides to each byte of them, inside the node."""
     nic_busy_s_per_byte: float = 0.0
     """The same between nodes."""
+    host_memory_bytes: int = 2 * 10**12
+    """Of one node, what its GPUs offload to."""
     host_link_bytes_per_s: float = 25e9
     """Between one GPU and host memory, one direction."""
     kernel_overhead_s: float = 5e-6

@@ -78,6 +78,7 @@ A100 = Hardware(
     host_link_bytes_per_s=32e9 * PCIE_ACHIEVED,
     training_efficiency=0.77,
     sources={
+        "host_memory_bytes": "NVIDIA DGX A100 640GB data sheet: 2 TB",
         "host_link_bytes_per_s": "PCIe 4.0 x16 (NVIDIA A100 data sheet: 64 GB/s both directions), x PCIE_ACHIEVED",
         "training_efficiency": _SHORT_RUNS.format(runs="InternEvo's and MosaicML llm-foundry's 7B, A100"),
         "peak_flops_per_s": "NVIDIA A100 data sheet: 312 TFLOPS bf16 dense",
@@ -123,6 +124,7 @@ H100 = Hardware(
     host_link_bytes_per_s=64e9 * PCIE_ACHIEVED,
     training_efficiency=0.68,
     sources={
+        "host_memory_bytes": "NVIDIA DGX H100 and DGX B200 data sheets: 2 TB (B200: up to 4)",
         "host_link_bytes_per_s": "PCIe 5.0 x16 (NVIDIA data sheet: 128 GB/s both directions), x PCIE_ACHIEVED",
         "training_efficiency": _SHORT_RUNS.format(runs="MosaicML llm-foundry's 7B, H100"),
         "peak_flops_per_s": "NVIDIA H100 SXM data sheet: 989 TFLOPS bf16 dense",
@@ -179,6 +181,7 @@ B200 = Hardware(
     host_link_bytes_per_s=64e9 * PCIE_ACHIEVED,
     training_efficiency=0.68,
     sources={
+        "host_memory_bytes": "NVIDIA DGX H100 and DGX B200 data sheets: 2 TB (B200: up to 4)",
         "host_link_bytes_per_s": "PCIe 5.0 x16 (NVIDIA data sheet: 128 GB/s both directions), x PCIE_ACHIEVED",
         "training_efficiency": "as H100: no bf16 training run of short sequences on B200 was found",
         "peak_flops_per_s": "NVIDIA HGX B200 data sheet: 2.25 PFLOPS bf16 dense",

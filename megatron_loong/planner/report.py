@@ -26,7 +26,7 @@ def as_text(outcome: Outcome, work: Workload, hardware: Hardware) -> str:
     others = baselines(winner.candidate, work, hardware)
     lines = [
         f"Best plan for {work.gpus} x {hardware.name}, {length(work.seq_len)} tokens, "
-        f"{work.global_batch_size} sequences",
+        f"{work.global_batch_size} sequence{'s' if work.global_batch_size > 1 else ''}",
         f"  {describe(winner.candidate)}",
         f"  {duration(cost.seconds)} a step, {number(cost.tokens_per_gpu_s)} tokens/GPU/s, MFU {100 * cost.mfu:.1f}%; "
         "modelled",

@@ -178,7 +178,8 @@ def any_fits(work: Workload, hardware: Hardware, limits: Limits) -> bool:
         for config in layouts(context, work.model.num_attention_heads // tensor, limits.head_parallel):
             for variant in _variants(tensor, context, work, hardware, limits, "parameters"):
                 leanest = list(dataclasses.replace(variant, attention=config).leaner(work))[-1]
-                if fit.fits(fit.peak_bytes(leanest, work), hardware):
+                host = fit.host_bytes(work.model, fit.memory_plan(leanest, work))
+                if fit.fits(fit.peak_bytes(leanest, work), hardware, host):
                     return True
     return False
 
@@ -303,7 +304,8 @@ def _leanest_needed(
         outcome.smallest_bytes = min(outcome.smallest_bytes or total, total)
         passes = simulator.passes(config, candidate.attention_shape(work), candidate.site(hardware))
         plan = Plan(candidate, step_cost(candidate, work, hardware, passes), memory, passes)
-        if fit.fits(memory, hardware):
+        host = fit.host_bytes(work.model, fit.memory_plan(candidate, work)) if candidate.offload else 0
+        if fit.fits(memory, hardware, host):
             return plan
         outcome.effort.too_large += 1
         faster = outcome.too_large is None or plan.cost.seconds < outcome.too_large.cost.seconds

@@ -52,6 +52,8 @@ def duration(seconds: float) -> str:
     >>> duration(25547), duration(59.96), duration(13.65), duration(0.00283), duration(2e-5), duration(3599.7)
     ('7 h 6 min', '1 min 0 s', '13.7 s', '2.83 ms', '20 us', '1 h 0 min')
     """
+    if not seconds:
+        return "0 s"
     if seconds < 59.95:
         for unit, factor in (("s", 1.0), ("ms", 1e3)):
             if seconds * factor >= 0.9995:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.planner.baselines import baselines
 from megatron_loong.planner.candidate import Candidate, Workload, ZeroSizes
 from megatron_loong.planner.error_band import ERROR_BAND
+from megatron_loong.planner.fit import host_bytes, memory_plan
 from megatron_loong.planner.flags import flags_of
 from megatron_loong.planner.memory import MemoryPlan, state_bytes
 from megatron_loong.planner.model import MODELS
@@ -99,6 +101,17 @@ def test_what_no_memory_holds_names_what_would_do(capsys: pytest.CaptureFixture[
     plan = json.loads(capsys.readouterr().out)
     assert plan["plan"]["offload_activations"] and plan["host_memory_bytes"] > 0
     assert "--loong-offload-activations" in plan["flags"]
+
+
+def test_no_plan_takes_more_host_memory_than_a_node_has() -> None:
+    work, hardware = Workload(MODELS["llama3-8b"], 8, 1 << 20, 1), PROFILES["h100"]
+    best = search(work, hardware).plans[0]
+    host = host_bytes(work.model, memory_plan(best.candidate, work))
+    assert best.candidate.offload and 0 < 8 * host <= 0.92 * hardware.host_memory_bytes
+    small = dataclasses.replace(hardware, host_memory_bytes=8 * host)
+    other = search(work, small).plans[0]
+    assert 8 * host_bytes(work.model, memory_plan(other.candidate, work)) < 8 * host
+    assert other.cost.seconds > best.cost.seconds
 
 
 @pytest.mark.parametrize(
