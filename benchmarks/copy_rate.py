@@ -10,6 +10,7 @@ copy of one large dense tensor, and beside it that of the same pass made of PyTo
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import statistics
 import sys
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.outcome import write_json
-from megatron_loong.kernels import folds
+from megatron_loong.kernels import row_ops
 
 AIM = 0.85
 
@@ -44,14 +45,18 @@ def passes(tokens: int, heads: int, kv_heads: int, width: int, peers: int, devic
     def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    out, lse = draw(1, tokens, heads, width, dtype=torch.float32), draw(1, heads, tokens, dtype=torch.float32)
-    block, block_lse = draw(1, tokens, heads, width), draw(1, heads, tokens, dtype=torch.float32)
-    operands = out, lse.transpose(1, 2), block, block_lse.transpose(1, 2)
+    # As in a ring of eight: a float32 sum and four parts that wait, of which the last pass makes a bfloat16 result.
+    waiting = [
+        (draw(1, heads, tokens, dtype=torch.float32).permute(2, 0, 1), draw(1, tokens, heads, width).transpose(0, 1))
+        for _ in range(4)
+    ]
+    lse, out = (x.clone() for x in waiting[0])
+    merging = [(lse.clone(), out.float()), *waiting]
+    adding = [(x,) for _, x in merging]
 
-    dkv = [torch.zeros(tokens, 1, kv_heads, width, device=device) for _ in range(2)]
-    dq = torch.zeros(tokens, 1, heads, width, device=device)
-    tile_dkv = [draw(1, tokens, kv_heads, width).transpose(0, 1) for _ in range(2)]
-    tile_dq = draw(1, tokens, heads, width).transpose(0, 1)
+    # A hop: what came and what a tile gave become a message.
+    hop, came = (tuple(draw(tokens, 1, kv_heads, width) for _ in range(2)) for _ in range(2))
+    of_tile = tuple(draw(1, tokens, kv_heads, width).transpose(0, 1) for _ in range(2))
 
     counts = (heads, kv_heads, kv_heads)
     mine = [draw(tokens, 1, n, width) for n in counts]
@@ -67,14 +72,14 @@ def passes(tokens: int, heads: int, kv_heads: int, width: int, peers: int, devic
     arriving = list(zip(ordered, rows, strict=True))
 
     return {
-        "merge": Pass(lambda: folds.merge_(*operands), _moved(out, out, lse, lse, block, block_lse), operands[:2]),
-        "add dk, dv": Pass(
-            lambda: folds.add_rows_(list(zip(dkv, tile_dkv, strict=True))), _moved(*dkv, *dkv, *tile_dkv), tuple(dkv)
+        "merge": Pass(
+            lambda: row_ops.merge_rows((lse, out), merging), _moved(lse, out, *itertools.chain(*merging)), (lse, out)
         ),
-        "add dq": Pass(lambda: folds.add_rows_([(dq, tile_dq)]), _moved(dq, dq, tile_dq), (dq,)),
-        "pack q, k, v": Pass(lambda: folds.copy_rows_(packing), _moved(*mine, *mine), (message,)),
+        "add dk, dv": Pass(lambda: row_ops.add_rows(hop, [came, of_tile]), _moved(*hop, *came, *of_tile), hop),
+        "add dq": Pass(lambda: row_ops.add_rows((out,), adding), _moved(out, *itertools.chain(*adding)), (out,)),
+        "pack q, k, v": Pass(lambda: row_ops.copy_rows_(packing), _moved(*mine, *mine), (message,)),
         "order q, k, v": Pass(
-            lambda: folds.copy_rows_(arriving, source_rows=order), _moved(order, *ordered, *ordered), tuple(ordered)
+            lambda: row_ops.copy_rows_(arriving, source_rows=order), _moved(order, *ordered, *ordered), tuple(ordered)
         ),
     }
 
@@ -118,11 +123,12 @@ def check(name: str, one: Pass) -> None:
     got = [x.clone() for x in one.results]
     for x, before in zip(one.results, start, strict=True):
         x.copy_(before)
-    with folds.without_triton():
+    with row_ops.without_triton():
         one.run()
     for x, want in zip(got, one.results, strict=True):
-        error = (x.float() - want.float()).abs().max().item()
-        if not error <= 1e-5:
+        errors = (x.float() - want.float()).abs()
+        error = errors.max().item()
+        if not (errors <= 1e-5 + torch.finfo(x.dtype).eps * want.float().abs()).all():
             raise RuntimeError(f"{name}: differs by {error:.1e} from PyTorch's own operators")
 
 
@@ -137,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": folds.triton_fault() or "used",
+        "triton": row_ops.triton_fault() or "used",
         "shape": {x: getattr(args, x) for x in ("tokens", "heads", "kv_heads", "width", "peers")},
         "aim": AIM,
         "copy_bytes_per_s": copy,
@@ -148,7 +154,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         try:
             check(name, one)
             seconds = seconds_of(one.run, device, args.repeats)
-            with folds.without_triton():
+            with row_ops.without_triton():
                 torch_seconds = seconds_of(one.run, device, args.repeats)
         except Exception:  # the other passes are measured all the same
             failed[name] = traceback.format_exc()

@@ -18,10 +18,10 @@ import torch
 from benchmarks.gpu import child, exact, fp8, outcome
 from benchmarks.gpu.outcome import CannotRunError, Run
 from benchmarks.rank_alone import tile_flops
-from megatron_loong.attention.merge import merge_
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.registry import KERNELS, describe, in_fp8
+from megatron_loong.kernels.row_ops import merge_rows
 
 #: Largest RMS of the error over RMS of the right answer. The inputs are rounded already; what is left is the kernel.
 BOUNDS = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -151,10 +151,10 @@ def in_two_blocks(kernel: AttentionKernel, tensors: list[torch.Tensor]) -> dict[
     q, k, v, dout = tensors
     half, rules = k.shape[1] // 2, TileRules(q.shape[-1] ** -0.5, FULL)
     pieces = [(k[:, :half], v[:, :half]), (k[:, half:], v[:, half:])]
-    (out, lse), second = (kernel.forward(q, *piece, rules) for piece in pieces)
-    wide = torch.promote_types(out.dtype, torch.float32)
-    out, lse = out.to(wide), lse.clone()
-    merge_(out, lse, *second)
+    parts = [(lse, out) for out, lse in (kernel.forward(q, *piece, rules) for piece in pieces)]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse, out = (torch.empty_like(x, dtype=wide) for x in parts[0])
+    merge_rows((lse, out), parts)
     grads = [kernel.backward(dout, q, *x, out.to(q.dtype), lse, rules, deterministic=False) for x in pieces]
     dk, dv = (torch.cat([grads[0][i], grads[1][i]], 1) for i in (1, 2))
     return {"out": out, "lse": lse, "dq": grads[0][0].to(wide) + grads[1][0].to(wide), "dk": dk, "dv": dv}

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu import exact
 from benchmarks.gpu.outcome import Run, main
-from megatron_loong.kernels import folds
+from megatron_loong.kernels import row_ops
 
 #: [b, s, h, d]: sizes that no block of a kernel divides among them.
 SHAPES = [(1, 256, 8, 128), (2, 77, 3, 64), (1, 33, 5, 80)]
@@ -17,7 +17,7 @@ BOUND = 1e-6
 
 def check(run: Run) -> None:
     """The memory-bound passes (merge, adding up, packing) on this device against float64, by Triton where it serves."""
-    triton = folds.triton_fault() if run.device.type == "cuda" else "runs on CUDA only"
+    triton = row_ops.triton_fault() if run.device.type == "cuda" else "runs on CUDA only"
     run.figures["triton"] = triton or "used"
     worst = run.figures["worst_relative_rms"] = {}
     for shape in SHAPES:
@@ -33,27 +33,34 @@ def check(run: Run) -> None:
 
 
 def merge_error(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
-    """Of out and lse, the worse; the block comes as strided views."""
+    """Of out and lse, the worse; a float32 sum and four parts, which come as strided views."""
     b, s, h, d = shape
-    out, lse = torch.randn(shape, device=device), torch.randn(b, s, h, device=device)
-    block_out = torch.randn(b, h, s, d, device=device).to(dtype).transpose(1, 2)
-    block_lse = torch.randn(b, h, s, device=device).transpose(1, 2)
-    lse[:, ::3], out[:, ::3] = -torch.inf, 0  # rows that have seen nothing yet
-    weight = torch.sigmoid(block_lse.double() - lse.double()).unsqueeze(-1)
-    right = out.double() * (1 - weight) + block_out.double() * weight
-    right_lse = torch.logaddexp(lse.double(), block_lse.double())
-    folds.merge_(out, lse, block_out, block_lse)
+    parts = [
+        (
+            torch.randn(b, h, s, device=device).permute(2, 0, 1),
+            torch.randn(b, h, s, d, device=device).to(dtype if i else torch.float32).permute(2, 0, 1, 3),
+        )
+        for i in range(5)
+    ]
+    parts[0][0][::3], parts[0][1][::3] = -torch.inf, 0  # rows that have seen nothing yet
+    lses, outs = (torch.stack([x.double() for x in same]) for same in zip(*parts, strict=True))
+    right_lse = lses.logsumexp(0)
+    right = ((lses - right_lse).exp().unsqueeze(-1) * outs).sum(0)
+    lse, out = (torch.empty_like(x) for x in parts[0])
+    row_ops.merge_rows((lse, out), parts)
     return max(exact.relative_rms(out, right), exact.relative_rms(lse, right_lse))
 
 
 def add_error(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
-    """Of three float32 sums in one launch, the worst; sources in another memory order."""
-    targets = [torch.randn(shape, device=device) for _ in range(3)]
+    """Of two float32 sums to each of which four parts are added, the worse; parts in another memory order."""
     b, s, h, d = shape
-    sources = [torch.randn(b, h, s, d, device=device).to(dtype).transpose(1, 2) for _ in range(3)]
-    right = [x.double() + y.double() for x, y in zip(targets, sources, strict=True)]
-    folds.add_rows_(list(zip(targets, sources, strict=True)))
-    return max(exact.relative_rms(x, y) for x, y in zip(targets, right, strict=True))
+    sums = tuple(torch.randn(s, b, h, d, device=device) for _ in range(2))
+    parts = [
+        tuple(torch.randn(b, h, s, d, device=device).to(dtype).permute(2, 0, 1, 3) for _ in sums) for _ in range(4)
+    ]
+    right = [torch.stack([x.double() for x in same]).sum(0) for same in zip(sums, *parts, strict=True)]
+    row_ops.add_rows(sums, [sums, *parts])
+    return max(exact.relative_rms(x, y) for x, y in zip(sums, right, strict=True))
 
 
 def check_copies(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -62,9 +69,9 @@ def check_copies(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     source = torch.randn(s, 1, h, d, device=device).to(dtype)
     order = torch.randperm(s).to(device)
     plain, gathered, scattered = (torch.full_like(source, torch.nan) for _ in range(3))
-    folds.copy_rows_([(plain, source)])
-    folds.copy_rows_([(gathered, source)], source_rows=order)
-    folds.copy_rows_([(scattered, source)], target_rows=order)
+    row_ops.copy_rows_([(plain, source)])
+    row_ops.copy_rows_([(gathered, source)], source_rows=order)
+    row_ops.copy_rows_([(scattered, source)], target_rows=order)
     for name, x, y in (
         ("plain", plain, source),
         ("gathered", gathered, source[order]),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from megatron_loong.attention.blocks import Block, Form
+from megatron_loong.attention.merge import Part, PartialSum
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Message, Pending
 from megatron_loong.schedule.rotation import Moving
@@ -113,33 +114,18 @@ class BlockStore:
         return self._own[hop.moving].form, self._own[hop.moving].flat.device
 
 
-Part = tuple[slice, tuple[torch.Tensor, ...]]
-"""Some rows, and what was computed for them."""
-Fold = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], None]
-"""Takes the tensors of some rows into those of a sum, in place."""
-
-
 class Returns:
     """Results for the blocks of one kind on their way back: summed here, and rounded, if at all, once for each hop.
 
     `home` is the sum for the rank's own block, to which others' parts are added as they arrive; `wire` the form in
-    which sums travel; `zero` what a row of each tensor is before `fold` has taken anything into it.
+    which sums travel.
     """
 
-    def __init__(
-        self,
-        rings: Rings,
-        steps: Sequence[Step],
-        home: tuple[torch.Tensor, ...],
-        wire: Form,
-        fold: Fold,
-        zero: tuple[float, ...],
-        ring_rank: int,
-    ) -> None:
-        self._home, self._wire, self._fold, self._zero, self._rank = home, wire, fold, zero, ring_rank
-        self._form, self._device = Form.like(*home), home[0].device
+    def __init__(self, rings: Rings, steps: Sequence[Step], home: PartialSum, wire: Form, ring_rank: int) -> None:
+        self._home, self._wire = home, wire
         self._rows: dict[int, Rows] = {step.owner: step.return_rows for step in steps}
-        self._sums: dict[int, Block] = {}
+        self._sums = {ring_rank: home}
+        self._begun: dict[int, Block] = {}
         self._arriving: defaultdict[int, list[tuple[Hop, torch.Tensor, Pending[None]]]] = defaultdict(list)
         self._messages = _Messages(rings, "_dkv")
 
@@ -147,9 +133,9 @@ class Returns:
         """The end of a step: take in what has arrived and what was computed for its block, and send the sums on."""
         self._collect(index)  # what was posted in the step before has had this step's tiles to arrive
         for rows, tensors in parts:
-            self._take(step.owner, step.return_place(rows), tensors)
+            self._sum(step.owner).add(step.return_place(rows), tensors)
         sends = [(hop, self._outgoing(hop)) for hop in step.return_sends]
-        receives = [(hop, self._messages.buffer(hop, self._wire, self._device)) for hop in step.return_receives]
+        receives = [(hop, self._buffer(hop)) for hop in step.return_receives]
         for hop, buffer, wait in self._messages.post(sends, receives, "results for block"):
             self._arriving[hop.due].append((hop, buffer, wait))
 
@@ -157,36 +143,25 @@ class Returns:
         self._messages.finish_sends(index)
         for hop, buffer, wait in self._arriving.pop(index, ()):
             wait()
-            part, rows = Block(self._wire, buffer), self._rows[hop.owner]
-            first = hop.owner != self._rank and hop.owner not in self._sums
-            if first and rows == hop.rows and self._wire == self._form:
-                self._sums[hop.owner] = part  # of all rows, and in the form of sums: this is the sum
+            part, start, rows = Block(self._wire, buffer), 0, self._rows[hop.owner]
+            if hop.owner not in self._sums and hop.rows == rows and self._sum(hop.owner).begin(part.parts):
+                self._begun[hop.owner] = part  # what is computed here is added to it, and it is sent on
                 continue
-            start = 0
             for run in hop.rows:
                 stop = start + run[1] - run[0]
-                self._take(hop.owner, slice_within(rows, run), tuple(x[start:stop] for x in part.parts))
+                self._sum(hop.owner).add(slice_within(rows, run), tuple(x[start:stop] for x in part.parts))
                 start = stop
 
-    def _outgoing(self, hop: Hop) -> torch.Tensor:
-        self._sum(hop.owner)  # zero-filled if no rank so far contributed
-        total = self._sums.pop(hop.owner)
-        if self._wire != self._form:
-            total = Block(self._wire, self._messages.buffer(hop, self._wire, self._device)).fill(total.parts)
-        return total.flat
-
-    def _take(self, owner: int, place: slice, tensors: tuple[torch.Tensor, ...]) -> None:
-        rows = row_count(self._rows[owner])
-        if owner != self._rank and owner not in self._sums and place == slice(0, rows):
-            self._sums[owner] = self._form.empty(rows, self._device).fill(tensors)  # nothing to add to
-            return
-        self._fold(tuple(x[place] for x in self._sum(owner)), tensors)
-
-    def _sum(self, owner: int) -> tuple[torch.Tensor, ...]:
-        if owner == self._rank:
-            return self._home
+    def _sum(self, owner: int) -> PartialSum:
         if owner not in self._sums:
-            self._sums[owner] = self._form.empty(row_count(self._rows[owner]), self._device)
-            for part, value in zip(self._sums[owner].parts, self._zero, strict=True):
-                part.fill_(value)
-        return self._sums[owner].parts
+            self._sums[owner] = self._home.like(row_count(self._rows[owner]))
+        return self._sums[owner]
+
+    def _outgoing(self, hop: Hop) -> torch.Tensor:
+        block = self._begun.pop(hop.owner, None) or Block(self._wire, self._buffer(hop))
+        self._sum(hop.owner).write(block.parts)
+        del self._sums[hop.owner]
+        return block.flat
+
+    def _buffer(self, hop: Hop) -> torch.Tensor:
+        return self._messages.buffer(hop, self._wire, self._home.device)

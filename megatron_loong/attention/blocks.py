@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,9 +40,14 @@ class Form:
         """Bytes of a row, by tensor."""
         return [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts]
 
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return sum(self.widths)
+
     def size(self, rows: int) -> int:
         """Bytes of so many rows."""
-        return rows * sum(self.widths)
+        return rows * self.row_bytes
 
     def buffer(self, rows: int, device: torch.device) -> torch.Tensor:
         """Uninitialised bytes for so many rows."""
@@ -71,13 +75,14 @@ class Block:
     @property
     def rows(self) -> int:
         """Number of rows s."""
-        return self.flat.numel() // sum(self.form.widths)
+        return self.flat.numel() // self.form.row_bytes
 
     @cached_property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """Views [s, ...] of the tensors."""
+        rows = self.rows
         return tuple(
-            piece.view(dtype).view(self.rows, *shape)
+            piece.view(dtype).view(rows, *shape)
             for piece, (shape, dtype) in zip(self._pieces, self.form.parts, strict=True)
         )
 
@@ -90,6 +95,6 @@ class Block:
         return torch.cat([x[place].reshape(-1) for x in rows for place in places])
 
     @property
-    def _pieces(self) -> list[torch.Tensor]:
-        ends = itertools.accumulate((self.rows * width for width in self.form.widths), initial=0)
-        return [self.flat[a:b] for a, b in itertools.pairwise(ends)]
+    def _pieces(self) -> tuple[torch.Tensor, ...]:
+        rows = self.rows
+        return self.flat.split([rows * width for width in self.form.widths])

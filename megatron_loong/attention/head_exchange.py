@@ -3,7 +3,7 @@
     shares of the sequence [s of the rank, b, h, d]  <->  shares of the heads [s of the ring rank, b, heads of it, d]
 
 All tensors of one exchange travel in one message per peer, a row of the message being all that one token has: packed
-by one pass over memory, and put in the order of the sequence by another on arrival (`kernels.folds`).
+by one pass over memory, and put in the order of the sequence by another on arrival (`kernels.row_ops`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from megatron_loong.comm.all_to_all import all_to_all
 from megatron_loong.comm.transport import Pending
 from megatron_loong.kernels.common import on_device
-from megatron_loong.kernels.folds import copy_rows_
+from megatron_loong.kernels.row_ops import copy_rows_
 from megatron_loong.sequence.sharding import places_of
 from megatron_loong.topology.groups import GroupHandle
 from megatron_loong.topology.tokens import TokenLayout, joined, starts_of

@@ -1,22 +1,169 @@
-"""The running result of attention: a block folded in (the online softmax), a sink given to every row."""
+"""Results that come in parts: attention over further keys (the online softmax), gradients of several tiles or ranks."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
 
-from megatron_loong.kernels.folds import finite
-from megatron_loong.kernels.folds import merge_ as merge_
+from megatron_loong.attention.blocks import accumulator_dtype
+from megatron_loong.kernels import row_ops
+from megatron_loong.kernels.row_ops import Tensors, finite
+
+Part = tuple[slice, Tensors]
+"""Some rows of a block, and the tensors that were computed for them."""
+
+_WAITING_SUMS = 2.25
+"""Parts wait until they have so many times the bytes of the sum: in bfloat16 four parts of all rows and one of half.
+
+(The own block's tiles together are such a part and a half.) A part costs its own bytes, read once, and its share of
+reading and writing the sum. Forward over eight blocks, in bytes an element: 76 with a pass for each part, 42 with
+passes of two, 34 of three, 26 of four, 18 of eight."""
 
 
-def add_sink_(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> None:
-    """Give every row one more score, `sink` [h], that has no value: attention sinks (softmax off by one: sink = 0).
+class PartialSum:
+    """The sum of parts of some rows [s, ...] that come one after another, in float32 (float64) whatever they are in.
 
-    out [b, s, h, d], lse [b, s, h] of all keys, in place. Exact whatever kernel made them, since a sink only adds to
-    the denominator. A row that saw no key keeps out = 0 under a sink of -inf, which adds nothing.
+    Parts wait until there are a few, and then go into the sum in one pass over memory; the last pass writes what is
+    wanted in its own dtype. Nothing is zero-filled but rows for which no part came.
     """
-    total = torch.logaddexp(lse, sink.to(lse.dtype))
-    out.mul_((lse - finite(total)).exp().unsqueeze(-1))
-    lse.copy_(total)
+
+    def __init__(
+        self, rows: int, row_shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._rows, self.row_shapes, self.device = rows, row_shapes, device
+        self.wide = accumulator_dtype(dtype)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._waiting: list[Part] = []
+        self._waiting_bytes = 0  # of one column; lse is next to nothing
+        self._sum: Tensors | None = None
+
+    def like(self, rows: int) -> PartialSum:
+        """An empty one of the same kind for other rows."""
+        other = copy.copy(self)
+        other._rows = rows
+        other._forget()
+        return other
+
+    def begin(self, tensors: Tensors) -> bool:
+        """Use `tensors`, of all rows, as the sum so far, if they are in its dtype; before anything else has come."""
+        if tensors[-1].dtype != self.wide:
+            return False
+        self._sum = tensors
+        return True
+
+    def add(self, rows: slice, tensors: Tensors) -> None:
+        """Take in a part. It is kept, not copied: nobody else may write to it."""
+        size = (rows.stop - rows.start) * tensors[-1].itemsize
+        if self._waiting and self._waiting_bytes + size > _WAITING_SUMS * self._rows * self.wide.itemsize:
+            into = self._sum or self._empty(self.wide)
+            self.write(into)
+            self._sum = into
+        self._waiting.append((rows, tensors))
+        self._waiting_bytes += size
+
+    def result(self, dtype: torch.dtype) -> Tensors:
+        """The sum in `dtype`."""
+        if self._sum is None and len(self._waiting) == 1:  # one part of all rows, as it should be: nothing to do
+            ((rows, tensors),) = self._waiting
+            if rows == slice(0, self._rows) and tensors[-1].dtype == dtype:
+                return tensors
+        into = self._sum if self._sum is not None and dtype == self.wide else self._empty(dtype)
+        self.write(into)
+        return into
+
+    def write(self, into: Tensors) -> None:
+        """Write the sum into tensors of any dtype, and forget what came."""
+        whole = slice(0, self._rows)
+        for rows, parts in _by_rows(self._waiting, whole):
+            target = rows_of(into, rows)
+            if self._sum is not None:
+                if self._sum is into and not parts:
+                    continue
+                parts.insert(0, target if self._sum is into else rows_of(self._sum, rows))
+            if parts:
+                self._combine(target, parts)
+            else:
+                self._clear(target)
+        self._forget()
+
+    def _empty(self, dtype: torch.dtype) -> Tensors:
+        return tuple(torch.empty((self._rows, *x), dtype=dtype, device=self.device) for x in self.row_shapes)
+
+    def _combine(self, into: Tensors, parts: list[Tensors]) -> None:
+        row_ops.add_rows(into, parts)
+
+    def _clear(self, rows: Tensors) -> None:
+        for x in rows:
+            x.zero_()
+
+
+class OnlineSoftmax(PartialSum):
+    """Attention of some queries whose keys come in parts, each (lse [s, b, h], out [s, b, h, dv])."""
+
+    def __init__(self, q: torch.Tensor, value_dim: int) -> None:
+        s, b, h = q.shape[:3]
+        super().__init__(s, ((b, h), (b, h, value_dim)), q.dtype, q.device)
+        self._dtype = q.dtype
+
+    def finish(self, sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """out in q's dtype, and lse.
+
+        sink [h] gives every row one more score that has no value (softmax off by one: sink = 0): a part with out = 0.
+        A row that saw no key keeps out = 0 under a sink of -inf, which adds nothing.
+        """
+        if sink is not None:
+            lse_shape, out_shape = ((self._rows, *x) for x in self.row_shapes)
+            part = sink.to(self.wide).expand(lse_shape), sink.new_zeros(out_shape[-1]).expand(out_shape)
+            self._waiting.append((slice(0, self._rows), part))
+        lse, out = self.result(self._dtype)
+        return out, lse
+
+    def _empty(self, dtype: torch.dtype) -> Tensors:
+        # In the memory order of the kernels: out [b, s, h, dv], lse [b, h, s].
+        (b, h), (_, _, value_dim) = self.row_shapes
+        out = torch.empty(b, self._rows, h, value_dim, dtype=dtype, device=self.device).transpose(0, 1)
+        return torch.empty(b, h, self._rows, dtype=self.wide, device=self.device).permute(2, 0, 1), out
+
+    def _combine(self, into: Tensors, parts: list[Tensors]) -> None:
+        row_ops.merge_rows(into, parts)
+
+    def _clear(self, rows: Tensors) -> None:
+        lse, out = rows
+        lse.fill_(-torch.inf)
+        out.zero_()
+
+
+def _by_rows(parts: Sequence[Part], whole: slice) -> Iterator[tuple[slice, list[Tensors]]]:
+    """All rows, cut wherever a part begins or ends; each run with what came for it in the order it came.
+
+    Zigzag has two such runs: half of the tiles have only the second half of the queries. A pack without a kernel that
+    takes packs has as many as documents.
+    """
+    if all(rows == whole for rows, _ in parts):
+        yield whole, [tensors for _, tensors in parts]
+        return
+    cuts = sorted({whole.start, whole.stop, *(cut for rows, _ in parts for cut in (rows.start, rows.stop))})
+    beginning = sorted(range(len(parts)), key=lambda i: -parts[i][0].start)
+    present: list[int] = []
+    for start, stop in itertools.pairwise(cuts):
+        present = [i for i in present if parts[i][0].stop > start]
+        while beginning and parts[beginning[-1]][0].start == start:
+            present.append(beginning.pop())
+        rows = slice(start, stop)
+        yield rows, [rows_of(parts[i][1], rows, parts[i][0].start) for i in sorted(present)]
+
+
+def rows_of(tensors: Tensors, rows: slice, first: int = 0) -> Tensors:
+    """`rows` of tensors that begin with row `first`."""
+    start, stop = rows.start - first, rows.stop - first
+    if not start and stop == tensors[0].shape[0]:
+        return tensors
+    return tuple(x[start:stop] for x in tensors)
 
 
 def sink_gradient(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.attention.merge import merge_
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Message
 from megatron_loong.config import CAUSAL, FULL, LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.registry import choose_kernel
-from megatron_loong.planner.methods import OURS
+from megatron_loong.kernels.row_ops import merge_rows
 from megatron_loong.topology.groups import LoongGroups, build_groups
 
 #: Windows of one measurement, of which the fastest counts.
@@ -110,15 +109,13 @@ def matmul(tile: Tile, seconds: float) -> float:
 
 
 def memory(tile: Tile, seconds: float) -> float:
-    """Bytes per second, read plus written, of folding one block's output into the running one (`merge_`)."""
+    """Bytes per second, read plus written, of merging four blocks' outputs into a float32 result in one pass."""
     rows = (1 << 16) if tile.device.type == "cuda" else (1 << 10)
-    out, block_out = tile.random(rows).float(), tile.random(rows)
-    lse, block_lse = (torch.zeros(out.shape[:-1], device=tile.device) for _ in range(2))
-    return (
-        OURS.merge_bytes_per_element
-        * out.numel()
-        / computing_s(lambda: merge_(out, lse, block_out, block_lse), tile, seconds)
-    )
+    out = tile.random(rows)
+    lse = torch.zeros(out.shape[:-1], device=tile.device)
+    result = lse, out.float()
+    moved = 2 * result[1].nbytes + 4 * out.nbytes
+    return moved / computing_s(lambda: merge_rows(result, [result, *[(lse, out)] * 4]), tile, seconds)
 
 
 def hop(groups: LoongGroups, ring: str, tile: Tile, seconds: float) -> Link:

@@ -225,6 +225,7 @@ def _attention_backward(plan: MemoryPlan, q: int, kv: int) -> int:
     The all-to-all of the gradients is no peak: what the forward kept is gone by then, and what is packed goes too.
     """
     wide = 4 // plan.dtype_bytes if plan.dtype_bytes < 4 else 1  # dq and dkv are summed in float32
+    most = 2.25 * wide  # parts of all rows that wait before they go into the sum (`attention/merge.py`)
     config = LoongConfig(plan.context_parallel_size, plan.head_parallel_size, plan.inner_ring_size)
     dout = q * (2 if plan.head_parallel_size > 1 else 1)
     if config.ring_size == 1:
@@ -233,9 +234,15 @@ def _attention_backward(plan: MemoryPlan, q: int, kv: int) -> int:
     blocks = min(4 if is_double else 2, config.ring_size - 1)
     # Whichever is fewer bytes moves, there with what it needs and home as a gradient.
     there, home = min((kv, kv), (2 * q, q), key=sum)
-    # The sum of a visited block's gradient, and in the dtype of the wire what leaves and what arrives.
-    returning = home * (wide + (2 if wide > 1 else 1))
-    return dout + (q + kv) * wide + blocks * there + returning + max(q // 2 + kv, q + kv // 2)
+
+    def held(parts: float, waiting: float) -> int:
+        """dq and dkv after so many parts of each: what waits, and the sum where one was needed."""
+        return int((q + kv) * (min(parts, waiting) + (wide if parts > most else 0)))
+
+    # In the last step but one, with a tile's gradients, one of which leaves while one arrives; in the end, with dq.
+    middle = held(config.ring_size - 0.5, 2 * wide + 1) + blocks * there + 2 * home + kv // 2
+    end = held(config.ring_size + 0.5, most) + q
+    return dout + max(middle, end)
 
 
 def peak(model: ModelShape, plan: MemoryPlan) -> MemoryReport:

@@ -28,18 +28,19 @@ class Method:
     backward_program: BackwardProgram = programs.backward_program
     merge_bytes_per_element: int = 18
     """Memory traffic of folding one element of a block's output in: block read 2, widened copy written and read 4 + 4,
-    running sum read and written 4 + 4 (`attention/merge.py`; ring-flash-attention's fused update is the same)."""
+    running sum read and written 4 + 4 (ring-flash-attention's fused update is the same)."""
     dq_bytes_per_element: int = 10
     """dq read and written in float32, the tile's read in bf16."""
     dkv_bytes_per_element: int = 10
     return_bytes_per_element: int = 0
-    """Of a gradient that returns to its owner: rounding it for the wire, and adding at the owner what arrives."""
+    """Of a gradient that returns to its owner, beyond reading it once: its way into a message and out of it."""
     stand_in_bytes_per_element: int = 0
     """Of dout, for a tile whose queries have come: passes of `out_with_delta`."""
     travelling_bytes_per_element: int = 0
     """Of dout, once, where queries move: delta, and the copy into the block that travels."""
-    sums_bytes_per_element: int = 0
-    """Of the results, once, with a ring: zeros in float32 to begin with, rounded in the end."""
+    waiting_parts: float = 0.0
+    """Parts of all rows that wait and then go into a sum in one pass (`attention/merge.py`), of which the last writes
+    the result; a part costs only its own bytes then. 0: each goes into the sum by itself."""
     narrow_gradients: bool = False
     """Whether gradients travel in the input's dtype; else in that of the sums, float32."""
     in_parts: bool = False
@@ -107,10 +108,13 @@ OURS = Method(
     narrow_gradients=True,
     in_parts=True,
     either_side_moves=True,
-    return_bytes_per_element=12,  # widened 6, rounded 6, added 10; of these `dkv_bytes_per_element` has 10
+    merge_bytes_per_element=2,
+    dq_bytes_per_element=2,
+    dkv_bytes_per_element=2,
+    waiting_parts=4.5,
+    return_bytes_per_element=4,  # written for the wire, read where it arrives
     stand_in_bytes_per_element=40,
     travelling_bytes_per_element=28,
-    sums_bytes_per_element=10,
 )
 
 LOONGTRAIN = Method("LoongTrain", backward_program=forward_order_backward)

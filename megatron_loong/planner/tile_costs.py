@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_loong.config import CAUSAL, LoongConfig
@@ -35,13 +36,24 @@ class TileCosts:
         queries, results = rows * shape.head_dim, rows * shape.value_dim + (0 if not backward else elements)
         passed = (queries if self.queries_move else elements) * method.return_bytes_per_element if backward else 0
         self.return_s = passed / hardware.memory_bytes_per_s
-        """Rounding the gradient of one block for its way home, and adding it there, beyond `fold_s`."""
-        once = results * method.sums_bytes_per_element
+        """Writing the gradient of one block for its way home, and adding it there, beyond `fold_s`."""
+        once = results * self._sum_bytes_per_element()
         if self.queries_move:
             once += rows * shape.value_dim * method.travelling_bytes_per_element
         self.sums_s = once / hardware.memory_bytes_per_s if config.ring_size > 1 else 0.0
-        """Making the sums, rounding them, and packing what travels."""
+        """Passes over the sums, and packing what travels."""
         self._known: dict[tuple[int, int, str], tuple[float, float]] = {}
+
+    def _sum_bytes_per_element(self) -> int:
+        """A float32 sum is read and written between two passes; the last writes the result in bfloat16.
+
+        Backward the own block's tiles are a part and a half; forward they are read here: `_merge_s` leaves them out.
+        """
+        if not self.method.waiting_parts:
+            return 0
+        parts = self.config.ring_size + (0.5 if self.backward else 0)
+        passes = math.ceil(parts / self.method.waiting_parts)
+        return 8 * (passes - 1) + 2 + (0 if self.backward else self.method.merge_bytes_per_element)
 
     def of(self, ring_rank: int, owner: int, part: str = "tile") -> tuple[float, float]:
         """(kernel, merge) of the tiles that `ring_rank` computes with the block of `owner`.
@@ -91,7 +103,7 @@ class TileCosts:
         return flops / rate + self.hardware.kernel_overhead_s
 
     def _merge_s(self, query_len: int, own: bool) -> float:
-        """Forward: folding the tile's output in; the own tile is the running result. Backward: adding dq."""
+        """Forward: merging the tile's output; the own tile is the first result. Backward: adding dq."""
         rows = self.shape.batch * query_len * self.heads
         if self.backward:
             moved = rows * self.shape.head_dim * self.method.dq_bytes_per_element

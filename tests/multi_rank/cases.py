@@ -189,25 +189,25 @@ def rms_error_ratios(
     kv_heads: int = 4,
 ) -> dict[str, float]:
     """RMS error against float64, over that of the same kernel on one device with the same inputs."""
-    from megatron_loong.attention import double_ring
+    from megatron_loong.kernels import row_ops
 
     groups = build_groups(config, range(config.context_parallel_size))
     inputs = random_inputs(1, 512, 8, kv_heads, 32, dtype)
     truth = dense_with_gradients(*inputs, True)
     one_device = run_attention(inputs, groups_of_one())
-    honest = double_ring.merge_
+    honest = row_ops.merge_rows
 
-    def bf16_merge(out: torch.Tensor, lse: torch.Tensor, *block: torch.Tensor) -> None:
-        honest(out, lse, *block)
-        for x in (out, lse):
+    def bf16_merge(into: row_ops.Tensors, parts: list[row_ops.Tensors]) -> None:
+        honest(into, parts)
+        for x in into:
             x.copy_(x.bfloat16())
 
     try:
         if plant_bf16_merge:
-            double_ring.merge_ = bf16_merge
+            row_ops.merge_rows = bf16_merge
         results = run_attention(inputs, groups, gradient_wire=gradient_wire)
     finally:
-        double_ring.merge_ = honest
+        row_ops.merge_rows = honest
     whole = {name: unshard_sequence(x, groups) for name, x in results.items()}
     groups.destroy()
     return {name: (_rms(whole[name], truth[name]) / _rms(one_device[name], truth[name])).item() for name in NAMES}

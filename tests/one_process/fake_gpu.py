@@ -22,7 +22,7 @@ from benchmarks.simulate import groups_without_processes
 from megatron_loong import LoongConfig
 from megatron_loong.attention import call as attention_call
 from megatron_loong.attention.prepare import prepare
-from megatron_loong.kernels import common, folds, torch_cuda, triton_folds
+from megatron_loong.kernels import common, row_ops, torch_cuda, triton_row_ops
 from tests.one_process.host_reads import Silent, fake_gpu
 
 CUDA = torch.device("cuda", 0)
@@ -80,27 +80,40 @@ class Watch(TorchDispatchMode):
             read, results = given[2:], given[2:]
         self.passes.append((name, sum(map(touched, (*read, *results)))))
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: list[Any], **constants: int) -> None:
-        """In the place of `triton_folds._launch`."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: list[Any], **constants: Any) -> None:
+        """In the place of `triton_row_ops._launch`."""
         tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
         must(all(x.device == CUDA for x in tensors), f"{kernel.__name__}: {[str(x.device) for x in tensors]}")
         must(all(0 < n < 2**16 for n in grid[1:]) and 0 < grid[0] < 2**31, f"{kernel.__name__}: grid {grid}")
-        if len(tensors) == 4:
-            out, lse, block_out, block_lse = tensors
-            must(out.shape == block_out.shape and lse.shape == block_lse.shape == out.shape[:3], "merge: shapes differ")
-            must(out.dtype == lse.dtype == block_lse.dtype == torch.float32, f"merge: {out.dtype}, {lse.dtype}")
-            self.passes.append(("merge", 2 * touched(out) + 2 * touched(lse) + touched(block_out) + touched(block_lse)))
+        if "SLOTS" in constants:
+            self._combine(arguments, constants)
             return
         moved = 0
-        for pair in (arguments[i : i + 13] for i in range(0, 13 * triton_folds.PAIRS, 13)):
+        for pair in (arguments[i : i + 13] for i in range(0, 13 * triton_row_ops.PAIRS, 13)):
             tiles, target, source, rows, _, _, width, *_ = pair
             if tiles:
                 must(constants["INDEX"] or target.shape == source.shape, f"move: {target.shape} from {source.shape}")
-                wide = target.element_size() * (1 + constants["ADD"]) + source.element_size()
-                moved += rows * width * wide
+                moved += rows * width * (target.element_size() + source.element_size())
         if constants["INDEX"]:
             must(arguments[-1].dtype == torch.int64 and arguments[-1].is_contiguous(), "move: index")
-        self.passes.append(("add" if constants["ADD"] else "move", moved))
+        self.passes.append(("move", moved))
+
+    def _combine(self, arguments: list[Any], constants: dict[str, Any]) -> None:
+        """Results and parts, (rows, lse) each, of which a sum of gradients has no lse."""
+        *operands, count, s, d = arguments
+        operands = [operands[i : i + 8] for i in range(0, len(operands), 8)][: count + 1]
+        name = "merge" if constants["MERGE"] else "add"
+        must(0 < count <= constants["SLOTS"], f"{name}: {count} parts in {constants['SLOTS']} slots")
+        result, moved = operands[0][0], 0
+        for x, *strides, lse, _, _, _ in operands:
+            must(x.shape == result.shape and (x.shape[0], x.shape[3]) == (s, d), f"{name}: shapes differ")
+            must(x.stride() == (*strides, 1), f"{name}: strides {x.stride()}")
+            moved += touched(x)
+            if constants["MERGE"]:
+                must(lse.shape == x.shape[:3], f"{name}: shapes differ")
+                must(lse.dtype == torch.float32, f"{name}: lse is {lse.dtype}")
+                moved += touched(lse)
+        self.passes.append((name, moved))
 
     def operand(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """In the place of `common.gpu_operand`: none is to be copied."""
@@ -154,8 +167,8 @@ def watching() -> Iterator[Watch]:
     """Triton's passes are asked, not launched; every operator is looked at."""
     watch = Watch()
     patches = [
-        mock.patch.object(folds, "_by_triton", lambda x: x.is_cuda),
-        mock.patch.object(triton_folds, "_launch", watch.launch),
+        mock.patch.object(row_ops, "_by_triton", lambda x: x.is_cuda),
+        mock.patch.object(triton_row_ops, "_launch", watch.launch),
         *(mock.patch.object(module, "gpu_operand", watch.operand) for module in (common, torch_cuda)),
     ]
     with contextlib.ExitStack() as stack:

@@ -21,7 +21,7 @@ from megatron_loong.attention import attention_2d as attention_2d_module
 from megatron_loong.attention import plan
 from megatron_loong.attention.call import Attention2D
 from megatron_loong.comm.transport import Message, Pending, Transport
-from megatron_loong.kernels import common, folds
+from megatron_loong.kernels import common, row_ops
 
 #: Operators that hand a device's data to the host, or whose result has a shape that depends on it.
 READS = {
@@ -118,7 +118,7 @@ def host_reads(
 
     `make_options(device)` gives further arguments of `attention_2d`.
     """
-    with fake_gpu(), folds.without_triton():  # a Triton kernel cannot run on tensors without data
+    with fake_gpu(), row_ops.without_triton():  # a Triton kernel cannot run on tensors without data
         device = torch.device("cuda", 0)
         seq_len = 16 * config.context_parallel_size
         groups = groups_without_processes(config, 0, Silent, timedelta(seconds=1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import copy_rate
-from megatron_loong.kernels import folds
+from megatron_loong.kernels import row_ops
 
 SMALL = "--device cpu --tokens 16 --heads 4 --kv-heads 2 --width 8 --peers 2 --copy-bytes 4096 --repeats 1".split()
 
@@ -19,9 +19,9 @@ def test_record_has_every_pass_and_the_bytes_it_must_move(tmp_path, capsys):
     record = json.loads(file.read_text())
     q, kv, lse = 16 * 4 * 8, 16 * 2 * 8, 16 * 4
     assert {name: x["bytes"] for name, x in record["passes"].items()} == {
-        "merge": q * (4 + 4 + 2) + lse * 12,
-        "add dk, dv": 2 * kv * 10,
-        "add dq": q * 10,
+        "merge": q * (4 + 4 * 2 + 2) + lse * 4 * (1 + 4 + 1),
+        "add dk, dv": 2 * kv * (2 + 2 + 2),
+        "add dq": q * (4 + 4 * 2 + 2),
         "pack q, k, v": (q + 2 * kv) * 4,
         "order q, k, v": (q + 2 * kv) * 4 + 32 * 8,
     }
@@ -43,14 +43,14 @@ def test_packing_and_ordering_are_what_the_head_exchange_does():
 
 
 def test_a_wrong_pass_is_not_timed_and_the_others_are(monkeypatch, tmp_path):
-    right = folds.add_rows_
+    right = row_ops.add_rows
 
-    def wrong(pairs):
-        if not folds._compared_with:
-            pairs = pairs[:1]
-        right(pairs)
+    def wrong(into, parts):
+        if not row_ops._compared_with and len(into) == 2:
+            parts = parts[:1]
+        right(into, parts)
 
-    monkeypatch.setattr(folds, "add_rows_", wrong)
+    monkeypatch.setattr(row_ops, "add_rows", wrong)
     assert copy_rate.main([*SMALL, "--json", str(tmp_path / "record.json")]) == 1
     record = json.loads((tmp_path / "record.json").read_text())
     assert list(record["failed"]) == ["add dk, dv"] and "RuntimeError: add dk, dv: differs by" in str(record["failed"])
