@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,16 +12,10 @@ import torch
 from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.kernels import row_ops
 from megatron_loong.kernels.row_ops import Tensors, finite
+from megatron_loong.schedule.parts import waiting_bytes
 
 Part = tuple[slice, Tensors]
 """Some rows of a block, and the tensors that were computed for them."""
-
-_WAITING_SUMS = 2.25
-"""Parts wait until they have so many times the bytes of the sum: in bfloat16 four parts of all rows and one of half.
-
-(The own block's tiles together are such a part and a half.) A part costs its own bytes, read once, and its share of
-reading and writing the sum. Forward over eight blocks, in bytes an element: 76 with a pass for each part, 42 with
-passes of two, 34 of three, 26 of four, 18 of eight."""
 
 
 class PartialSum:
@@ -35,11 +30,12 @@ class PartialSum:
     ) -> None:
         self._rows, self.row_shapes, self.device = rows, row_shapes, device
         self.wide = accumulator_dtype(dtype)
+        self._row_size = sum(map(math.prod, row_shapes))
         self._forget()
 
     def _forget(self) -> None:
         self._waiting: list[Part] = []
-        self._waiting_bytes = 0  # of one column; lse is next to nothing
+        self._waiting_bytes = 0
         self._sum: Tensors | None = None
 
     def like(self, rows: int) -> PartialSum:
@@ -58,8 +54,9 @@ class PartialSum:
 
     def add(self, rows: slice, tensors: Tensors) -> None:
         """Take in a part. It is kept, not copied: nobody else may write to it."""
-        size = (rows.stop - rows.start) * tensors[-1].itemsize
-        if self._waiting and self._waiting_bytes + size > _WAITING_SUMS * self._rows * self.wide.itemsize:
+        size = (rows.stop - rows.start) * self._row_size * tensors[-1].itemsize  # lse is next to nothing
+        most = waiting_bytes(self._rows * self._row_size * self.wide.itemsize)
+        if self._waiting and self._waiting_bytes + size > most:
             into = self._sum or self._empty(self.wide)
             self.write(into)
             self._sum = into

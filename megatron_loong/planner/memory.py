@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.model import ModelShape
+from megatron_loong.schedule.parts import waiting_bytes
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def _attention_backward(plan: MemoryPlan, q: int, kv: int) -> int:
     The all-to-all of the gradients is no peak: what the forward kept is gone by then, and what is packed goes too.
     """
     wide = 4 // plan.dtype_bytes if plan.dtype_bytes < 4 else 1  # dq and dkv are summed in float32
-    most = 2.25 * wide  # parts of all rows that wait before they go into the sum (`attention/merge.py`)
+    # Parts of dq and of dkv, of all rows, that wait before they go into the sum (`attention/merge.py`).
+    most = {x: waiting_bytes(x * wide) / x for x in (q, kv)}
     config = LoongConfig(plan.context_parallel_size, plan.head_parallel_size, plan.inner_ring_size)
     dout = q * (2 if plan.head_parallel_size > 1 else 1)
     if config.ring_size == 1:
@@ -235,13 +237,13 @@ def _attention_backward(plan: MemoryPlan, q: int, kv: int) -> int:
     # Whichever is fewer bytes moves, there with what it needs and home as a gradient.
     there, home = min((kv, kv), (2 * q, q), key=sum)
 
-    def held(parts: float, waiting: float) -> int:
-        """dq and dkv after so many parts of each: what waits, and the sum where one was needed."""
-        return int((q + kv) * (min(parts, waiting) + (wide if parts > most else 0)))
+    def held(parts: float, more: float) -> int:
+        """dq and dkv after so many parts of each: what waits (and `more`), and the sum where one was needed."""
+        return sum(int(x * (min(parts, most[x] + more) + (wide if parts > most[x] else 0))) for x in (q, kv))
 
     # In the last step but one, with a tile's gradients, one of which leaves while one arrives; in the end, with dq.
-    middle = held(config.ring_size - 0.5, 2 * wide + 1) + blocks * there + 2 * home + kv // 2
-    end = held(config.ring_size + 0.5, most) + q
+    middle = held(config.ring_size - 0.5, 0.5) + blocks * there + 2 * home + kv // 2
+    end = held(config.ring_size + 0.5, 0) + q
     return dout + max(middle, end)
 
 

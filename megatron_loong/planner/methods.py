@@ -38,9 +38,9 @@ class Method:
     """Of dout, for a tile whose queries have come: passes of `out_with_delta`."""
     travelling_bytes_per_element: int = 0
     """Of dout, once, where queries move: delta, and the copy into the block that travels."""
-    waiting_parts: float = 0.0
-    """Parts of all rows that wait and then go into a sum in one pass (`attention/merge.py`), of which the last writes
-    the result; a part costs only its own bytes then. 0: each goes into the sum by itself."""
+    parts_wait: bool = False
+    """Whether parts wait and then go into a sum in one pass (`schedule.parts.waiting_bytes`), of which the last writes
+    the result; a part costs only its own bytes then."""
     narrow_gradients: bool = False
     """Whether gradients travel in the input's dtype; else in that of the sums, float32."""
     in_parts: bool = False
@@ -111,7 +111,7 @@ OURS = Method(
     merge_bytes_per_element=2,
     dq_bytes_per_element=2,
     dkv_bytes_per_element=2,
-    waiting_parts=4.5,
+    parts_wait=True,
     return_bytes_per_element=4,  # written for the wire, read where it arrives
     stand_in_bytes_per_element=40,
     travelling_bytes_per_element=28,

@@ -10,6 +10,7 @@ from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.methods import Method
 from megatron_loong.planner.programs import Tokens, backward_program
 from megatron_loong.planner.traffic import AttentionShape, shared_heads
+from megatron_loong.schedule.parts import waiting_bytes
 from megatron_loong.schedule.tiles import Tile, halved
 
 
@@ -37,22 +38,22 @@ class TileCosts:
         passed = (queries if self.queries_move else elements) * method.return_bytes_per_element if backward else 0
         self.return_s = passed / hardware.memory_bytes_per_s
         """Writing the gradient of one block for its way home, and adding it there, beyond `fold_s`."""
-        once = results * self._sum_bytes_per_element()
+        once = results * self._sum_bytes_per_element(results)
         if self.queries_move:
             once += rows * shape.value_dim * method.travelling_bytes_per_element
         self.sums_s = once / hardware.memory_bytes_per_s if config.ring_size > 1 else 0.0
         """Passes over the sums, and packing what travels."""
         self._known: dict[tuple[int, int, str], tuple[float, float]] = {}
 
-    def _sum_bytes_per_element(self) -> int:
+    def _sum_bytes_per_element(self, results: int) -> int:
         """A float32 sum is read and written between two passes; the last writes the result in bfloat16.
 
         Backward the own block's tiles are a part and a half; forward they are read here: `_merge_s` leaves them out.
         """
-        if not self.method.waiting_parts:
+        if not self.method.parts_wait:
             return 0
         parts = self.config.ring_size + (0.5 if self.backward else 0)
-        passes = math.ceil(parts / self.method.waiting_parts)
+        passes = math.ceil(parts / max(waiting_bytes(4 * results) / (2 * results), 1))
         return 8 * (passes - 1) + 2 + (0 if self.backward else self.method.merge_bytes_per_element)
 
     def of(self, ring_rank: int, owner: int, part: str = "tile") -> tuple[float, float]:

@@ -117,7 +117,7 @@ def test_the_memory_page_has_the_figures_of_the_command(capsys: pytest.CaptureFi
     for gpus in ("1", "8", "32"):
         memory_table.main(["--model", "llama3-8b", "--gpus", gpus])
         lines = capsys.readouterr().out.splitlines()[3:]
-        found = [re.match(r"(.*?)  +(\d+[KM]|none) +([\d-]+) ", line).groups() for line in lines]  # type: ignore[union-attr]
+        found = [re.match(r"(.*?)  +([\d.]+[KM]|none) +([\d-]+) ", line).groups() for line in lines]  # type: ignore[union-attr]
         columns.append({name: seq if host == "-" else f"{seq}, {host} GB" for name, seq, host in found})
     for name in columns[1]:
         one = columns[0][name] if name.startswith(("full recomputation", "+")) and "Selective" not in name else "-"
