@@ -38,7 +38,6 @@ def dense_attention(
     allowed: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
     softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
@@ -53,9 +52,6 @@ def dense_attention(
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        distance = (torch.arange(q.shape[1]).unsqueeze(1) - torch.arange(k.shape[1])).abs()
-        scores = scores - alibi_slopes.view(-1, 1, 1) * distance
     if causal:
         allowed = band(q.shape[1], k.shape[1], (-1, 0))
     if allowed is not None:

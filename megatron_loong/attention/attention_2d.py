@@ -33,7 +33,6 @@ def attention_2d(
     kv_seq_len: int | None = None,
     softmax_offset: torch.Tensor | None = None,
     softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
     dropout_seed: int | None = None,
     max_logits: torch.Tensor | None = None,
     kv_up_weight: torch.Tensor | None = None,
@@ -61,7 +60,6 @@ def attention_2d(
     softmax_scale: 1 / sqrt(d) by default. softcap: scores become softcap * tanh(scores / softcap).
     softmax_offset [h]: attention sink, a score without a value that joins each row's softmax (zeros: off by one). Its
         gradient is that of this rank's queries: sum it over the group.
-    alibi_slopes [h]: slope times distance is taken off a score (self-attention).
     dropout_p: attention dropout; the mask depends on `dropout_seed` (drawn from torch's default generator unless
         given; the same on all ranks) and on where a pair stands, not on the layout.
     max_logits [h] float32: raised to the greatest scaled score of each head seen on this rank (QK-clip); the maximum
@@ -80,7 +78,7 @@ def attention_2d(
         or a kernel object. deterministic: honoured, or a `ValueError`.
 
     Under `torch.compile` it is one node of the graph, `fullgraph=True` or not, packs (`cu_seqlens`) of other documents
-    included. Without seq_len, and with cu_seqlens_kv, dropout, ALiBi, QK-clip, latents, parts or a kernel object, the
+    included. Without seq_len, and with cu_seqlens_kv, dropout, QK-clip, latents, parts or a kernel object, the
     graph is left for the call.
 
     Raises, on every rank alike and before anything of q, k or v is sent: `ValueError` for shapes, heads, lengths or
@@ -92,7 +90,7 @@ def attention_2d(
         "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
         "cu_seqlens": cu_seqlens, "dropout_p": dropout_p, "kernel": kernel, "deterministic": deterministic,
         "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len, "softmax_offset": softmax_offset,
-        "softcap": softcap, "alibi_slopes": alibi_slopes, "dropout_seed": dropout_seed, "max_logits": max_logits,
+        "softcap": softcap, "dropout_seed": dropout_seed, "max_logits": max_logits,
         "kv_up_weight": kv_up_weight, "gradient_wire": gradient_wire, "head_parts": head_parts,
     }  # fmt: skip
     if torch.compiler.is_compiling():

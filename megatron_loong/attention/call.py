@@ -46,7 +46,6 @@ class Call:
     """Width of the output's heads."""
     softmax_scale: float
     softcap: float
-    alibi_slopes: torch.Tensor | None
     dropout: tuple[float, int] | None
     """(p, seed)."""
     max_logits: torch.Tensor | None
@@ -122,7 +121,6 @@ class Call:
             rules=TileRules(
                 softmax_scale=self.softmax_scale,
                 softcap=self.softcap,
-                alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes[heads],
                 dropout=None if self.dropout is None else Dropout(*self.dropout, first_head=heads.start),
             ),
             expansion=(

@@ -36,8 +36,6 @@ def check_changing(changing: Mapping[str, Any], optional_tensors: Mapping[str, o
     seed = changing["dropout_seed"]
     if seed is not None and not _is_whole(seed):
         raise ValueError(f"dropout_seed={_said(seed)} must be None or a whole number, the same on every rank")
-    if getattr(optional_tensors["alibi_slopes"], "requires_grad", False):
-        raise ValueError("alibi_slopes requires a gradient, which attention_2d does not give; detach it")
 
 
 def _said(x: object) -> str:
@@ -90,7 +88,6 @@ def check_inputs(
     qkv_format: str,
     cu_seqlens: object,
     softmax_offset: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
     dropout_p: float,
     max_logits: torch.Tensor | None,
 ) -> None:
@@ -106,7 +103,6 @@ def check_inputs(
         raise ValueError(f"head_parallel_size={hp} is more than the {heads} query heads; try one of {fitting}")
     for name, x in (
         ("softmax_offset", softmax_offset),
-        ("alibi_slopes", alibi_slopes),
         ("max_logits", max_logits),
     ):
         if x is not None and tuple(x.shape) != (heads,):

@@ -21,7 +21,7 @@ from megatron_loong.sequence.sharding import Boundaries
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
 
 #: Arguments of `attention_2d` that the operator does not take.
-_LEFT_OUT = ("cu_seqlens_kv dropout_p dropout_seed alibi_slopes max_logits kv_up_weight head_parts").split()
+_LEFT_OUT = ("cu_seqlens_kv dropout_p dropout_seed max_logits kv_up_weight head_parts").split()
 
 
 def traced(
@@ -36,7 +36,7 @@ def traced(
     """What `attention_2d` does while `torch.compiler.is_compiling()`; `options` are all its other arguments.
 
     One node of the graph, where the operator has what is asked for. Else the graph is left and `outside` is called (a
-    graph break, an error with `fullgraph=True`): dropout, ALiBi, QK-clip, latents, kernel objects, and a missing
+    graph break, an error with `fullgraph=True`): dropout, QK-clip, latents, kernel objects, and a missing
     `seq_len`, for which the ranks must ask each other.
     """
     asked = {name: x for name, x in options.items() if x is not None}

@@ -73,17 +73,13 @@ class RingPlan:
 
     def packs(self, batch: int) -> bool:
         """Whether the kernel takes many documents at once, and nothing is asked that depends on a tile's places."""
-        apart = self.rules.alibi_slopes is None and self.rules.dropout is None and self.max_logits is None
+        apart = self.rules.dropout is None and self.max_logits is None
         return apart and batch == 1 and getattr(self.kernel, "packs", False)
-
-    def rules_between(self, window: tuple[int, int]) -> TileRules:
-        """The kernel's rules for rows and keys of which nothing matters but `window`."""
-        return replace(self.rules, window=window)
 
     def rules_of(self, tile: Tile | Pack, step: Step, device: torch.device) -> TileRules:
         """The kernel's rules for one call."""
         rules = replace(self.rules, window=tile.window, boundaries=getattr(tile, "boundaries", None))
-        if rules.alibi_slopes is None and rules.dropout is None:
+        if rules.dropout is None:
             return rules
         q, kv = self.layouts
         if step.moving == "kv":

@@ -41,7 +41,6 @@ def prepare(
     kv_seq_len: int | None,
     softmax_offset: torch.Tensor | None,
     softcap: float,
-    alibi_slopes: torch.Tensor | None = None,
     dropout_seed: int | None = None,
     max_logits: torch.Tensor | None = None,
     kv_up_weight: torch.Tensor | None = None,
@@ -63,7 +62,7 @@ def prepare(
         "dropout_seed": dropout_seed,
     }  # fmt: skip
     optional = {
-        "softmax_offset": softmax_offset, "alibi_slopes": alibi_slopes, "max_logits": max_logits,
+        "softmax_offset": softmax_offset, "max_logits": max_logits,
         "kv_up_weight": kv_up_weight,
     }  # fmt: skip
     kind = kind_of((q, k, v), asked, changing, optional)
@@ -82,12 +81,11 @@ def prepare(
     elif qkv_format == "bshd":
         q, k, v = (x.transpose(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     held = compare(groups, kind, (q, k, v), asked | changing, optional, fault) if is_new or fault else None
-    check_inputs(q, k, v, groups, qkv_format, cu_seqlens, softmax_offset, alibi_slopes, dropout_p, max_logits)
+    check_inputs(q, k, v, groups, qkv_format, cu_seqlens, softmax_offset, dropout_p, max_logits)
     mask, hp = Mask.of(causal, window_size), groups.config.head_parallel_size
     features = {
         "windowed": mask.left is not None or mask.right not in (None, 0),
         "softcap": bool(softcap),
-        "alibi": alibi_slopes is not None,
         "dropout": bool(dropout_p),
         "varying": cu_seqlens is not None,
     }
@@ -112,7 +110,6 @@ def prepare(
         value_dim=value_dim,
         softmax_scale=1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale,
         softcap=softcap,
-        alibi_slopes=alibi_slopes,
         dropout=(dropout_p, dropout_seed) if dropout_p and dropout_seed is not None else None,
         max_logits=max_logits,
         head_parts=_head_parts(head_parts, hp, shares.most_parts, queries),

@@ -29,11 +29,10 @@ def request_fault(request: KernelRequest) -> str | None:
 
 
 def feature_fault(request: KernelRequest, *features: str) -> str | None:
-    """None when the request asks for none of `features` (`windowed`, `softcap`, `alibi`, `dropout`)."""
+    """None when the request asks for none of `features` (`windowed`, `softcap`, `dropout`)."""
     names = {
         "windowed": "sliding windows",
         "softcap": "soft caps on scores",
-        "alibi": "ALiBi",
         "dropout": "attention dropout that backward and replay repeat",
     }
     asked = [names[x] for x in features if getattr(request, x)]

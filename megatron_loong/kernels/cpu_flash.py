@@ -42,11 +42,7 @@ class CpuFlashKernel:
             return f"runs on cpu, the tensors are on {request.device_type}"
         if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
             return f"torch {torch.__version__} lacks the CPU flash operator"
-        return (
-            request_fault(request)
-            or dtype_fault(request, _DTYPES)
-            or feature_fault(request, "softcap", "alibi", "dropout")
-        )
+        return request_fault(request) or dtype_fault(request, _DTYPES) or feature_fault(request, "softcap", "dropout")
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: TileRules

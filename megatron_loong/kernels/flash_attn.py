@@ -206,7 +206,7 @@ class FlashAttn2Kernel(FlashAttnPackage):
         return (
             gpu_fault(request, max_width=256)
             or flash_backward_fault(request)
-            or feature_fault(request, "alibi", "dropout")
+            or feature_fault(request, "dropout")
             or self._import_fault()
             or self._softcap_fault(request)
         )
@@ -232,7 +232,7 @@ class FlashAttn3Kernel(FlashAttnPackage):
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
-        fault = gpu_fault(request, max_width=256) or feature_fault(request, "alibi", "dropout")
+        fault = gpu_fault(request, max_width=256) or feature_fault(request, "dropout")
         if fault:
             return fault
         capability, width = gpu_capability(), max(request.head_dim, request.value_head_dim)

@@ -38,7 +38,7 @@ class FlashAttn4Kernel(FlashAttnPackage):
         """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
         return (
             gpu_fault(request, max_width=256)
-            or feature_fault(request, "alibi", "dropout")
+            or feature_fault(request, "dropout")
             or self._limits(request)
             or self._import_fault()
         )

@@ -28,7 +28,6 @@ class KernelRequest:
     windowed: bool = False
     """Whether tiles come with windows other than FULL and CAUSAL."""
     softcap: bool = False
-    alibi: bool = False
     dropout: bool = False
     varying: bool = False
     """Whether tiles come in ever new lengths: packed documents, or sequences of other lengths from call to call."""
@@ -56,11 +55,9 @@ class TileRules:
     square unless the kernel says `bottom_right`."""
     softcap: float = 0.0
     """Scores become softcap * tanh(scores / softcap), before the mask; 0: they stay."""
-    alibi_slopes: torch.Tensor | None = None
-    """[h] float32: slope * distance is taken off each score."""
     dropout: Dropout | None = None
     q_places: torch.Tensor | None = None
-    """int64 [s_q]: places of the rows in the whole sequence; given with ALiBi and dropout."""
+    """int64 [s_q]: places of the rows in the whole sequence; given with dropout."""
     kv_places: torch.Tensor | None = None
     boundaries: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """Of the documents packed into one tile of batch 1, in rows and in keys, each from 0: document i's rows see its

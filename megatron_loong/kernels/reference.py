@@ -83,10 +83,6 @@ def _scores(q: torch.Tensor, k: torch.Tensor, rules: TileRules) -> tuple[torch.T
     if rules.softcap:
         bent = torch.tanh(scores / rules.softcap)
         scores, slope = rules.softcap * bent, 1 - bent.square()
-    if rules.alibi_slopes is not None:
-        assert rules.q_places is not None and rules.kv_places is not None
-        distance = (rules.q_places.unsqueeze(1) - rules.kv_places).abs()
-        scores = scores - rules.alibi_slopes.to(scores.dtype).view(1, g, -1, 1, 1) * distance
     return scores.masked_fill(hidden_by(rules.window, q.shape[1], k.shape[1], q.device), -math.inf), slope
 
 

@@ -57,7 +57,7 @@ class TransformerEngineKernel:
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason. Imports the package only for a request on CUDA."""
-        fault = cudnn_fault(request) or feature_fault(request, "softcap", "alibi", "dropout")
+        fault = cudnn_fault(request) or feature_fault(request, "softcap", "dropout")
         if fault:
             return fault
         if request.windowed:

@@ -61,7 +61,7 @@ class TorchFlashKernel:
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason."""
         fault = gpu_fault(request, max_width=256) or flash_backward_fault(request)
-        fault = fault or feature_fault(request, "softcap", "alibi", "dropout")
+        fault = fault or feature_fault(request, "softcap", "dropout")
         if fault is None and not torch.backends.cuda.is_flash_attention_available():
             fault = f"torch {torch.__version__} was built without flash attention"
         return fault
@@ -121,7 +121,7 @@ class TorchCudnnKernel:
 
     def why_not(self, request: KernelRequest) -> str | None:
         """None when it can serve the request, else the reason."""
-        fault = cudnn_fault(request) or feature_fault(request, "windowed", "softcap", "alibi", "dropout")
+        fault = cudnn_fault(request) or feature_fault(request, "windowed", "softcap", "dropout")
         if fault:
             return fault
         if request.deterministic:

@@ -36,7 +36,6 @@ class Case:
     dead_sink: bool = False
     """The first head's sink is -inf: none."""
     softcap: float = 0.0
-    alibi: bool = False
     dropout_p: float = 0.0
     tell_lengths: bool = True
 
@@ -55,8 +54,6 @@ class Case:
             options["seq_len"] = self.documents[-1]
             if self.kv_documents:
                 options["kv_seq_len"] = self.kv_documents[-1]
-        if self.alibi:
-            options["alibi_slopes"] = torch.linspace(0.1, 0.5, self.heads, dtype=torch.float64)
         if self.dropout_p:
             options |= {"dropout_p": self.dropout_p, "dropout_seed": SEED}
         return options
@@ -83,7 +80,6 @@ def _compare(rank: int, case: Case, groups: Any, tolerance: float) -> int:
         sink[0] = -torch.inf
     dense: dict[str, Any] = {"allowed": case.allowed(), "sink": sink, "softcap": case.softcap}
     options = case.options()
-    dense["alibi_slopes"] = options.get("alibi_slopes")
     if case.dropout_p:
         places = torch.arange(max(seq_len, kv_len))
         dense["kept"] = keep_mask(

@@ -37,8 +37,8 @@ DIFFERENT: dict[str, Callable[[bool], dict[str, Any]]] = {
     "softmax_scale is 0.25 on .* and -1.0 on rank 2; the fault found is none on": (
         lambda odd: {"softmax_scale": -1.0 if odd else 0.25}
     ),
-    "the fault found is none on .* and alibi_slopes requires a gradient, which": (
-        lambda odd: {"alibi_slopes": torch.ones(4, requires_grad=odd)}
+    "the fault found is none on .* and max_logits must be a tensor": (
+        lambda odd: {"max_logits": 4 if odd else torch.zeros(4)}
     ),
     r"shape of q but its length is [1, 4, 8] on .* and [2, 4, 8] on rank 2": lambda odd: {"batch": 1 + odd},
 }

@@ -65,7 +65,6 @@ def cases(draw: st.DrawFn) -> Case:
         sink=draw(st.booleans()),
         dead_sink=draw(st.booleans()),
         softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
-        alibi=kv_documents is None and draw(st.integers(0, 4)) == 0,
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3])),
         tell_lengths=draw(st.booleans()),
     )
@@ -109,7 +108,6 @@ NAMED = {
     ),
     "learnable sinks": Case(DOUBLE_RING, (0, 48), sink=True, kv_heads=2),
     "soft cap": Case(DOUBLE_RING, (0, 48), softcap=2.0),
-    "ALiBi": Case(DOUBLE_RING, (0, 48), alibi=True),
     "dropout": Case(DOUBLE_RING, (0, 48), dropout_p=0.2, batch=2),
     "10 heads over 4": Case(LoongConfig(8, 4, 2), (0, 32), heads=10, kv_heads=5),
     "6 heads over 4, 2 KV heads": Case(LoongConfig(8, 4, 1), (0, 32), heads=6, kv_heads=2),

@@ -81,7 +81,7 @@ def run_packing(rank: int, config: LoongConfig, most_calls: int | None, changes:
         pytest.param(LoongConfig(4, 2), 3, {"window": (5, 0)}, id="window"),
         pytest.param(LoongConfig(2), 3, {"causal": False, "sink": True}, id="full-with-sinks"),
         pytest.param(LoongConfig(2), None, {"batch": 2}, id="a-batch-comes-apart"),
-        pytest.param(LoongConfig(2), None, {"alibi": True}, id="alibi-comes-apart"),
+        pytest.param(LoongConfig(2), None, {"dropout_p": 0.1}, id="dropout-comes-apart"),
     ],
 )
 def test_documents_of_a_visit_are_one_launch_and_exact(config, most_calls, changes, pool) -> None:

@@ -658,7 +658,7 @@ def test_named_kernel_that_cannot_serve_says_why_and_what_would():
         assert part in message, message
 
 
-@pytest.mark.parametrize("feature", ["windowed", "softcap", "alibi", "dropout"])
+@pytest.mark.parametrize("feature", ["windowed", "softcap", "dropout"])
 def test_a_feature_goes_to_the_kernels_that_have_it_and_the_others_say_so(feature):
     """On a CPU: windows cut into blocks by cpu_flash, everything by the reference."""
     asked = replace(CPU, **{feature: True})

@@ -20,10 +20,6 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     r"q must be a tensor; got": [{"q": [[1.0]]}, {"q": None}],
     r"v must be a tensor; got a ndarray": [{"v": np.zeros((1, 8, 4, 8))}],
     r"softmax_offset must be a tensor; got 1.0": [{"softmax_offset": 1.0}],
-    r"alibi_slopes must be a tensor": [{"alibi_slopes": [0.5] * 4}],
-    r"alibi_slopes requires a gradient, which attention_2d does not give": [
-        {"alibi_slopes": ROW.clone().requires_grad_()},
-    ],
     r"max_logits must be a tensor": [{"max_logits": True}],
     r"causal=.* must be True or False": [{"causal": None}, {"causal": "full"}, {"causal": 2}],
     r"deterministic='yes' must be True or False": [{"deterministic": "yes"}],
@@ -76,7 +72,6 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
 RIGHT: list[dict[str, Any]] = [
     {},
     {"seq_len": 8, "cu_seqlens": [0, 8]},
-    {"alibi_slopes": ROW},
     {"dropout_p": 0.1, "dropout_seed": 1},
     {"max_logits": ROW.clone()},
     {"softmax_offset": ROW},

@@ -27,7 +27,6 @@ FEATURES: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "max-logits": lambda device: {"max_logits": torch.zeros(8, device=device)},
     "softcap": lambda device: {"softcap": 10.0},
     "dropout": lambda device: {"dropout_p": 0.1, "dropout_seed": 3},
-    "alibi": lambda device: {"alibi_slopes": torch.ones(8, device=device)},
 }
 
 
