@@ -21,7 +21,7 @@ from benchmarks.rivals.interface import Shape
 from benchmarks.simulate import groups_without_processes
 from benchmarks.timing import Phases, Timing, interleaved, summarise
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.attention.prepare import kernel_request
+from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.config import CAUSAL, LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.kernels.registry import choose_kernel
@@ -112,7 +112,7 @@ def chosen_kernel(shape: Shape, head_parallel_size: int, device: torch.device, n
     q, kv = (
         torch.empty(1, 1, n, shape.head_dim, dtype=shape.dtype, device=device) for n in (shape.heads, shape.kv_heads)
     )
-    return choose_kernel(kernel_request(q, kv, kv, head_parallel_size, deterministic=False), name)
+    return choose_kernel(AttentionOptions().request(q, kv, kv, head_parallel_size), name)
 
 
 def timed(apply: Apply, inputs: Sequence[torch.Tensor]) -> Contestant:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
+from megatron_loong.attention.options import AttentionOptions, CallArguments
 from megatron_loong.sequence.sharding import gathered
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
@@ -27,21 +28,16 @@ _WHAT = "the arguments of attention_2d (ranks that made such a call before do no
 Kind = tuple[Any, ...]
 
 
-def kind_of(
-    tensors: tuple[torch.Tensor, ...],
-    asked: dict[str, Any],
-    changing: dict[str, Any],
-    optional: dict[str, torch.Tensor | None],
-) -> Kind | None:
-    """The key of a kind of call: every argument but lengths and batch size. Of `changing` arguments, which may differ
-    from call to call, and of `optional` tensors, only whether they are given. None for arguments that no call can have.
+def kind_of(tensors: tuple[object, ...], options: AttentionOptions, arguments: CallArguments) -> Kind | None:
+    """The key of a kind of call, None for arguments that no call can have.
+
+    It has the options, which other arguments are given, and dtypes and shapes without lengths and batch size.
     """
     try:
         kind = (
-            *asked.values(),
-            *[x is None for x in changing.values()],
-            *[x is None for x in optional.values()],
-            *[y for x in tensors for y in (x.dtype, x.shape[-2:])],
+            *options.said().values(),
+            *[x is None for x in arguments],
+            *[y for x in tensors for y in (x.dtype, x.shape[-2:])],  # type: ignore[attr-defined]
         )
         hash(kind)
     except (AttributeError, TypeError):
@@ -69,15 +65,14 @@ def compare(
     groups: LoongGroups,
     kind: Kind | None,
     tensors: tuple[torch.Tensor, ...],
-    asked: dict[str, Any],
-    optional: dict[str, torch.Tensor | None],
+    options: AttentionOptions,
+    arguments: CallArguments,
     fault: ValueError | None = None,
 ) -> list[list[int]] | None:
     """Raise one `ValueError` on every rank when they disagree; else, where they were compared, the lengths they hold.
 
-    tensors: q, k, v, sequence first. asked: all other arguments; of `optional` tensors, whether they are given matters.
-    fault: what is wrong with this rank's arguments; raised here, on every rank. Collective where it compares; the
-    lengths are those of q and k by logical rank.
+    tensors: q, k, v, sequence first. fault: what is wrong with this rank's arguments; raised here, on every rank.
+    Collective where it compares; the lengths are those of q and k by logical rank.
     """
     skipped = (len(groups.known_kinds) >= MOST_KINDS and not groups.always_compare) or _is_recorded(tensors[0])
     handles = [groups.handle(name) for name in ("head", "inner", "outer")]
@@ -88,8 +83,7 @@ def compare(
         if not skipped:
             groups.known_kinds.add(kind)  # one rank, or others that are played
         return None
-    said = asked | {name: "given" if x is not None else "None" for name, x in optional.items()}
-    said["the fault found"] = fault or "none"
+    said = options.said() | arguments.said() | {"the fault found": fault or "none"}
     said |= {f"{name}.dtype": x.dtype for name, x in zip("qkv", tensors, strict=True)}
     said |= {f"shape of {name} but its length": list(x.shape[1:]) for name, x in zip("qkv", tensors, strict=True)}
     rows = [_digest(_shown(x)) for x in said.values()]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from megatron_loong.attention.call import Attention2D
 from megatron_loong.attention.compiled import traced
-from megatron_loong.attention.prepare import prepare
+from megatron_loong.attention.options import AttentionOptions, CallArguments
+from megatron_loong.attention.prepare import in_format, prepare
 from megatron_loong.kernels.interface import AttentionKernel
 from megatron_loong.sequence.sharding import Boundaries
 from megatron_loong.topology.groups import LoongGroups
@@ -86,15 +87,34 @@ def attention_2d(
     (looked at in the first call of each kind; with LOONG_CHECK=1 in every call). `CommunicationError` when a peer is
     lost.
     """
-    asked: dict[str, Any] = {
-        "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
-        "cu_seqlens": cu_seqlens, "dropout_p": dropout_p, "kernel": kernel, "deterministic": deterministic,
-        "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len, "softmax_offset": softmax_offset,
-        "softcap": softcap, "dropout_seed": dropout_seed, "max_logits": max_logits,
-        "kv_up_weight": kv_up_weight, "gradient_wire": gradient_wire, "head_parts": head_parts,
-    }  # fmt: skip
+    options = AttentionOptions(
+        qkv_format,
+        causal,
+        softmax_scale,
+        window_size,
+        dropout_p,
+        kernel,
+        deterministic,
+        softcap,
+        gradient_wire,
+        head_parts,
+    )
+    arguments = CallArguments(
+        cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len, dropout_seed, softmax_offset, max_logits, kv_up_weight
+    )
     if torch.compiler.is_compiling():
-        return traced(q, k, v, groups, outside=attention_2d, **asked)
-    q, k, v, call = prepare(q, k, v, groups, **asked)
-    out = Attention2D.apply(q, k, v, softmax_offset, kv_up_weight, call)
-    return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
+        return traced(q, k, v, groups, options, arguments, outside=_attend)
+    return _attend(q, k, v, groups, options, arguments)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: LoongGroups,
+    options: AttentionOptions,
+    arguments: CallArguments,
+) -> torch.Tensor:
+    qkv, call = prepare((q, k, v), groups, options, arguments)
+    out = Attention2D.apply(*qkv, arguments.softmax_offset, arguments.kv_up_weight, call)
+    return in_format(out, options.qkv_format)

@@ -1,8 +1,8 @@
-"""`attention_2d` under `torch.compile`: two custom operators that the compiler looks into no further.
+"""`attention_2d` under `torch.compile`: two custom operators that the compiler does not look into.
 
-What a compiler must know of them is the shapes of their results, told by fake implementations. Process groups are
-behind `LoongGroups.number`, since an operator takes tensors, numbers and words. What backward needs comes out of the
-forward as results, so that the compiler plans their memory.
+The compiler needs the shapes of their results, which fake implementations tell it. An operator takes tensors, numbers
+and text, so process groups go in as `LoongGroups.number` and options as `_encoded`. What backward needs comes out of
+the forward operator as results, so that the compiler plans their memory.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from megatron_loong.attention.blocks import Block, accumulator_dtype
-from megatron_loong.attention.call import Call, _backward, _forward
-from megatron_loong.attention.prepare import prepare
-from megatron_loong.schedule.tiles import Mask
-from megatron_loong.sequence.sharding import Boundaries
+from megatron_loong.attention.blocks import accumulator_dtype
+from megatron_loong.attention.call import backward_pass, forward_pass, shares_of
+from megatron_loong.attention.options import QKV_FORMATS, AttentionOptions, CallArguments
+from megatron_loong.attention.plan import Call
+from megatron_loong.attention.prepare import in_format, prepare, sequence_first
+from megatron_loong.config import FULL
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
-
-#: Arguments of `attention_2d` that the operator does not take.
-_LEFT_OUT = ("cu_seqlens_kv dropout_p dropout_seed max_logits kv_up_weight head_parts").split()
 
 
 def traced(
@@ -29,105 +27,79 @@ def traced(
     k: torch.Tensor,
     v: torch.Tensor,
     groups: LoongGroups,
+    options: AttentionOptions,
+    arguments: CallArguments,
     *,
     outside: Callable[..., torch.Tensor],
-    **options: Any,
 ) -> torch.Tensor:
-    """What `attention_2d` does while `torch.compiler.is_compiling()`; `options` are all its other arguments.
+    """What `attention_2d` does while `torch.compiler.is_compiling()`.
 
-    One node of the graph, where the operator has what is asked for. Else the graph is left and `outside` is called (a
-    graph break, an error with `fullgraph=True`): dropout, QK-clip, latents, kernel objects, and a missing
-    `seq_len`, for which the ranks must ask each other.
+    One node of the graph, where the operator has what is asked for. Else `outside` is called outside of the graph (a
+    graph break, an error with `fullgraph=True`): for dropout, QK-clip, latents, kernel objects, parts of the heads,
+    cross-attention of documents, without `seq_len`, for which the ranks must ask each other, and for the error about
+    options that no call can have.
     """
-    asked = {name: x for name, x in options.items() if x is not None}
-    if asked.get("dropout_p") == 0:
-        del asked["dropout_p"]
-    unknown_length = "seq_len" not in asked and groups.config.context_parallel_size > 1
-    if unknown_length or any(name in asked for name in _LEFT_OUT) or not isinstance(asked["kernel"], str):
+    left_out = arguments.cu_seqlens_kv, arguments.max_logits, arguments.kv_up_weight, options.head_parts
+    unknown_length = arguments.seq_len is None and groups.config.context_parallel_size > 1
+    beyond = unknown_length or options.dropout_p or any(x is not None for x in left_out)
+    words = isinstance(options.kernel, str) and isinstance(options.gradient_wire, str)
+    if beyond or not words or options.causal not in (True, False) or options.qkv_format not in QKV_FORMATS:
         leave: Any = torch.compiler.disable(outside)
-        return leave(q, k, v, groups, **options)
-    return _in_graph(q, k, v, groups, **asked)
-
-
-def _in_graph(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    groups: LoongGroups,
-    *,
-    qkv_format: str,
-    causal: bool,
-    window_size: tuple[int, int] | None = None,
-    cu_seqlens: Boundaries | None = None,
-    softmax_scale: float | None = None,
-    softmax_offset: torch.Tensor | None = None,
-    softcap: float,
-    seq_len: int | None = None,
-    kv_seq_len: int | None = None,
-    kernel: str,
-    deterministic: bool,
-    gradient_wire: str,
-) -> torch.Tensor:
-    if qkv_format not in ("bshd", "sbhd", "thd"):
-        raise ValueError(f"qkv_format={qkv_format!r} is unknown; use 'bshd', 'sbhd' or 'thd'")
-    if causal not in (True, False):
-        raise ValueError(f"causal={causal!r} must be True or False")
-    if qkv_format == "thd":
-        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-    elif qkv_format == "bshd":
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        return leave(q, k, v, groups, options, arguments)
+    q, k, v = (sequence_first(x, options.qkv_format) for x in (q, k, v))
+    cu_seqlens = arguments.cu_seqlens
     if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
         cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int64, device="cpu")
-    mask = Mask.of(causal, window_size)
     out, *_ = torch.ops.megatron_loong.attention_2d(
         q,
         k,
         v,
-        softmax_offset,
+        arguments.softmax_offset,
         cu_seqlens,
         groups.number,
-        -1 if mask.left is None else mask.left,
-        -1 if mask.right is None else mask.right,
-        1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale,
-        softcap,
-        q.shape[0] if seq_len is None else seq_len,
-        -1 if kv_seq_len is None else kv_seq_len,
-        kernel,
-        deterministic,
-        gradient_wire,
+        *_encoded(options, head_dim=q.shape[3]),
+        q.shape[0] if arguments.seq_len is None else arguments.seq_len,
+        -1 if arguments.kv_seq_len is None else arguments.kv_seq_len,
     )
-    return out.squeeze(1) if qkv_format == "thd" else out.transpose(0, 1) if qkv_format == "bshd" else out
+    return in_format(out, options.qkv_format)
+
+
+def _encoded(options: AttentionOptions, head_dim: int) -> tuple[str, list[float]]:
+    """Options as an operator takes them: words, and numbers, which may be symbolic in the graph."""
+    left, right = options.window_size or FULL
+    scale = 1 / math.sqrt(head_dim) if options.softmax_scale is None else options.softmax_scale
+    numbers = [options.causal, left, right, scale, options.softcap, options.deterministic]
+    return f"{options.gradient_wire} {options.kernel}", numbers
+
+
+def _decoded(words: str, numbers: list[float]) -> AttentionOptions:
+    """The inverse of `_encoded`. The operator's tensors have the sequence first, of packs too."""
+    gradient_wire, kernel = words.split(" ", 1)
+    causal, left, right, scale, softcap, deterministic = numbers
+    return AttentionOptions(
+        qkv_format="sbhd",
+        causal=causal,  # type: ignore[arg-type]
+        window_size=(left, right),  # type: ignore[arg-type]
+        softmax_scale=scale,
+        softcap=softcap,
+        deterministic=deterministic,  # type: ignore[arg-type]
+        kernel=kernel,
+        gradient_wire=gradient_wire,
+    )
 
 
 def _call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    asked: tuple,
+    qkv: tuple[torch.Tensor, ...], sink: torch.Tensor | None, cu_seqlens: torch.Tensor | None, asked: tuple
 ) -> Call:
-
-    number, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire = asked
-    *_, call = prepare(
-        q,
-        k,
-        v,
-        groups_by_number(number),
-        qkv_format="sbhd",
-        causal=False,
-        window_size=(left, right),
-        softmax_scale=softmax_scale,
+    number, words, numbers, seq_len, kv_seq_len = asked
+    arguments = CallArguments(
         cu_seqlens=cu_seqlens,
-        softcap=softcap,
         seq_len=seq_len,
         kv_seq_len=None if kv_seq_len < 0 else kv_seq_len,
         softmax_offset=sink,
-        kernel=kernel,
-        deterministic=deterministic,
-        gradient_wire=gradient_wire,
     )
-    return call
+    q, k, v = qkv
+    return prepare((q, k, v), groups_by_number(number), _decoded(words, numbers), arguments)[1]
 
 
 def _apart(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -150,25 +122,19 @@ def _attention(
     sink: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     groups: int,
-    left: int,
-    right: int,
-    softmax_scale: float,
-    softcap: float,
+    words: str,
+    numbers: list[int | float | bool],
     seq_len: int,
     kv_seq_len: int,
-    kernel: str,
-    deterministic: bool,
-    gradient_wire: str,
 ) -> list[torch.Tensor]:
     """out [s, b, h, dv]; then of each part of the heads q, KV block (bytes), out and lse after the all-to-all.
 
-    Without a head group the part's q and out are the whole, and an operator must not return the same memory twice:
-    then they are empty.
+    Without a head group, q and out of the part are the whole. An operator must not return the same memory twice, so
+    they are then empty.
     """
-    asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
-    call = _call(q, k, v, sink, cu_seqlens, asked)
+    call = _call((q, k, v), sink, cu_seqlens, (groups, words, numbers, seq_len, kv_seq_len))
     with torch.no_grad():
-        out, shares = _forward(q, k, v, sink, None, call)
+        out, shares = forward_pass(q, k, v, sink, None, call)
     saved = [x for q_share, kv, *result in shares for x in (q_share, kv.flat, *result)]
     if _alone(call):
         saved[0], saved[2] = q.new_empty(0), q.new_empty(0)
@@ -181,23 +147,25 @@ def _alone(call: Call) -> bool:
 
 def _fixed(n: Any) -> Any:
     """A symbolic size made constant for this graph, because the layout of the tokens depends on it."""
-    return int(n) if isinstance(n, torch.SymInt) else n
+    if isinstance(n, (list, tuple)):
+        return [_fixed(x) for x in n]
+    return int(n) if isinstance(n, torch.SymInt) else float(n) if isinstance(n, torch.SymFloat) else n
 
 
 @_attention.register_fake
 def _(q, k, v, sink, cu_seqlens, *asked):
-    q, k, v = (x.new_empty([_fixed(n) for n in x.shape]) for x in (q, k, v))
+    q, k, v = (x.new_empty(_fixed(x.shape)) for x in (q, k, v))
     # How many tokens a rank holds does not depend on where documents end, so boundaries without values are enough.
     valueless = None if cu_seqlens is None else cu_seqlens.to("meta")
-    call = _call(q, k, v, sink, valueless, tuple(map(_fixed, asked)))
-    me, b, ring_rank = call.groups.handle("head").rank, q.shape[1], call.groups.ring_rank
-    rows = sum(stop - start for start, stop in call.layouts[0].ring_runs(ring_rank))
+    call = _call((q, k, v), sink, valueless, tuple(map(_fixed, asked)))
+    rows, kv_rows = (call.rows_after_exchange(layout) for layout in call.layouts)
+    b = q.shape[1]
     results = [q.new_empty(*q.shape[:3], call.value_dim)]
     for part in call.parts:
-        heads = len(part.shares.query[me])
+        heads = len(part.shares.query[part.head_rank])
         results += [
             q.new_empty(0) if _alone(call) else q.new_empty(rows, b, heads, q.shape[3]),
-            part.kv_form(k, v).buffer(part.kv_rows(), k.device),
+            part.kv_form(k, v).buffer(kv_rows, k.device),
             q.new_empty(0) if _alone(call) else q.new_empty(rows, b, heads, call.value_dim),
             q.new_empty(rows, b, heads, dtype=accumulator_dtype(q.dtype)),
         ]
@@ -214,26 +182,16 @@ def _attention_backward(
     k_shape: list[int],
     v_shape: list[int],
     groups: int,
-    left: int,
-    right: int,
-    softmax_scale: float,
-    softcap: float,
+    words: str,
+    numbers: list[int | float | bool],
     seq_len: int,
     kv_seq_len: int,
-    kernel: str,
-    deterministic: bool,
-    gradient_wire: str,
 ) -> list[torch.Tensor]:
     """dq, dk, dv, and dsink where there is a sink."""
-    asked = (groups, left, right, softmax_scale, softcap, seq_len, kv_seq_len, kernel, deterministic, gradient_wire)
     q, k, v = (dout.new_empty(()).expand(shape) for shape in (q_shape, k_shape, v_shape))  # for their shapes alone
-    call = _call(q, k, v, sink, cu_seqlens, asked)
-    shares = [
-        (q_share, Block(part.kv_form(k, v), flat), out_share, lse)
-        for part, (q_share, flat, out_share, lse) in zip(call.parts, zip(*[iter(saved)] * 4, strict=True), strict=True)
-    ]
+    call = _call((q, k, v), sink, cu_seqlens, (groups, words, numbers, seq_len, kv_seq_len))
     with torch.no_grad():
-        grads = _backward(dout, shares, sink, None, call)
+        grads = backward_pass(dout, shares_of(saved, call.parts[0].kv_form(k, v)), sink, None, call)
     # A ring sums dk and dv in one buffer, and wide inputs keep it.
     return _apart(*(x for x in grads if x is not None))
 

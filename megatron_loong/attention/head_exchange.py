@@ -24,9 +24,6 @@ from megatron_loong.sequence.sharding import places_of
 from megatron_loong.topology.groups import GroupHandle
 from megatron_loong.topology.tokens import TokenLayout, joined, starts_of
 
-Arrival = Pending[list[torch.Tensor]]
-"""Of an exchange: its results."""
-
 Shares = tuple[range, ...]
 """By head coordinate: the heads that it takes of one tensor."""
 
@@ -45,7 +42,7 @@ class HeadExchange:
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor | None] | None = None,
-    ) -> Arrival:
+    ) -> Pending[list[torch.Tensor]]:
         """Begin: shares of the sequence to shares of the heads; returns what waits for the results, in order.
 
         Each [s, b, heads, d] becomes [s_ring, b, heads of this rank, d]. One dtype for all; the result is in the order
@@ -66,12 +63,12 @@ class HeadExchange:
                 for pair in _given_out(x, heads, send, row, index)
             ]
         )
-        arrival = all_to_all(send, given, lengths, self.handle, what)
+        pending = all_to_all(send, given, lengths, self.handle, what)
         order = _order(self.layout, self.ring_rank, send.device)
         forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
 
         def finish() -> list[torch.Tensor]:
-            parts = row.columns_of(arrival().view(sum(tokens), row.widths[me]), me)
+            parts = row.columns_of(pending().view(sum(tokens), row.widths[me]), me)
             results = [
                 part.new_empty(sum(tokens), shape[1], len(heads[me]), shape[3], dtype=dtype) if out is None else out
                 for part, (shape, dtype), heads, out in zip(parts, forms, shares, into, strict=True)
@@ -87,7 +84,7 @@ class HeadExchange:
         shares: Sequence[Shares],
         what: str,
         into: Sequence[torch.Tensor] | None = None,
-    ) -> Arrival:
+    ) -> Pending[list[torch.Tensor]]:
         """Begin the inverse of `split`: each [s_ring, b, heads of this rank, d] becomes [s, b, heads, d].
 
         The list is emptied: what nobody else holds is freed once it is packed.
@@ -106,10 +103,10 @@ class HeadExchange:
         copy_rows_([(part, x.reshape(part.shape)) for x, part in zip(tensors, parts, strict=True)], target_rows=order)
         forms = [(x.shape, x.dtype) for x in tensors]
         tensors.clear()
-        arrival = all_to_all(send, given, lengths, self.handle, what)
+        pending = all_to_all(send, given, lengths, self.handle, what)
 
         def finish() -> list[torch.Tensor]:
-            received = arrival()
+            received = pending()
             results = []
             for index, ((shape, dtype), heads) in enumerate(zip(forms, shares, strict=True)):
                 if into is None:

@@ -1,122 +1,98 @@
-"""What a call of `attention_2d` comes to on this rank: arguments checked, layouts, kernel and parts chosen."""
+"""What one call of `attention_2d` comes to on this rank: arguments checked, layouts, kernel and parts chosen."""
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 
 from megatron_loong.attention.agreement import can_be_told, compare, is_known, kind_of
-from megatron_loong.attention.blocks import accumulator_dtype
-from megatron_loong.attention.call import Call
-from megatron_loong.attention.checks import check_changing, check_heads, check_inputs, check_latent, check_types
+from megatron_loong.attention.checks import check_arguments, check_heads, check_latent, check_shapes, check_tensor
 from megatron_loong.attention.heads import head_shares, latent_shares
-from megatron_loong.config import GRADIENT_WIRES
-from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
+from megatron_loong.attention.options import AttentionOptions, CallArguments
+from megatron_loong.attention.plan import Call
 from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.schedule.parts import Queries, parts_of_heads
-from megatron_loong.schedule.tiles import Mask
-from megatron_loong.sequence.sharding import Boundaries, gather_lengths, layouts_of
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.sequence.sharding import gather_lengths, layouts_of
+from megatron_loong.topology.groups import LoongGroups, checked_groups
 from megatron_loong.topology.tokens import TokenLayout
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""q, k and v."""
 
 
 def prepare(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    groups: LoongGroups,
-    *,
-    qkv_format: str,
-    causal: bool,
-    softmax_scale: float | None,
-    window_size: tuple[int, int] | None,
-    cu_seqlens: Boundaries | None = None,
-    dropout_p: float = 0.0,
-    kernel: str | AttentionKernel,
-    deterministic: bool,
-    cu_seqlens_kv: Boundaries | None = None,
-    seq_len: int | None,
-    kv_seq_len: int | None,
-    softmax_offset: torch.Tensor | None,
-    softcap: float,
-    dropout_seed: int | None = None,
-    max_logits: torch.Tensor | None = None,
-    kv_up_weight: torch.Tensor | None = None,
-    gradient_wire: str = "auto",
-    head_parts: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
-    """q, k, v sequence first, and all else that the call needs; arguments and errors are those of `attention_2d`."""
-    if dropout_p and dropout_seed is None:
-        dropout_seed = int(torch.randint(2**62, ()))
-    if isinstance(window_size, list):
-        window_size = tuple(window_size)  # type: ignore[assignment]  # hashable: see `kind_of`
-    asked: dict[str, Any] = {
-        "qkv_format": qkv_format, "causal": causal, "softmax_scale": softmax_scale, "window_size": window_size,
-        "dropout_p": dropout_p, "kernel": getattr(kernel, "name", kernel), "deterministic": deterministic,
-        "softcap": softcap, "gradient_wire": gradient_wire, "head_parts": head_parts,
-    }  # fmt: skip
-    changing = {
-        "cu_seqlens": cu_seqlens, "cu_seqlens_kv": cu_seqlens_kv, "seq_len": seq_len, "kv_seq_len": kv_seq_len,
-        "dropout_seed": dropout_seed,
-    }  # fmt: skip
-    optional = {
-        "softmax_offset": softmax_offset, "max_logits": max_logits,
-        "kv_up_weight": kv_up_weight,
-    }  # fmt: skip
-    kind = kind_of((q, k, v), asked, changing, optional)
-    is_new, fault = not is_known(groups, kind), None
-    try:
-        check_changing(changing, optional)
-        if is_new:
-            check_types(groups, {"q": q, "k": k, "v": v}, asked)
-    except ValueError as error:
-        # In the first call of all the other ranks are about to compare: they are told, and do not wait in vain.
-        if not can_be_told(groups, (q, k, v)):
-            raise
-        fault = error
-    if qkv_format == "thd":
-        q, k, v = (x.unsqueeze(1) if x.dim() == 3 else x for x in (q, k, v))
-    elif qkv_format == "bshd":
-        q, k, v = (x.transpose(0, 1) if x.dim() == 4 else x for x in (q, k, v))
-    held = compare(groups, kind, (q, k, v), asked | changing, optional, fault) if is_new or fault else None
-    check_inputs(q, k, v, groups, qkv_format, cu_seqlens, softmax_offset, dropout_p, max_logits)
-    mask, hp = Mask.of(causal, window_size), groups.config.head_parallel_size
-    features = {
-        "windowed": mask.left is not None or mask.right not in (None, 0),
-        "softcap": bool(softcap),
-        "dropout": bool(dropout_p),
-        "varying": cu_seqlens is not None,
-    }
-    if kv_up_weight is None:
-        check_heads(q, k, v)
+    qkv: Tensors, groups: LoongGroups, options: AttentionOptions, arguments: CallArguments
+) -> tuple[Tensors, Call]:
+    """q, k, v sequence first, and all else that the call needs. Errors are those of `attention_2d`."""
+    if options.dropout_p and arguments.dropout_seed is None:
+        arguments = arguments._replace(dropout_seed=int(torch.randint(2**62, ())))
+    qkv, held = _checked_on_all_ranks(qkv, groups, options, arguments)
+    q, k, v = qkv
+    check_shapes(q, k, v, groups, options.qkv_format, arguments)
+    hp, packed = groups.config.head_parallel_size, arguments.cu_seqlens is not None
+    if arguments.kv_up_weight is None:
+        check_heads(q, k)
         shares, value_dim = head_shares(q.shape[2], k.shape[2], hp), v.shape[3]
-        request = kernel_request(q, k, v, hp, deterministic, **features)
+        request = options.request(q, k, v, hp, varying=packed)
     else:
-        value_dim = check_latent(q, k, v, kv_up_weight)
+        value_dim = check_latent(q, k, v, arguments.kv_up_weight)
         shares = latent_shares(q.shape[2], hp)
-        request = kernel_request(q, q, q[..., :1].expand(*q.shape[:3], value_dim), hp, deterministic, **features)
-    chosen = choose_kernel(request, kernel)
-    layouts = _layouts(q, k, groups, cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len, held)
+        expanded = q[..., :1].expand(*q.shape[:3], value_dim)  # for its shape: the kernel sees one KV head per query
+        request = options.request(q, q, expanded, hp, varying=packed)
+    kernel = choose_kernel(request, options.kernel)
+    layouts = _layouts(q, k, groups, arguments, held)
     rows = q.shape[1] * layouts[0].seq_len // layouts[0].ring_size * len(shares.query[0])
     queries = Queries(rows, max(q.shape[3], v.shape[3]) * q.dtype.itemsize, q.is_cuda, groups.nodes > 1)
     call = Call(
         groups=groups,
+        options=options,
         layouts=layouts,
-        mask=mask,
-        kernel=chosen,
+        kernel=kernel,
         shares=shares,
         value_dim=value_dim,
-        softmax_scale=1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale,
-        softcap=softcap,
-        dropout=(dropout_p, dropout_seed) if dropout_p and dropout_seed is not None else None,
-        max_logits=max_logits,
-        head_parts=_head_parts(head_parts, hp, shares.most_parts, queries),
-        wire_dtype=wire_dtype(q.dtype, gradient_wire),
-        deterministic=deterministic,
+        rules=options.rules(q.shape[3], arguments.dropout_seed),
+        max_logits=arguments.max_logits,
+        head_parts=_head_parts(options.head_parts, hp, shares.most_parts, queries),
+        wire_dtype=options.wire_dtype(q.dtype),
     )
-    return q, k, v, call
+    return qkv, call
+
+
+def sequence_first(x: torch.Tensor, qkv_format: str) -> torch.Tensor:
+    """[s, b, heads, d] of a tensor in a format; what has other dimensions stays, and is refused later."""
+    if qkv_format == "thd" and x.dim() == 3:
+        return x.unsqueeze(1)
+    return x.transpose(0, 1) if qkv_format == "bshd" and x.dim() == 4 else x
+
+
+def in_format(x: torch.Tensor, qkv_format: str) -> torch.Tensor:
+    """The inverse of `sequence_first`."""
+    return x.squeeze(1) if qkv_format == "thd" else x.transpose(0, 1) if qkv_format == "bshd" else x
+
+
+def _checked_on_all_ranks(
+    qkv: Tensors, groups: LoongGroups, options: AttentionOptions, arguments: CallArguments
+) -> tuple[Tensors, list[list[int]] | None]:
+    """q, k, v sequence first; and the tokens of q and k that each logical rank holds, where the ranks compared.
+
+    `ValueError` for wrong types and where the ranks disagree. Options are checked in the first call of a kind only.
+    """
+    kind = kind_of(qkv, options, arguments)
+    is_new, fault = not is_known(groups, kind), None
+    try:
+        check_arguments(arguments)
+        if is_new:
+            checked_groups(groups)
+            for name, x in zip("qkv", qkv, strict=True):
+                check_tensor(name, x)
+            options.check()
+    except ValueError as error:
+        # The other ranks may be about to compare. Then this rank takes part, so that all of them raise and none waits.
+        if not can_be_told(groups, qkv):
+            raise
+        fault = error
+    q, k, v = (sequence_first(x, options.qkv_format) for x in qkv)
+    held = compare(groups, kind, (q, k, v), options, arguments, fault) if is_new or fault else None
+    return (q, k, v), held
 
 
 def _head_parts(asked: int | None, head_parallel_size: int, most: int, queries: Queries) -> int:
@@ -130,73 +106,34 @@ def _head_parts(asked: int | None, head_parallel_size: int, most: int, queries: 
     return asked
 
 
-def wire_dtype(dtype: torch.dtype, gradient_wire: str) -> torch.dtype:
-    """What gradients of tensors in `dtype` travel in; float16 might overflow where a sum of parts does not."""
-    if gradient_wire not in GRADIENT_WIRES:
-        raise ValueError(f"gradient_wire={gradient_wire!r} is unknown; use {', '.join(GRADIENT_WIRES)}")
-    if gradient_wire == "input" or (gradient_wire == "auto" and dtype == torch.bfloat16):
-        return dtype
-    return accumulator_dtype(dtype)
-
-
 def _layouts(
     q: torch.Tensor,
     k: torch.Tensor,
     groups: LoongGroups,
-    cu_seqlens: Boundaries | None,
-    cu_seqlens_kv: Boundaries | None,
-    seq_len: int | None,
-    kv_seq_len: int | None,
+    arguments: CallArguments,
     held: list[list[int]] | None,
 ) -> tuple[TokenLayout, TokenLayout]:
-    """Layouts of queries and keys (the same object for self-attention), checked against what is held.
+    """Layouts of queries and keys (the same object for self-attention), checked against what the ranks hold.
 
-    held: tokens of q and k by logical rank, where the ranks have told each other; else this rank looks at its own.
+    held: tokens of q and k by logical rank, if the ranks compared; else this rank looks at its own.
     """
-    config, mine = groups.config, groups.logical_rank
+    config, seq_len, kv_seq_len = groups.config, arguments.seq_len, arguments.kv_seq_len
+    mine = [q.shape[0], k.shape[0]]
     if config.context_parallel_size == 1:
-        held = [[q.shape[0], k.shape[0]]]
+        held = [mine]
         kv_seq_len = k.shape[0] if kv_seq_len is None else kv_seq_len
     elif seq_len is None and held is None:
-        held = gather_lengths([q.shape[0], k.shape[0]], groups, q.device)
+        held = gather_lengths(mine, groups, q.device)
     if seq_len is None:
         assert held is not None
         seq_len, keys = (sum(side) for side in zip(*held, strict=True))
         kv_seq_len = keys if kv_seq_len is None else kv_seq_len
-    q_layout, kv_layout = layouts_of(config, seq_len, cu_seqlens, kv_seq_len, cu_seqlens_kv)
-    known = {mine: [q.shape[0], k.shape[0]]} if held is None else dict(enumerate(held))
-    for rank, counts in known.items():
-        for name, count, layout in zip(("q", "k and v"), counts, (q_layout, kv_layout), strict=True):
+    layouts = layouts_of(config, seq_len, arguments.cu_seqlens, kv_seq_len, arguments.cu_seqlens_kv)
+    for rank, counts in enumerate(held) if held is not None else [(groups.logical_rank, mine)]:
+        for name, count, layout in zip(("q", "k and v"), counts, layouts, strict=True):
             if count != (expected := layout.tokens_of(rank)):
                 raise ValueError(
                     f"{name} of logical rank {rank} has {count} tokens; of {layout.seq_len} tokens in this layout it "
                     f"holds {expected} (see shard_sequence, token_positions)"
                 )
-    return q_layout, kv_layout
-
-
-def kernel_request(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    head_parallel_size: int,
-    deterministic: bool,
-    **features: bool,
-) -> KernelRequest:
-    """What `attention_2d` asks of a kernel for local q, k, v with heads in dimension 2: the heads of one tile.
-
-    `features` as in `KernelRequest`. Where ranks get different numbers of heads, the first gets most.
-    """
-    shares = head_shares(q.shape[2], k.shape[2], head_parallel_size)
-    usual_rule = all(shares.kv_of_query(rank) is None for rank in range(head_parallel_size))
-    query_heads = len(shares.query[0])
-    return KernelRequest(
-        device_type=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        value_head_dim=v.shape[3],
-        query_heads=query_heads,
-        kv_heads=len(shares.kv[0]) if usual_rule else query_heads,
-        deterministic=deterministic,
-        **features,
-    )
+    return layouts

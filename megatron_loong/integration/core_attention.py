@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.attention.prepare import kernel_request
+from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import (
@@ -164,16 +164,10 @@ class LoongCoreAttention(MegatronModule):
     def _request(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varying: bool = False
     ) -> KernelRequest:
-        return kernel_request(
-            query,
-            key,
-            value,
-            self.groups.config.head_parallel_size,
-            self.deterministic,
-            windowed=self.window_size is not None,
-            dropout=bool(self.attention_dropout),
-            varying=varying,
+        options = AttentionOptions(
+            window_size=self.window_size, dropout_p=self.attention_dropout, deterministic=self.deterministic
         )
+        return options.request(query, key, value, self.groups.config.head_parallel_size, varying=varying)
 
     def forward(
         self,

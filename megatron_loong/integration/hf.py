@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.attention.prepare import kernel_request
+from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.integration.hf_batch import batch_of, row_digests
 from megatron_loong.integration.hf_masks import Pattern, pattern_of
 from megatron_loong.kernels.registry import choose_kernel
@@ -96,16 +96,8 @@ def loong_attention(
     shape, seq_len = q.shape, batch.seq_len
     if not torch.compiler.is_compiling():
         # Batches come in many lengths: kernels that build a plan for each take a second for a new one.
-        request = kernel_request(
-            q,
-            k,
-            v,
-            groups.config.head_parallel_size,
-            False,
-            varying=True,
-            windowed=pattern.window is not None,
-            softcap=bool(kwargs.get("softcap")),
-        )
+        options = AttentionOptions(window_size=pattern.window, softcap=kwargs.get("softcap") or 0.0)
+        request = options.request(q, k, v, groups.config.head_parallel_size, varying=True)
         kernel = choose_kernel(request, kernel).name
     if batch.begins is not None:
         # Documents may end elsewhere in each row: the rows go through as one sequence, in which they are documents.

@@ -30,7 +30,7 @@ def dropped_gradient() -> None:
     """One context-parallel rank forgets the gradient of its keys."""
     from megatron_loong.attention import call
 
-    original = call._backward
+    original = call.backward_pass
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
         gradients: list[Any] = list(original(*args, **kwargs))
@@ -38,7 +38,7 @@ def dropped_gradient() -> None:
         gradients[1] = gradients[1] * (groups.cp_rank != 1)
         return tuple(gradients)
 
-    call._backward = forgetful
+    call.backward_pass = forgetful
 
 
 def unmarked_sinks() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
-from megatron_loong.attention.prepare import kernel_request
+from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
@@ -250,7 +250,7 @@ def kv_blocks_held(rank: int) -> tuple[int, int]:
                 most = max(most, len(storages) - 1)
                 return self.kernel.forward(*args, **options)
 
-        request = kernel_request(*inputs[:3], groups.config.head_parallel_size, deterministic=False)
+        request = AttentionOptions().request(*inputs[:3], groups.config.head_parallel_size)
         q, k, v, _ = (shard_sequence(x, groups) for x in inputs)
         with torch.no_grad():
             attention_2d(q, k, v, groups, kernel=Spy(choose_kernel(request)))  # type: ignore[arg-type]
@@ -324,7 +324,7 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
 
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
-    kernel, calls = choose_kernel(kernel_request(*inputs[:3], groups.config.head_parallel_size, deterministic=False)), 0
+    kernel, calls = choose_kernel(AttentionOptions().request(*inputs[:3], groups.config.head_parallel_size)), 0
 
     class Fatal:
         name = kernel.name

@@ -21,6 +21,7 @@ from benchmarks.rivals.interface import Shape
 from benchmarks.simulate import groups_without_processes
 from megatron_loong import LoongConfig
 from megatron_loong.attention import call as attention_call
+from megatron_loong.attention.options import AttentionOptions, CallArguments
 from megatron_loong.attention.prepare import prepare
 from megatron_loong.kernels import common, row_ops, torch_cuda, triton_row_ops
 from tests.one_process.host_reads import Silent, fake_gpu
@@ -180,19 +181,17 @@ def watching() -> Iterator[Watch]:
 
 def layer(kernel: Any, config: LoongConfig, shape: Shape, cp_rank: int, **options: Any) -> tuple[Watch, Watch]:
     """Forward and backward of one rank; what `attention_2d` does without the autograd engine, which wants a device."""
-    options = {"causal": True, "window_size": None, **options}
     with fake_gpu(), torch.no_grad(), mock.patch.object(type(kernel), "why_not", lambda self, request: None):
         groups = groups_without_processes(config, cp_rank, Silent, timedelta(seconds=1))
         q, k, v, dout = (x.detach() for x in rank_inputs(shape, config.context_parallel_size, CUDA))
         torch_cuda._cudnn_lse_dims(CUDA, shape.dtype)  # asks cuDNN once in a process
         with watching() as forward:
-            q, k, v, call = prepare(
-                q, k, v, groups, qkv_format="sbhd", softmax_scale=None, kernel=kernel, deterministic=False,
-                seq_len=shape.seq_len, kv_seq_len=None, softmax_offset=None, softcap=0.0, **options,
-            )  # fmt: skip
-            out, shares = attention_call._forward(q, k, v, None, None, call)
+            arguments = CallArguments(options.pop("cu_seqlens", None), seq_len=shape.seq_len)
+            asked = AttentionOptions("sbhd", kernel=kernel, **options)
+            (q, k, v), call = prepare((q, k, v), groups, asked, arguments)
+            out, shares = attention_call.forward_pass(q, k, v, None, None, call)
         with watching() as backward:
-            grads = attention_call._backward(dout, shares, None, None, call)[:3]
+            grads = attention_call.backward_pass(dout, shares, None, None, call)[:3]
         for name, got, like in zip(("out", "dq", "dk", "dv"), (out, *grads), (q, q, k, v), strict=True):
             assert got is not None
             must((got.shape, got.dtype, got.device) == (like.shape, like.dtype, CUDA), f"{name} is {got}")

@@ -98,9 +98,21 @@ def test_packs_of_other_documents_take_the_same_graph(groups):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_operators_keep_torchs_rules(dtype, cu_seqlens, groups):
     q, k, v = (x.detach().transpose(0, 1).requires_grad_() for x in qkv(dtype=dtype))
-    arguments = (q, k, v, None, cu_seqlens, groups.number, -1, 0, 0.3, 0.0, 16, -1, "auto", False, "auto")
+    arguments = (q, k, v, None, cu_seqlens, groups.number, "auto auto", [True, -1, -1, 0.3, 0.0, False], 16, -1)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.megatron_loong.attention_2d.default, arguments, test_utils=tests)
+
+
+def test_windows_and_scales_that_change_stay_in_the_graph(groups):
+    """Numbers that the compiler holds to be variable."""
+    q, k, v = qkv()
+
+    def layer(left, scale):
+        return attention_2d(q, k, v, groups, window_size=(left, 0), softmax_scale=scale).cos()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for left, scale in ((3, 0.3), (4, 0.4), (5, 0.5)):
+        assert torch.equal(compiled(left, scale), layer(left, scale)), (left, scale)
 
 
 def test_another_length_is_another_graph(groups):

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.local_copies import LocalCopies
 from benchmarks.simulate import groups_without_processes
+from megatron_loong.attention.options import AttentionOptions, CallArguments
 from megatron_loong.attention.prepare import prepare
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.links import Site
@@ -43,10 +44,7 @@ def test_what_runs_is_what_is_costed(
     groups = groups_without_processes(config, 0, LocalCopies)
     groups.nodes = nodes
     q, k, v = (torch.zeros(1, seq_len // 8, n, 64, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
-    *_, call = prepare(
-        q, k, v, groups, qkv_format="bshd", causal=True, softmax_scale=None, window_size=None, kernel="auto",
-        deterministic=False, seq_len=seq_len, kv_seq_len=None, softmax_offset=None, softcap=0.0,
-    )  # fmt: skip
+    _, call = prepare((q, k, v), groups, AttentionOptions(), CallArguments(seq_len=seq_len))
     assert call.head_parts == expected
 
 
