@@ -1,8 +1,8 @@
 """Whether the ranks of a context-parallel group call attention with the same arguments.
 
-Each schedule is worked out by every rank from its own arguments: where they differ, ranks wait for messages that nobody
-sends, or take one mask's numbers for another's. So they are compared before anything else is sent, once for each kind
-of call: the later calls of a kind pay for a look into a set. `LOONG_CHECK=1` compares at every call.
+Every rank works out the schedule from its own arguments. Where these differ, ranks wait for messages that nobody sends,
+or compute with different masks. So the arguments are compared before anything else is sent, once for each kind of call;
+later calls of a kind cost one look into a set. `LOONG_CHECK=1` compares at every call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_loong.sequence.sharding import gathered
 from megatron_loong.topology.groups import LoongGroups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
 
-#: Beyond so many kinds of call, as where an argument changes step by step, new kinds are not compared.
+#: After this many kinds of call new ones are not compared: an argument seems to change from step to step.
 MOST_KINDS = 64
 
 _DIGEST, _TEXT = 16, 64
@@ -46,15 +46,15 @@ def kind_of(tensors: tuple[object, ...], options: AttentionOptions, arguments: C
 
 
 def is_known(groups: LoongGroups, kind: Kind | None) -> bool:
-    """Whether calls of a kind have been found right, and are not to be looked at again."""
+    """Whether a kind of call was compared before and is not compared again."""
     return kind is not None and kind in getattr(groups, "known_kinds", ()) and not groups.always_compare
 
 
 def can_be_told(groups: object, tensors: tuple[object, ...]) -> bool:
     """Whether all ranks are about to compare, so that one whose arguments are wrong can tell the others.
 
-    So it is in the first call, when no kind is known, and with `LOONG_CHECK=1`. Later a wrong argument makes a kind
-    that is new to its rank alone.
+    They are in the first call, when no kind is known, and with `LOONG_CHECK=1`. Later a wrong argument makes a kind
+    that is new on this rank only, and the others would not answer.
     """
     if not isinstance(groups, LoongGroups) or not all(isinstance(x, torch.Tensor) and x.dim() for x in tensors):
         return False
@@ -86,6 +86,8 @@ def compare(
     said = options.said() | arguments.said() | {"the fault found": fault or "none"}
     said |= {f"{name}.dtype": x.dtype for name, x in zip("qkv", tensors, strict=True)}
     said |= {f"shape of {name} but its length": list(x.shape[1:]) for name, x in zip("qkv", tensors, strict=True)}
+    # One row of bytes for each argument: a hash to compare and the beginning of its text to show. The last row has the
+    # lengths, which may differ.
     rows = [_digest(_shown(x)) for x in said.values()]
     lengths = torch.tensor([x.shape[0] for x in tensors[:2]]).view(torch.uint8)
     mine = torch.zeros(len(rows) + 1, _DIGEST + _TEXT, dtype=torch.uint8)
@@ -115,7 +117,7 @@ def _shown(value: Any) -> str:
 
 
 def _is_row(value: Any) -> bool:
-    """Boundaries and windows: the same, whatever sequence they come in."""
+    """Whether a value is compared as a list: boundaries and windows may come as tuples, lists or arrays."""
     return not isinstance(value, str) and hasattr(value, "__iter__")
 
 

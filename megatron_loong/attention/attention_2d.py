@@ -39,6 +39,7 @@ def attention_2d(
     kv_up_weight: torch.Tensor | None = None,
     gradient_wire: str = "auto",
     head_parts: int | None = None,
+    varying_lengths: bool = False,
 ) -> torch.Tensor:
     """Exact attention over a sequence of which this rank holds the tokens `token_positions` names.
 
@@ -77,6 +78,8 @@ def attention_2d(
         ring of another; a divisor of each rank's KV heads. By default as many (up to 4) as leave each part large.
     kernel: a name of `kernels.registry`, "auto", "auto-fp8" (forward in fp8, backward in bfloat16; see `kernels.fp8`),
         or a kernel object. deterministic: honoured, or a `ValueError`.
+    varying_lengths: the next call has other lengths. "auto" then takes a kernel that builds a plan for every new shape
+        only if no other serves; so it does for packs, whether told or not. A compiled graph is made for one length.
 
     Under `torch.compile` it is one node of the graph, `fullgraph=True` or not, packs (`cu_seqlens`) of other documents
     included. Without seq_len, and with cu_seqlens_kv, dropout, QK-clip, latents, parts or a kernel object, the
@@ -88,17 +91,9 @@ def attention_2d(
     lost.
     """
     options = AttentionOptions(
-        qkv_format,
-        causal,
-        softmax_scale,
-        window_size,
-        dropout_p,
-        kernel,
-        deterministic,
-        softcap,
-        gradient_wire,
-        head_parts,
-    )
+        qkv_format, causal, softmax_scale, window_size, dropout_p, kernel, deterministic, softcap, gradient_wire,
+        head_parts, varying_lengths,
+    )  # fmt: skip
     arguments = CallArguments(
         cu_seqlens, cu_seqlens_kv, seq_len, kv_seq_len, dropout_seed, softmax_offset, max_logits, kv_up_weight
     )

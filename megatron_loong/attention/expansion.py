@@ -1,4 +1,4 @@
-"""What a kernel is given of a KV block, and what goes back into the block's gradient."""
+"""How a kernel's k and v are made from the rows of a KV block, and the block's gradient from theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Expansion(Protocol):
-    """Between the rows that travel and the k, v that a kernel takes; [b, s, heads, d] both."""
+    """From rows that travel to the k, v that a kernel takes, and back; both [b, s, heads, d]."""
 
     def expand(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v for the kernel, of some rows of a block."""
@@ -74,6 +74,7 @@ class LatentHeads:
         self, dk: torch.Tensor, dv: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of latent and k_rope; adds to that of the weight."""
+        # k = [W_k latent, k_rope] for every head, so k_rope's gradient is a sum over the heads.
         wide = self.weight_gradient.dtype
         up = torch.cat([dk[..., : self._nope], dv], -1).to(wide)
         self.weight_gradient += torch.einsum("bshe,bsr->her", up, k.squeeze(2).to(wide))

@@ -2,8 +2,9 @@
 
     shares of the sequence [s of the rank, b, h, d]  <->  shares of the heads [s of the ring rank, b, heads of it, d]
 
-All tensors of one exchange travel in one message per peer, a row of the message being all that one token has: packed
-by one pass over memory, and put in the order of the sequence by another on arrival (`kernels.row_ops`).
+All tensors of one exchange travel in one message per peer. A row of the message is everything that one token has for
+that peer. One pass over memory packs the messages, and another puts what arrives in the order of the sequence
+(`kernels.row_ops`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class HeadExchange:
         what: str,
         into: Sequence[torch.Tensor | None] | None = None,
     ) -> Pending[list[torch.Tensor]]:
-        """Begin: shares of the sequence to shares of the heads; returns what waits for the results, in order.
+        """Begin the exchange of shares of the sequence for shares of the heads; returns what waits for the results.
 
         Each [s, b, heads, d] becomes [s_ring, b, heads of this rank, d]. One dtype for all; the result is in the order
         of `TokenLayout.ring_runs`. `into` gives contiguous tensors to write results to; without one, and without a
@@ -54,6 +55,7 @@ class HeadExchange:
             results = [x if out is None else out.copy_(x) for x, out in zip(tensors, into, strict=True)]
             return lambda: results
         tokens, me, row = self._tokens, self.handle.rank, _row_of(tensors, shares)
+        # This rank sends each peer its own tokens with the peer's heads, and receives the peer's tokens with its own.
         given, lengths = [tokens[me] * width for width in row.widths], [n * row.widths[me] for n in tokens]
         send = tensors[0].new_empty(sum(given))
         copy_rows_(
@@ -87,9 +89,9 @@ class HeadExchange:
     ) -> Pending[list[torch.Tensor]]:
         """Begin the inverse of `split`: each [s_ring, b, heads of this rank, d] becomes [s, b, heads, d].
 
-        The list is emptied: what nobody else holds is freed once it is packed.
-        What several ranks have of one head is added up, in float32 or wider, and rounded once. `into` gives tensors of
-        all heads, of which `shares` (here without a head in two of them) are written.
+        The list `tensors` is emptied, so that their memory can be freed as soon as they are packed. Where several ranks
+        have results for one head, they are summed in float32 or wider and rounded once. `into` gives tensors of all
+        heads, of which `shares` are written; no head may then be in two shares.
         """
         if self.handle.size == 1:
             results = tensors.copy()
@@ -127,17 +129,17 @@ class HeadExchange:
 
 
 class _Row(NamedTuple):
-    """What a message has of one token, in elements."""
+    """How one token's elements lie in a message."""
 
     starts: tuple[tuple[int, ...], ...]
-    """By peer: where in its row each tensor begins, and the end."""
+    """By peer: where in its row each tensor begins, and where the last one ends."""
     widths: tuple[int, ...]
-    """By peer: of all tensors."""
+    """By peer: length of its row."""
     alike: tuple[bool, ...]
-    """By tensor: whether the peers' shares are equal pieces of all the heads, in order, and rows of one form."""
+    """By tensor: whether all peers get equally many heads, in order, in rows of one form. One copy then serves all."""
 
     def columns_of(self, rows: torch.Tensor, peer: int) -> list[torch.Tensor]:
-        """Each tensor's columns of rows as `peer` gets them."""
+        """Each tensor's columns in rows for `peer`."""
         return [rows[:, a:b] for a, b in itertools.pairwise(self.starts[peer])]
 
 
@@ -207,6 +209,7 @@ def _put_together(
 ) -> torch.Tensor:
     if row.alike[index]:
         return _one_view(shape, shares, buffer, row, index, tokens).flatten(2, 3)
+    # Unequal shares, or heads in several of them: a KV head that two ranks read has a gradient from each.
     wide = torch.promote_types(dtype, torch.float32)
     total = torch.zeros(tokens, shape[1], shares[-1].stop, shape[3], dtype=wide, device=buffer.device)
     for heads, view in zip(shares, _views(shape, shares, buffer, row, index, tokens), strict=True):
@@ -217,6 +220,8 @@ def _put_together(
 @functools.lru_cache(maxsize=64)
 def _order(layout: TokenLayout, ring_rank: int, device: torch.device) -> torch.Tensor | None:
     """int64 [s_ring]: rows of the exchange buffer (rank after rank) in the order of the sequence; None: as they are."""
+    # The buffer holds the runs of the head group rank after rank: in zigzag with two ranks, chunks 0 3 | 1 2. The
+    # sequence wants chunks 0 1 2 3, so `order` takes each run's rows from where its rank's part of the buffer has them.
     hp = layout.head_parallel_size
     rank_runs = [layout.rank_runs[ring_rank * hp + head] for head in range(hp)]
     first_row = starts_of(sum(b - a for a, b in runs) for runs in rank_runs)

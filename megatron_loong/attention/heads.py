@@ -1,7 +1,7 @@
 """Which heads each rank of a head group takes: any number of query heads, KV heads in any relation to it.
 
-Query heads are cut into runs that differ by one head at most; a rank takes the KV heads that its query heads read,
-and no others. So 8 query and 2 KV heads over 4 ranks send each KV head to two of them, and nothing is padded.
+Query heads are cut into runs whose lengths differ by at most one. A rank takes the KV heads that its query heads read,
+and no others. So with 8 query and 2 KV heads over 4 ranks each KV head is sent to two ranks, and nothing is padded.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class HeadShares:
     """Query heads that read one KV head."""
 
     def kv_of_query(self, head_rank: int) -> tuple[int, ...] | None:
-        """For each query head of a rank, the place of its KV head in the rank's share; None where the usual rule
-        (query head i reads KV head i // (h // g)) says it."""
+        """For each query head of a rank, the index of its KV head in the rank's share; None where it follows from the
+        usual rule, query head i reads KV head i // (h // g)."""
         query, kv = self.query[head_rank], self.kv[head_rank]
         places = tuple(head // self.group_size - kv.start for head in query)
         each, rest = divmod(len(query), len(kv))

@@ -39,6 +39,7 @@ class AttentionOptions:
     softcap: float = 0.0
     gradient_wire: str = "auto"
     head_parts: int | None = None
+    varying_lengths: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.window_size, list):
@@ -78,7 +79,7 @@ class AttentionOptions:
         )
 
     def request(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_parallel_size: int, *, varying: bool = False
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_parallel_size: int, *, packed: bool = False
     ) -> KernelRequest:
         """What a call with local q, k, v asks of a kernel; their heads are in dimension 2.
 
@@ -98,7 +99,7 @@ class AttentionOptions:
             windowed=mask.left is not None or mask.right not in (None, 0),
             softcap=bool(self.softcap),
             dropout=bool(self.dropout_p),
-            varying=varying,
+            varying=packed or self.varying_lengths,
         )
 
 
@@ -149,6 +150,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("qkv_format", lambda x: x in QKV_FORMATS, "is unknown; use 'bshd', 'sbhd' or 'thd'"),
     ("causal", _is_bool, "must be True or False"),
     ("deterministic", _is_bool, "must be True or False"),
+    ("varying_lengths", _is_bool, "must be True or False"),
     (
         "window_size",
         _is_window,

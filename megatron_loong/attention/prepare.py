@@ -32,12 +32,12 @@ def prepare(
     if arguments.kv_up_weight is None:
         check_heads(q, k)
         shares, value_dim = head_shares(q.shape[2], k.shape[2], hp), v.shape[3]
-        request = options.request(q, k, v, hp, varying=packed)
+        request = options.request(q, k, v, hp, packed=packed)
     else:
         value_dim = check_latent(q, k, v, arguments.kv_up_weight)
         shares = latent_shares(q.shape[2], hp)
         expanded = q[..., :1].expand(*q.shape[:3], value_dim)  # for its shape: the kernel sees one KV head per query
-        request = options.request(q, q, expanded, hp, varying=packed)
+        request = options.request(q, q, expanded, hp, packed=packed)
     kernel = choose_kernel(request, options.kernel)
     layouts = _layouts(q, k, groups, arguments, held)
     rows = q.shape[1] * layouts[0].seq_len // layouts[0].ring_size * len(shares.query[0])

@@ -1,8 +1,8 @@
 """What a checkpointed function keeps of its attention, so that its replay need not run the ring again.
 
-A `Stash` belongs to one call of a checkpointed function: it records in the first run and hands out in the replay, in
-call order. Attention asks `take` and offers `keep`; which stashes listen is a matter of the thread, for autograd runs
-a backward, and so a replay, on a thread of its own. (design.md section 5; LoongTrain, arXiv 2406.18485, section 4.5)
+A `Stash` belongs to one call of a checkpointed function. It records in the first run and hands the results out in the
+replay, in call order. Attention calls `take` and `keep`. Which stashes listen is kept for each thread, because autograd
+runs the backward pass, and so a replay, on a thread of its own. (LoongTrain, arXiv 2406.18485, section 4.5)
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def _leave_in_place(tensors: Tensors) -> Callable[[], Tensors]:
 class Stash:
     """The attention results of one call of a checkpointed function.
 
-    `park` decides where they wait, by default where they are (`recompute.offload` has another place). An entry is
-    dropped when it is handed out, so the memory is free as soon as the replayed layer's backward is done. A second
-    replay (a backward with `retain_graph=True`) finds nothing and runs the ring again: slower, and the same numbers.
+    `park` decides where they are kept meanwhile: by default on the device, in `recompute.offload` on the host. An entry
+    is dropped when it is handed out, so its memory is free as soon as the backward pass of the replayed layer is done.
+    A second replay (a backward pass with `retain_graph=True`) finds nothing and runs the ring again, with the same
+    results.
     """
 
     def __init__(self, park: Park = _leave_in_place) -> None:

@@ -165,9 +165,12 @@ class LoongCoreAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varying: bool = False
     ) -> KernelRequest:
         options = AttentionOptions(
-            window_size=self.window_size, dropout_p=self.attention_dropout, deterministic=self.deterministic
+            window_size=self.window_size,
+            dropout_p=self.attention_dropout,
+            deterministic=self.deterministic,
+            varying_lengths=varying,
         )
-        return options.request(query, key, value, self.groups.config.head_parallel_size, varying=varying)
+        return options.request(query, key, value, self.groups.config.head_parallel_size)
 
     def forward(
         self,
@@ -191,7 +194,7 @@ class LoongCoreAttention(MegatronModule):
         causal = causal_of(self.attn_mask_type if attn_mask_type is None else attn_mask_type, attention_mask)
         refuse_inputs(attention_bias, unknown)
         groups = self._groups_of(packed_seq_params)
-        cp, kernel = groups.config.context_parallel_size, self.kernel
+        cp = groups.config.context_parallel_size
         # Before 0.18, hybrid context parallelism hands its sequences on as they are, with the group alone beside them.
         if packed_seq_params is None or (packed_seq_params.qkv_format == "sbhd" and members_of(packed_seq_params)):
             lengths: dict[str, Any] = {"qkv_format": "sbhd", "seq_len": query.shape[0] * cp}
@@ -203,8 +206,7 @@ class LoongCoreAttention(MegatronModule):
             # Nothing else would tell `attention_2d` that the next length is another. (In a graph it is not.)
             varying = packed_seq_params is not None or self.config.variable_seq_lengths
             self._say_kernel(query, key, value, varying)
-            if varying and not torch.compiler.is_compiling():
-                kernel = choose_kernel(self._request(query, key, value, varying), kernel).name
+            lengths["varying_lengths"] = varying
         else:
             lengths = packed_arguments(
                 packed_seq_params, query.shape[0], cp, causal=causal, config=self.config, state=self.plugin
@@ -232,7 +234,7 @@ class LoongCoreAttention(MegatronModule):
                 dropout_seed=self._dropout_seed(),
                 softmax_offset=self.softmax_offset,
                 max_logits=self._max_logits(query),
-                kernel=kernel,
+                kernel=self.kernel,
                 gradient_wire=self.gradient_wire,
                 deterministic=self.deterministic,
                 **lengths,

@@ -19,10 +19,8 @@ from typing import Any
 import torch
 
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.integration.hf_batch import batch_of, row_digests
 from megatron_loong.integration.hf_masks import Pattern, pattern_of
-from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.sequence.sharding import shard_sequence, token_positions
 from megatron_loong.topology.groups import LoongGroups
 
@@ -94,11 +92,6 @@ def loong_attention(
     _refuse_local_positions(module, batch.seq_len)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     shape, seq_len = q.shape, batch.seq_len
-    if not torch.compiler.is_compiling():
-        # Batches come in many lengths: kernels that build a plan for each take a second for a new one.
-        options = AttentionOptions(window_size=pattern.window, softcap=kwargs.get("softcap") or 0.0)
-        request = options.request(q, k, v, groups.config.head_parallel_size, varying=True)
-        kernel = choose_kernel(request, kernel).name
     if batch.begins is not None:
         # Documents may end elsewhere in each row: the rows go through as one sequence, in which they are documents.
         q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
@@ -117,6 +110,7 @@ def loong_attention(
         softcap=kwargs.get("softcap") or 0.0,
         seq_len=seq_len,
         kernel=kernel,
+        varying_lengths=True,  # batches come in many lengths
     ).reshape(*shape[:3], value.shape[3])
     if pattern.padding is not None:
         out = out * pattern.padding[..., None, None]

@@ -22,7 +22,7 @@ class Pack(NamedTuple):
 
 
 def packed(tiles: Sequence[Tile]) -> list[Tile | Pack]:
-    """Tiles whose rows and keys follow on one another, and which one window tells, as one call; in order.
+    """Tiles in order, where those that follow on one another and fit one window become one call.
 
     >>> causal = (-1, 0)
     >>> tiles = [Tile(slice(a, b), slice(a, b), causal) for a, b in ((0, 4), (4, 5), (5, 9), (12, 20))]
@@ -35,17 +35,19 @@ def packed(tiles: Sequence[Tile]) -> list[Tile | Pack]:
     for tile in tiles:
         if runs:
             run, window = runs[-1]
+            # A short document may have no bound where a long one has a window of 128, and the other way round: either
+            # window may fit all, so both are tried.
             follows = (run[-1].q.stop, run[-1].kv.stop) == (tile.q.start, tile.kv.start)
-            told = next((x for x in (window, tile.window) if all(_tells(x, y) for y in (*run, tile))), None)
-            if follows and told is not None:
-                runs[-1] = [*run, tile], told
+            fitting = next((x for x in (window, tile.window) if all(_fits(x, y) for y in (*run, tile))), None)
+            if follows and fitting is not None:
+                runs[-1] = [*run, tile], fitting
                 continue
         runs.append(([tile], tile.window))
     return [run[0] if len(run) == 1 else _pack(run, window) for run, window in runs]
 
 
-def _tells(window: Window, tile: Tile) -> bool:
-    """Whether a window leaves a tile what its own does: each side is the same, or beyond the tile under both."""
+def _fits(window: Window, tile: Tile) -> bool:
+    """Whether a window does to a tile what its own does: each side is the same, or both reach beyond the tile."""
     rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
     return all(
         mine == other or (_beyond(mine, reach) and _beyond(other, reach))

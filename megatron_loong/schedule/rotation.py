@@ -12,9 +12,9 @@ class RowBytes(NamedTuple):
     """Bytes of one token that moves."""
 
     there: int
-    """What travels to every rank."""
+    """What is sent to every rank."""
     home: int
-    """Its gradient, or its output, on the way back."""
+    """Its gradient, or its output, sent back to the owner."""
 
 
 def backward_rows(
@@ -30,6 +30,7 @@ def backward_rows(
     {'kv': RowBytes(there=2048, home=2048), 'q': RowBytes(there=2112, home=1024)}
     """
     heads, head_dim, value_dim = query
+    # `out` need not travel: kernels use it only to form delta = (dout * out).sum(-1), which is one number a row.
     kv_elements = kv[0] * (kv[1] + kv[2])
     return {
         "kv": RowBytes(kv_elements * width, kv_elements * wire_width),

@@ -118,7 +118,7 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """The ways of all blocks of one kind, for one layout and mask.
+    """How the blocks of one kind travel, for one layout and mask.
 
     Either KV blocks move, and every rank computes for its own queries, or queries move (with what their gradient
     needs), and every rank computes with its own keys.
@@ -232,7 +232,7 @@ class Routes:
         """The hops of `owner`'s block, and those of the results for it; each rank but the owner receives one of the
         former and sends one of the latter, unless it is passed over.
         """
-        # Where blocks travel whole, all of one length go the same way.
+        # Blocks that travel whole take the same hops if they have the same length, so these are worked out once.
         key = backward, self.block_rows(owner) if self.whole_blocks else owner
         if key not in self._known_edges:
             self._known_edges[key] = self._make_edges(owner, backward)
@@ -245,6 +245,8 @@ class Routes:
 
         def pass_along(chain: list[Place], needs: list[Rows]) -> None:
             """Places that pass a block on one to the next; `needs` are of all but the first."""
+            # Going out, a hop carries what the receiver and all ranks behind it need. Coming back, it carries the sum
+            # over the sender and all ranks before it.
             onward = running_unions(needs[::-1])[::-1]
             gathered = needs if self.direct_returns else running_unions(needs)
             for k, (sender, place) in enumerate(itertools.pairwise(chain)):
@@ -255,7 +257,7 @@ class Routes:
         rounds = self._rounds(owner)
         for chain in rounds:
             needs = [self._need(place, owner) for place in chain[1:]]
-            if self._sent_apart:
+            if self._sent_apart:  # from the entry rank to each of its ring, no rank passes anything on
                 for place, rows in zip(chain[1:], needs, strict=True):
                     there.append(Edge(chain[0], place, rows, step[place] - 1, step[place]))
                     back.append(Edge(place, chain[0], rows, step[place], step[place] + 1))

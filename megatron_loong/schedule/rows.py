@@ -41,7 +41,7 @@ def row_count(rows: Rows) -> int:
 
 
 def slice_within(rows: Rows, run: Run) -> slice:
-    """Where `run` stands among `rows` put one after another; it must lie inside one of them.
+    """Where `run` stands in a buffer that holds `rows` one after another; it must lie inside one of them.
 
     >>> slice_within(((2, 4), (8, 12)), (9, 11))
     slice(3, 5, None)

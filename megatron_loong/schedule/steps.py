@@ -92,7 +92,7 @@ def ring_schedule(
     direct_returns: bool = False,
     least_rows_to_cut: int = LoongConfig.least_rows_to_cut,
 ) -> Schedule:
-    """The schedule in which `moving` blocks go round; remembered, for all layers of a model ask for the same.
+    """The schedule in which `moving` blocks go round; remembered, because all layers of a model ask for the same.
 
     For a causal document in contiguous chunks both kinds move, whatever `moving` says: the first ranks have few keys to
     attend to, so pairs of ranks more than half a ring apart are computed by the earlier rank, which is sent the
@@ -123,12 +123,14 @@ def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple
         hop = Hop(ring, peer, routes.moving, owner, edge.rows, edge.due + first)
         hops[edge.post + first][kind].append(hop)
 
+    # Seen from this rank, step `index` is that of the owner for whose block this rank stands at `place`. Of the hops of
+    # that block, those that begin or end at `place` are this rank's.
     blocks: list[Step] = []
     for index, place in enumerate(routes.order(backward)):
         owner = place.owner(ring_rank, routes.ring_size, routes.inner_ring_size)
         there, back = routes.edges(owner, backward)
         rows = return_rows = routes.block_rows(owner) if place == OWN else ()
-        used = index
+        used = index  # the last step in which the block is read here: attended to, or still to be passed on
         for edge in there:
             if edge.sender == place:
                 used = max(used, edge.post)
@@ -146,6 +148,8 @@ def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple
         tiles = [_placed(tile, routes.moving, rows) for tile in routes.tiles(ring_rank, owner)] if rows else []
         blocks.append(Step(routes.moving, owner, rows, tuple(tiles), return_rows=return_rows))
     if ahead:
+        # The own block is attended to twice: first about half of its tiles, while the first hops travel, and the rest
+        # in its usual step.
         own = blocks[-1] if routes.own_last(backward) else blocks[0]
         cut = backward and routes.ring_size > 1
         begun, rest = halved(own.tiles, routes.least_rows_to_cut) if cut else ((), own.tiles)
@@ -169,6 +173,7 @@ def _interleaved(first: Iterable[Step], second: Iterable[Step]) -> tuple[Step, .
     def turn(hops: Iterable[Hop], offset: int) -> tuple[Hop, ...]:
         return tuple(hop._replace(due=2 * hop.due + offset) for hop in hops)
 
+    # Step i of the two lists becomes steps 2i and 2i + 1. Blocks are due before either computes, results after both.
     steps: list[Step] = []
     for a, b in zip(first, second, strict=True):
         sends, receives = turn((*a.sends, *b.sends), 0), turn((*a.receives, *b.receives), 0)

@@ -1,8 +1,22 @@
 """Masks turned into tiles: which rows of the local q meet which rows of a KV block, in as few kernel calls as possible.
 
-Pure functions. A mask is a band around the diagonal of every document; what a row sees of one owner's block is then
-one interval of that block's rows, and its two ends grow by 0 or 1 from row to row. A tile is a stretch of rows over
-which both ends can be told by one FlashAttention window.
+Pure functions. A mask is a band around the diagonal of every document. So what a query row sees of one owner's block is
+one interval of that block's rows, and from row to row its two ends either stay or move on by one. A tile is a stretch
+of rows over which one FlashAttention window describes both ends.
+
+Example: one document of 16 tokens, causal with a window of 5 keys to the left, two ring ranks in zigzag. Ring rank 0
+holds tokens 0-3 and 12-15, as rows 0-7; ring rank 1 holds tokens 4-11, as rows 0-7. What ring rank 0's queries see of
+ring rank 1's block:
+
+    query token (row)   sees tokens   which are rows [low, high) of the block
+    0-3   (0-3)         none
+    12    (4)           7-11          [3, 8)
+    13    (5)           8-11          [4, 8)
+    14    (6)           9-11          [5, 8)
+    15    (7)           10-11         [6, 8)
+
+`low` grows by one from row to row and `high` stays: one tile, q rows 4-8, kv rows 3-8, with a window that is bounded on
+the left alone.
 """
 
 from __future__ import annotations
@@ -89,7 +103,7 @@ def squared(tile: Tile) -> list[Tile]:
 
 
 def halved(found: Sequence[Tile], least_rows: int) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
-    """Tiles in two parts of about as many pairs each; at most one tile is cut, if it has `least_rows`.
+    """Tiles in two parts with about as many (query, key) pairs each; at most one tile is cut, if it has `least_rows`.
 
     A causal square is cut into the square below its diagonal and two triangles: sizes that kernels like.
 
@@ -120,6 +134,7 @@ def _cut(tile: Tile, share: float, least_rows: int) -> tuple[list[Tile], list[Ti
     if rows < least_rows:
         return [], [tile]
     if tile.window == CAUSAL and rows == keys > 1:
+        # The square below the diagonal has half of the pairs, each of the two triangles a quarter.
         middle, key = tile.q.start + rows // 2, tile.kv.start + rows // 2
         above = Tile(slice(tile.q.start, middle), slice(tile.kv.start, key), CAUSAL)
         square = Tile(slice(middle, tile.q.stop), slice(tile.kv.start, key), FULL)
@@ -208,7 +223,7 @@ def tiles(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Ma
 
 
 def seen_rows(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Mask) -> Iterator[Run]:
-    """Runs of the block `kv_held` of which a rank holding `q_held` sees every row: what `tiles` reads, told faster."""
+    """Runs of the block `kv_held` of which a rank holding `q_held` sees every row: what `tiles` reads, found faster."""
     left, right = (math.inf if x is None else x for x in (mask.left, mask.right))
     for document, q_segments in q_held.items():
         if document not in kv_held:
@@ -247,7 +262,8 @@ def _document_tiles(q: list[Segment], kv: list[Segment], mask: Mask, shift: int)
     origin, end = kv[0].local, kv[-1].local + kv[-1].stop - kv[-1].start
 
     left, right = (math.inf if x is None else x for x in (mask.left, mask.right))
-    # Where the ends of what a row sees begin or stop to grow.
+    # Query places at which an end of what a row sees begins or ceases to move: where it enters or leaves a segment of
+    # keys. Between two of them both ends are linear, so their values at the first and last row say all.
     kinks = sorted(
         {e + d - shift for x in kv for e in (x.start, x.stop) for d in (left, -right - 1) if d**2 < math.inf}
     )
@@ -265,12 +281,14 @@ def _document_tiles(q: list[Segment], kv: list[Segment], mask: Mask, shift: int)
 
 
 def _nonempty(x: _Stretch) -> list[_Stretch]:
-    """The rows of a stretch that see anything: all, none, or all but some at one end."""
+    """The rows of a stretch that see any key: all, none, or all but a few at one end."""
     seen = [h - lo for lo, h in zip(x.low, x.high, strict=True)]
     if seen[0] > 0 and seen[1] > 0:
         return [x]
     if seen[0] <= 0 and seen[1] <= 0:
         return []
+    # The number of keys seen is linear in the row. It changes by at most 1 a row, so where it is -2 at one end, three
+    # rows there see nothing.
     rows = x.last - x.first
     low_step, high_step = ((ends[1] - ends[0]) // rows for ends in (x.low, x.high))
     skip, drop = max(0, 1 - seen[0]), max(0, 1 - seen[1])
@@ -290,7 +308,7 @@ class _Band(NamedTuple):
     highest: float
 
     def fits(self, x: _Stretch) -> bool:
-        """Whether this band tells what the rows of a stretch see. Both are linear or bend once: the ends tell."""
+        """Whether this band describes what the rows of a stretch see; its first and last row are enough."""
         return all(
             max(self.start, row + self.lowest) == low and min(self.stop, row + self.highest) == high
             for row, low, high in ((x.first, x.low[0], x.high[0]), (x.last, x.low[1], x.high[1]))
@@ -306,7 +324,7 @@ class _Band(NamedTuple):
 
 
 def _merged(stretches: list[_Stretch]) -> list[Tile]:
-    """Neighbouring stretches joined where one window tells both."""
+    """Neighbouring stretches joined where one window describes both: fewer and larger kernel calls."""
     bands: list[tuple[_Band, list[_Stretch]]] = []
     for x in stretches:
         if bands and bands[-1][0].last + 1 == x.first:
@@ -321,7 +339,7 @@ def _merged(stretches: list[_Stretch]) -> list[Tile]:
 
 
 def _candidates(parts: list[_Stretch]) -> Iterator[_Band]:
-    """Bands that could tell what all the parts see: each end fixed, or growing as it does in one of the parts."""
+    """Bands that may describe what all parts see: each end fixed, or moving as it does in the first or last part."""
     first, last = parts[0].first, parts[-1].last
     start, stop = parts[0].low[0], parts[-1].high[1]
     for lowest in (-math.inf, parts[-1].low[1] - last, parts[0].low[1] - parts[0].last):

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from benchmarks.gpu import outcome
 from megatron_loong import LoongConfig, build_groups
+from megatron_loong.attention import prepare
 from megatron_loong.integration import core_attention
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.kernels.reference import ReferenceKernel
@@ -133,6 +134,7 @@ def test_kernel_and_determinism_are_handed_on(monkeypatch: pytest.MonkeyPatch) -
             "gradient_wire": "auto",
             "deterministic": True,
             "seq_len": 6,
+            "varying_lengths": False,
         }
     ]
 
@@ -160,12 +162,12 @@ def test_a_feature_that_no_kernel_has_here_is_refused_when_built(monkeypatch: py
 @pytest.mark.parametrize("varying", [False, True])
 def test_lengths_that_vary_are_said_when_the_kernel_is_chosen(varying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents say it themselves; `variable_seq_lengths` is all there is to say it of sequences."""
-    asked, choose = [], core_attention.choose_kernel
+    asked, choose = [], prepare.choose_kernel
     built = layer(config(variable_seq_lengths=varying, moe_token_dispatcher_type="alltoall"))
-    monkeypatch.setattr(core_attention, "choose_kernel", lambda x, name: (asked.append(x.varying), choose(x, name))[1])
+    monkeypatch.setattr(prepare, "choose_kernel", lambda x, name: (asked.append(x.varying), choose(x, name))[1])
     q, k, v = qkv()
     torch.testing.assert_close(built(q, k, v, None), dense(q, k, v, causal=True), rtol=0, atol=1e-12)
-    assert asked == ([True] if varying else [])
+    assert asked == [varying]
 
 
 def test_sliding_windows_follow_the_skip_frequency() -> None:
