@@ -17,6 +17,7 @@ NAMED_PLACEMENTS = {
 }
 
 SEQUENCE_LAYOUTS = ("zigzag", "contiguous")
+PACK_LAYOUTS = ("dealt", "per_document", "contiguous")
 
 #: What gradients travel round the ring in: as they are summed, in the dtype of q, or as is best for that dtype.
 GRADIENT_WIRES = ("auto", "float32", "input")
@@ -87,6 +88,11 @@ class LoongConfig:
     """A rank's own block of at least so many rows is attended to in two parts in the backward pass, and the first part
     hides the first hops. For shorter blocks two smaller calls would cost more than the hops take."""
 
+    pack_layout: str = "dealt"
+    """Of packed documents. `dealt`: short documents whole, long ones in zigzag, nothing padded. `per_document`: each
+    document in zigzag over all ranks, as Megatron and TransformerEngine cut it; lengths are multiples of 2*cp_size.
+    `contiguous`: rank l holds the l-th part of the pack."""
+
     def __post_init__(self) -> None:
         for name in ("context_parallel_size", "head_parallel_size", "inner_ring_size", "least_rows_to_cut"):
             value = getattr(self, name)
@@ -109,10 +115,9 @@ class LoongConfig:
                 f"(= context_parallel_size / head_parallel_size); try one of {divisors(n)}"
             )
         placement_axes(self.placement)
-        if self.sequence_layout not in SEQUENCE_LAYOUTS:
-            raise ValueError(
-                f"sequence_layout={self.sequence_layout!r} is unknown; use {' or '.join(SEQUENCE_LAYOUTS)}"
-            )
+        for name, known in (("sequence_layout", SEQUENCE_LAYOUTS), ("pack_layout", PACK_LAYOUTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {' or '.join(known)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoongConfig:
@@ -155,8 +160,9 @@ class LoongConfig:
         >>> LoongConfig(8, 2, 2).describe()
         'cp 8 = head 2 x ring 4 (outer 2 x inner 2), placement head_first, zigzag'
         """
+        packs = "" if self.pack_layout == "dealt" else f", packs {self.pack_layout}"
         return (
             f"cp {self.context_parallel_size} = head {self.head_parallel_size} x ring {self.ring_size} "
             f"(outer {self.outer_ring_size} x inner {self.inner_ring_size}), "
-            f"placement {self.placement}, {self.sequence_layout}"
+            f"placement {self.placement}, {self.sequence_layout}{packs}"
         )

@@ -174,7 +174,7 @@ Held = dict[int, list[Segment]]
 
 
 def held_segments(layout: TokenLayout, ring_rank: int) -> Held:
-    """What a ring rank holds, cut at the boundaries of documents.
+    """What a ring rank holds, cut at the boundaries of documents, but for padding, of which there are no tiles.
 
     Raises `ValueError` for a layout in which the pieces of one document are not neighbours, or not in order.
     """
@@ -182,6 +182,9 @@ def held_segments(layout: TokenLayout, ring_rank: int) -> Held:
     local, last = 0, None
     for start, stop in layout.ring_runs(ring_rank):
         for document, (begin, end) in documents_in(layout.documents, (start, stop)):
+            if document in layout.padding:
+                local += end - begin
+                continue
             segments = held.setdefault(document, [])
             origin = layout.documents[document]
             if segments and (last != document or segments[-1].stop > begin - origin):

@@ -1,11 +1,14 @@
 """Packs of documents: which tokens go to which rank, so that tokens and attention are both shared out evenly.
 
-A document is attended to by itself alone. Whole on one rank it costs no communication; cut in zigzag over the ring it
-is balanced. So documents up to some length are dealt whole and the longer ones cut, with the greatest length that is
-balanced. Every rank gets its share of the tokens to within one: nothing is padded.
+Dealt, our own layout: a document is attended to by itself alone. Whole on one rank it costs no communication; cut in
+zigzag over the ring it is balanced. So documents up to some length are dealt whole and the longer ones cut, with the
+greatest length that is balanced. Every rank gets its share of the tokens to within one: nothing is padded.
 
     ring rank 0 | first and last piece of each long document | short documents ...
     ring rank 1 | ... second and last but one ...            | other short documents ...
+
+Per document, the layout that Megatron, TransformerEngine and trainers on them cut: each document in zigzag over all
+ranks, which therefore pad it to a multiple of 2 x cp. Contiguous: the whole pack in as many parts as there are ranks.
 """
 
 from __future__ import annotations
@@ -30,17 +33,24 @@ BALANCE_AIM = 1.05
 def packed_layout(config: LoongConfig, documents: tuple[int, ...]) -> TokenLayout:
     """The layout of a pack with boundaries `documents` (`cu_seqlens`: from 0, ascending, to the number of tokens).
 
-    Any lengths, any number of documents; empty ones are passed over. Ranks hold equally many tokens, to within one.
-    `config.sequence_layout` plays no part. Raises `ValueError` for boundaries that do not ascend from 0.
+    Any number of documents; empty ones are passed over. Ranks hold equally many tokens, to within one. As
+    `config.pack_layout` says; `config.sequence_layout` plays no part. Raises `ValueError` for boundaries that do not
+    ascend from 0, and for a document that 2 x cp does not divide where every document is cut.
 
     >>> packed_layout(LoongConfig(2), (0, 40, 46, 52, 58, 64)).rank_runs
     (((0, 10), (30, 46), (52, 58)), ((10, 30), (46, 52), (58, 64)))
+    >>> packed_layout(LoongConfig(2, pack_layout="per_document"), (0, 8, 12)).rank_runs
+    (((0, 2), (6, 9), (11, 12)), ((2, 6), (9, 11)))
     """
     documents = without_empty(checked_boundaries(documents))
+    if config.pack_layout == "per_document":
+        return _cut_per_document(config, documents)
     total, ring = documents[-1], config.ring_size
     shares = [(rank + 1) * total // config.context_parallel_size for rank in range(config.context_parallel_size)]
     rank_tokens = [b - a for a, b in zip([0, *shares], shares, strict=False)]
     hp = config.head_parallel_size
+    if config.pack_layout == "contiguous":
+        return TokenLayout(documents, tuple(_cut([(0, total)], rank_tokens)), hp)
     room = [sum(rank_tokens[r * hp : (r + 1) * hp]) for r in range(ring)]
     best: tuple[float, list[list[Run]]] | None = None
     longest_whole = max(room)
@@ -54,6 +64,58 @@ def packed_layout(config: LoongConfig, documents: tuple[int, ...]) -> TokenLayou
     for ring_rank, runs in enumerate(best[1]):
         rank_runs += _cut(joined(sorted(runs)), rank_tokens[ring_rank * hp : (ring_rank + 1) * hp])
     return TokenLayout(documents, tuple(rank_runs), hp)
+
+
+def _cut_per_document(config: LoongConfig, documents: tuple[int, ...]) -> TokenLayout:
+    """Each document in zigzag over all ranks: TransformerEngine's `thd_get_partitioned_indices`."""
+    cp = config.context_parallel_size
+    chunks = 2 * cp
+    for index, (start, stop) in enumerate(itertools.pairwise(documents)):
+        if (stop - start) % chunks:
+            raise ValueError(
+                f"document {index} of the pack (tokens {start} to {stop - 1}) has {stop - start} tokens, which is no "
+                f"multiple of {chunks} (2 x context_parallel_size {cp}): pack_layout='per_document' cuts each document "
+                f"into so many chunks. Pad this one to {-(-(stop - start) // chunks) * chunks} tokens, and the others "
+                "likewise (cu_seqlens_padded says where they begin then), or use pack_layout='dealt', which needs no "
+                "padding"
+            )
+    rank_runs = (
+        joined(
+            (start + chunk * (stop - start) // chunks, start + (chunk + 1) * (stop - start) // chunks)
+            for start, stop in itertools.pairwise(documents)
+            for chunk in (rank, chunks - 1 - rank)
+        )
+        for rank in range(cp)
+    )
+    return TokenLayout(documents, tuple(rank_runs), config.head_parallel_size)
+
+
+@functools.lru_cache(maxsize=64)
+def padded_layout(config: LoongConfig, lengths: tuple[int, ...], documents: tuple[int, ...]) -> TokenLayout:
+    """`packed_layout` of `documents`, of which each ends in padding: document i has `lengths[i+1] - lengths[i]` tokens.
+
+    Raises `ValueError` for a document that is longer than its place.
+
+    >>> layout = padded_layout(LoongConfig(1), (0, 3, 7), (0, 4, 8))
+    >>> layout.documents, layout.padding
+    ((0, 3, 4, 8), frozenset({1}))
+    """
+    ends, padding = [0], []
+    for index, ((start, stop), (a, b)) in enumerate(
+        zip(itertools.pairwise(documents), itertools.pairwise(lengths), strict=True)
+    ):
+        if b - a > stop - start:
+            raise ValueError(
+                f"document {index} has {b - a} tokens in cu_seqlens, but {stop - start} with its padding in "
+                "cu_seqlens_padded"
+            )
+        if b > a:
+            ends.append(start + b - a)
+        if start + b - a < stop:
+            padding.append(len(ends) - 1)
+            ends.append(stop)
+    layout = packed_layout(config, documents)
+    return dataclasses.replace(layout, documents=tuple(ends), padding=frozenset(padding))
 
 
 def checked_boundaries(boundaries: Any, name: str = "cu_seqlens") -> tuple[int, ...]:

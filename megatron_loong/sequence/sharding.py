@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.sequence.packing import (
     checked_boundaries,
     packed_layout,
+    padded_layout,
     paired_layouts,
     without_empty,
 )
@@ -20,9 +22,12 @@ from megatron_loong.topology.groups import LoongGroups, checked_groups
 from megatron_loong.topology.layout import coordinates_of, logical_rank_of
 from megatron_loong.topology.tokens import Run, TokenLayout, rows_layout, starts_of, zigzag_or_contiguous
 
-Boundaries = torch.Tensor | Sequence[int]
+Boundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 """`cu_seqlens`: global, the same on every rank, from 0 to the number of tokens; padding is a document of its own. A
 tensor on the CPU costs no synchronisation.
+
+Or two rows, [2, documents + 1]: `cu_seqlens` and `cu_seqlens_padded`. Documents begin where the second says, and are as
+long as the first says: what follows is padding, which attention passes over (zeros).
 
 Or bool [b, S], for b rows of S tokens that go through as one sequence of b * S tokens (q [1, b * s, h, d]): True where
 a document begins. Each rank then holds of every row what it holds of a row without documents, and the documents of one
@@ -45,7 +50,23 @@ def layout_of(config: LoongConfig, seq_len: int, cu_seqlens: Boundaries | None =
             return _layout_of_rows(config, seq_len, cu_seqlens)
         if cu_seqlens.device.type == "meta":  # no values: where the documents end is not asked for
             cu_seqlens = [0, seq_len]
+    if two := _two_rows(cu_seqlens):
+        lengths, documents = checked_boundaries(two[0]), documents_of(two[1], seq_len)
+        if len(lengths) != len(documents):
+            raise ValueError(
+                f"cu_seqlens has {len(lengths) - 1} documents, cu_seqlens_padded has {len(documents) - 1}; give both "
+                "for the same documents"
+            )
+        return padded_layout(config, lengths, documents)
     return packed_layout(config, without_empty(documents_of(cu_seqlens, seq_len)))
+
+
+def _two_rows(cu_seqlens: Any) -> Any:
+    """The two rows of boundaries with padding; None for boundaries of another form."""
+    if isinstance(cu_seqlens, torch.Tensor):
+        return cu_seqlens.tolist() if cu_seqlens.dim() == 2 and len(cu_seqlens) == 2 else None
+    is_row = isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2
+    return cu_seqlens if is_row and all(hasattr(x, "__len__") for x in cu_seqlens) else None
 
 
 def layouts_of(
@@ -169,8 +190,9 @@ def unshard_sequence(
 ) -> torch.Tensor:
     """The inverse of `shard_sequence`: gathers [..., about S / cp_size, ...] to [..., S, ...] on every rank.
 
-    Collective over the context-parallel group; not differentiable (the result is detached). Raises `ValueError`, on
-    every rank alike, when the ranks together do not hold what the layout says.
+    Collective over the context-parallel group, and differentiable: this rank's tokens get the gradient of their places
+    in this rank's whole, without another message, for every rank is to compute the same of it (a loss of log-probs).
+    Raises `ValueError`, on every rank alike, when the ranks together do not hold what the layout says.
     """
     dim = _checked(x_local, groups, dim)
     lengths = [n for (n,) in gather_lengths([x_local.shape[dim]], groups, x_local.device)]
@@ -187,6 +209,9 @@ def unshard_sequence(
     for runs, part in zip(layout.rank_runs, parts, strict=True):
         for (start, stop), row in zip(runs, starts_of(b - a for a, b in runs), strict=False):
             whole[start:stop] = part[row : row + stop - start]
+    if x_local.requires_grad and torch.is_grad_enabled():
+        mine = places_of(layout.rank_runs[groups.logical_rank]).to(whole.device)
+        whole = whole.index_copy(0, mine, x_local.movedim(dim, 0))
     return whole.movedim(0, dim).contiguous()
 
 

@@ -33,6 +33,9 @@ class TokenLayout:
     head_parallel_size: int
     """Ranks that form one ring rank: neighbours in logical rank."""
 
+    padding: frozenset[int] = frozenset()
+    """Indices of documents that are padding: they attend to nothing, and nothing attends to them."""
+
     def __hash__(self) -> int:
         return self._hash
 

@@ -119,6 +119,7 @@ BAD = [
     ({"placement": "head-outer"}, "placement='head-outer' is unknown"),
     ({"placement": None}, "placement=None is unknown"),
     ({"sequence_layout": "striped"}, "sequence_layout='striped' is unknown"),
+    ({"pack_layout": "padded"}, "pack_layout='padded' is unknown; use dealt or per_document or contiguous"),
     ({"context_parallel_size": 2.0}, "must be a whole number"),
 ]
 

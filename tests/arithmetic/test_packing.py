@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.packing import cost_of_ours, cost_of_padded_zigzag, draw_mix
-from megatron_loong.config import LoongConfig
-from megatron_loong.schedule.tiles import Mask
+from megatron_loong.config import PACK_LAYOUTS, LoongConfig
+from megatron_loong.schedule.tiles import Mask, held_segments, tiles
 from megatron_loong.sequence.packing import packed_layout, paired_layouts
-from megatron_loong.sequence.sharding import token_positions
+from megatron_loong.sequence.sharding import layout_of, token_positions
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -98,6 +98,84 @@ def test_documents_of_both_sides_stay_pairs(lengths: list[tuple[int, int]], conf
     pairs = zip(*((b - a for a, b in itertools.pairwise(x.documents)) for x in layouts), strict=True)
     assert list(pairs) == [pair for pair in lengths if any(pair)]
     assert [x.rank_runs for x in layouts] == [packed_layout(config, side).rank_runs for side in sides]
+
+
+# ---- as Megatron and TransformerEngine cut ----
+
+
+def thd_partitioned_indices(cu_seqlens: tuple[int, ...], cp: int, rank: int) -> list[int]:
+    """TransformerEngine's `thd_get_partitioned_indices`, token by token, after its kernel's arithmetic."""
+    starts, indices = [x // cp for x in cu_seqlens], []
+    for token in range(cu_seqlens[-1] // cp):
+        document = max(i for i, start in enumerate(starts) if start <= token)
+        inside, length = token - starts[document], starts[document + 1] - starts[document]
+        chunk = rank if inside < length // 2 else 2 * (cp - 1) - rank
+        indices.append(cu_seqlens[document] + inside + length // 2 * chunk)
+    return indices
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2), (8, 2), (12, 4)]),
+)
+def test_per_document_is_the_cut_of_transformer_engine(chunks: list[int], sizes: tuple[int, int]) -> None:
+    config = LoongConfig(*sizes, pack_layout="per_document")
+    cp = config.context_parallel_size
+    documents = (0, *itertools.accumulate(2 * cp * n for n in chunks))
+    for rank in range(cp):
+        found = token_positions(config, rank, documents[-1], cu_seqlens=documents).tolist()
+        assert found == thd_partitioned_indices(documents, cp, rank)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 16), st.integers(0, 15)), min_size=1, max_size=8))
+def test_padding_behind_documents_costs_no_pair(lengths: list[tuple[int, int]]) -> None:
+    """Of every layout: pairs of real tokens alone, as counted from the tiles that run."""
+    real = (0, *itertools.accumulate(a for a, _ in lengths))
+    padded = (0, *itertools.accumulate(-(-(a + b) // 8) * 8 for a, b in lengths))
+    expected = sum(Mask(right=0).pairs(b - a, b - a) for a, b in itertools.pairwise(real))
+    for pack_layout in PACK_LAYOUTS:
+        config = LoongConfig(4, 2, pack_layout=pack_layout)
+        layout = layout_of(config, padded[-1], (real, padded))
+        held = [held_segments(layout, rank) for rank in range(2)]
+        found = [
+            tile for q, kv in itertools.product(held, repeat=2) for tile in tiles(layout, layout, q, kv, Mask(right=0))
+        ]
+        pairs = sum(
+            Mask(*(None if x < 0 else x for x in tile.window)).pairs(
+                tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+            )
+            for tile in found
+        )
+        assert pairs == expected, config
+
+
+def test_contiguous_packs_are_parts_of_the_pack() -> None:
+    config = LoongConfig(4, pack_layout="contiguous")
+    held = [token_positions(config, rank, 10, cu_seqlens=(0, 7, 10)).tolist() for rank in range(4)]
+    assert held == [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]
+
+
+BAD_PADDING = {
+    r"document 1 of the pack \(tokens 16 to 27\) has 12 tokens, .* no multiple of 8 .* Pad this one to 16": (
+        0,
+        16,
+        28,
+        36,
+    ),
+    "document 1 has 9 tokens in cu_seqlens, but 8 with its padding": ((0, 3, 12), (0, 8, 16)),
+    "cu_seqlens has 1 documents, cu_seqlens_padded has 2": ((0, 8), (0, 8, 16)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_PADDING, ids=lambda message: message[:30])
+def test_padding_that_does_not_fit_is_refused(message: str) -> None:
+    boundaries = BAD_PADDING[message]
+    with pytest.raises(ValueError, match=message):
+        token_positions(
+            LoongConfig(4, pack_layout="per_document"), 0, 36 if len(boundaries) == 4 else 16, cu_seqlens=boundaries
+        )
 
 
 @pytest.mark.nightly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ class Case:
     packed: bool = False
     kv_documents: tuple[int, ...] | None = None
     """Cross-attention."""
+    lengths: tuple[int, ...] | None = None
+    """Running sums of the documents' real tokens, behind which they are padded."""
     causal: bool = True
     window: tuple[int, int] | None = None
     batch: int = 1
@@ -41,13 +44,27 @@ class Case:
 
     def allowed(self) -> torch.Tensor:
         left, right = self.window or (-1, -1)
-        return document_mask(self.documents, self.kv_documents or self.documents, (left, 0 if self.causal else right))
+        window = (left, 0 if self.causal else right)
+        if self.lengths is None:
+            return document_mask(self.documents, self.kv_documents or self.documents, window)
+        # The mask of the documents without their padding, spread out to where they begin.
+        starts = zip(self.documents, itertools.pairwise(self.lengths), strict=False)
+        places = [start + token for start, (a, b) in starts for token in range(b - a)]
+        allowed = torch.zeros(self.documents[-1], self.documents[-1], dtype=torch.bool)
+        allowed[torch.tensor(places)[:, None], places] = document_mask(self.lengths, self.lengths, window)
+        return allowed
+
+    def boundaries(self) -> Any:
+        """`cu_seqlens` of queries; None for one sequence."""
+        if not self.packed:
+            return None
+        return torch.tensor(self.documents if self.lengths is None else [self.lengths, self.documents]).int()
 
     def options(self) -> dict[str, Any]:
         """Arguments of attention_2d."""
         options: dict[str, Any] = {"causal": self.causal, "window_size": self.window, "softcap": self.softcap}
         if self.packed:
-            options["cu_seqlens"] = torch.tensor(self.documents, dtype=torch.int32)
+            options["cu_seqlens"] = self.boundaries()
             if self.kv_documents:
                 options["cu_seqlens_kv"] = torch.tensor(self.kv_documents, dtype=torch.int32)
         if self.tell_lengths:
@@ -87,7 +104,8 @@ def _compare(rank: int, case: Case, groups: Any, tolerance: float) -> int:
         )
         dense["dropout_p"] = case.dropout_p
     expected = dense_with_gradients(q, k, v, dout, **dense)
-    q_boundaries, kv_boundaries = (case.documents, kv_documents) if case.packed else (None, None)
+    q_boundaries = case.boundaries()
+    kv_boundaries = case.kv_documents or q_boundaries if case.packed else None
     local = [shard_sequence(x, groups, 1, cu_seqlens=q_boundaries) for x in (q, dout)]
     local += [shard_sequence(x, groups, 1, cu_seqlens=kv_boundaries) for x in (k, v)]
     q, dout, k, v = (_to_format(x, case.qkv_format).detach().requires_grad_() for x in local)
