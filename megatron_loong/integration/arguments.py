@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_loong.config import GRADIENT_WIRES
-from megatron_loong.integration.options import IMPLEMENTATIONS, REMOVED, LoongOptions, flag_of, removed
+from megatron_loong.integration.options import IMPLEMENTATIONS, LAYOUTS, REMOVED, LoongOptions, flag_of, removed
 
 _HELP = {
     "context_parallel_impl": "Who runs attention over --context-parallel-size ranks: Megatron (native) or "
@@ -22,6 +22,11 @@ _HELP = {
     "head_first.",
     "loong_hardware": "What the planner goes by for auto: a profile such as h100, or a file that `megatron-loong "
     "calibrate` wrote. auto: the profile of this GPU, if there is one.",
+    "loong_sequence_layout": "Which tokens of a sequence a rank holds: two pieces that balance causal work (zigzag), "
+    "or one (contiguous), for data whose tokens cannot be permuted.",
+    "loong_pack_layout": "Which tokens of packed documents a rank holds: as the plugin deals them, without padding "
+    "(dealt); of each document two pieces, as Megatron, TransformerEngine, verl, slime and NeMo-RL cut them "
+    "(per_document); one piece of the pack (contiguous).",
     "loong_kernel": "Attention kernel of a tile; auto takes the first that can serve and says why not the others, "
     "auto-fp8 the first whose forward is in fp8.",
     "loong_gradient_wire": "What gradients travel round the ring in; they are summed in float32. auto: bfloat16 where "
@@ -48,6 +53,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "context_parallel_impl": {"choices": IMPLEMENTATIONS},
     "loong_selective_checkpoint": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
     "loong_keep_exchange": {"nargs": "?", "const": "all", "metavar": "LAYERS"},
+    **{field: {"choices": values} for field, values in LAYOUTS.items()},
     "loong_gradient_wire": {"choices": GRADIENT_WIRES},
     "loong_mla_latent": {"action": "store_true"},
     "loong_offload_attention": {"action": "store_true"},

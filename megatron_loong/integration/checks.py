@@ -194,16 +194,16 @@ def refuse_beside_reset(args: Any) -> None:
         )
 
 
-def refuse_beside_packs(holder: Any) -> None:
+def refuse_beside_packs(holder: Any, pack_layout: str) -> None:
     """Raise `NotImplementedError` for what beside attention would misread our layout of a pack.
 
     `holder`: a TransformerConfig or Megatron's args; None is not checked.
     """
     reason = None
     variant = getattr(holder, "experimental_attention_variant", None)
-    if variant in _GATED_DELTA_NET:
-        # Its kernels compute TransformerEngine's per-document zigzag themselves.
-        reason, instead = f"--experimental-attention-variant {variant}", "sequences of one length, without packing"
+    if variant in _GATED_DELTA_NET and pack_layout != "per_document":
+        # Its layers compute TransformerEngine's per-document zigzag themselves.
+        reason, instead = f"--experimental-attention-variant {variant}", "--loong-pack-layout per_document"
     elif getattr(holder, "mtp_hsm", False):
         # It rolls hidden states, of which our roll for packs passes no gradient on.
         reason, instead = "--mtp-hsm", "multi-token prediction without it"
@@ -279,7 +279,7 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
     # Before Megatron has validated its arguments, it is open whether the rotary embedding will be fused.
     packs = ("sft", "dataloader_inter_document_masking", "reset_attention_mask")
     if final and any(getattr(args, name, False) for name in packs):
-        refuse_beside_packs(args)
+        refuse_beside_packs(args, options.loong_pack_layout)
 
 
 def check_kernel_name(name: str) -> None:

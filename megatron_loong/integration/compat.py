@@ -162,6 +162,9 @@ def _token_layout_seams() -> dict[str, Seam]:
         "pipeline": Seam(schedules, "forward_backward_pipelining_without_interleaving"),
         "pipeline_interleaved": Seam(schedules, "forward_backward_pipelining_with_interleaving"),
     }
+    for name in ("rotary_pos_embedding", "yarn_rotary_pos_embedding"):
+        holder = _module(f"megatron.core.models.common.embeddings.{name}")
+        found[f"rotary_slice@{name}"] = Seam(holder, "get_pos_emb_on_this_cp_rank")
     gpt_model = _module("megatron.core.models.gpt.gpt_model")
     if hasattr(gpt_model, "roll_tensor"):  # before 0.17, where the loss of MTP is part of GPTModel.forward
         found["roll@gpt_model"] = Seam(gpt_model, "roll_tensor")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_loong.config import LoongConfig
 from megatron_loong.integration import dynamic, lengths, loss, packed, reset_mask
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.runtime import Runtime, active
@@ -41,20 +42,26 @@ def slice_packed_batch(batch: dict[str, Any], cp_group: Any = None) -> dict[str,
 
 def slice_batch(state: Runtime, batch: dict[str, Any], cp_group: Any, cu_seqlens: torch.Tensor) -> dict[str, Any]:
     """This rank's tokens of a packed batch (tensors [1, T, ...]), padded at its end where the ranks need it."""
-    refuse_beside_packs(state.args())
     config = packed.layout_config(state, cp_group.size())
     assert config is not None  # the hooks ask first
+    refuse_beside_packs(state.args(), config.pack_layout)
     documents = packed.boundaries_of(cu_seqlens)
     tokens = next((x.shape[1] for key, x in batch.items() if key in lengths.LENGTH_KEYS and x is not None), None)
     if tokens is not None:
         documents_of(documents, tokens)
     batch = lengths.pad_batch(state, batch, cp_group.size())
     state.sliced_packs = True
+    return _cut(batch, config, cp_group, documents)
+
+
+def _cut(batch: dict[str, Any], config: LoongConfig, cp_group: Any, documents: tuple[int, ...] | None) -> Any:
+    """`batch`, with this rank's tokens of every tensor that has some; `documents` as for `packed.local_places`."""
     for key, x in batch.items():
-        if key in lengths.METADATA or key == "attention_mask" or x is None:
+        if key in lengths.METADATA or x is None or (key == "attention_mask" and documents):
             continue
-        places = packed.local_places(config, cp_group.rank(), x.shape[1], documents, x.device)
-        batch[key] = x.index_select(1, places.in_pack)
+        dim = 2 if key == "attention_mask" else 1  # [b, 1, S, S]: the rows of this rank's queries
+        places = packed.local_places(config, cp_group.rank(), x.shape[dim], documents, x.device)
+        batch[key] = x.index_select(dim, places.in_pack)
     return batch
 
 
@@ -81,7 +88,10 @@ def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callab
         # issue 6156); here a batch with documents is always cut by them.
         if cu_seqlens is not None:
             return slice_batch(state, batch, cp_group, cu_seqlens)
-        return original(lengths.pad_batch(state, batch, cp_group.size()), *args, **kwargs)
+        batch = lengths.pad_batch(state, batch, cp_group.size())
+        if contiguous := packed.contiguous_config(state, cp_group.size()):
+            return _cut(batch, contiguous, cp_group, None)
+        return original(batch, *args, **kwargs)
 
     return slice_sequence
 
@@ -119,6 +129,20 @@ def _boundaries(batch: dict[str, Any]) -> torch.Tensor | None:
 
 def _cp_group(state: Runtime, given: Any) -> Any:
     return state.megatron.parallel_state.get_context_parallel_group() if given is None else given
+
+
+def _hook_rotary_slice(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """This rank's rows of the rotary embedding of one sequence, which Megatron takes in zigzag."""
+
+    @functools.wraps(original)
+    def get_pos_emb_on_this_cp_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+        config = cp_group and packed.contiguous_config(state, cp_group.size())
+        if config is None:  # as without a group, which is Megatron's error
+            return original(pos_emb, seq_dim, cp_group)
+        places = packed.local_places(config, cp_group.rank(), pos_emb.shape[seq_dim], None, pos_emb.device)
+        return pos_emb.index_select(seq_dim, places.in_pack)
+
+    return get_pos_emb_on_this_cp_rank
 
 
 def _hook_rotary_thd(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,30 +201,44 @@ def _hook_roll_packed(state: Runtime, original: Callable[..., Any]) -> Callable[
         config = None if cp_group is None else packed.layout_config(state, cp_group.size())
         if config is None:
             return original(*args, **kwargs)
-        if shifts != -1 or dims not in (-1, tensor.dim() - 1):
-            raise NotImplementedError(
-                f"rolling a packed tensor by {shifts} along dimension {dims} does not work with "
-                "--context-parallel-impl loong; supported: by -1 along the last"
-            )
-        result, total = packed.rolled(tensor, _padded_boundaries(given["packed_seq_params"]), config, cp_group)
+        _check_roll("a packed tensor", tensor, shifts, dims)
+        documents = packed.boundaries_of(_padded_boundaries(given["packed_seq_params"]))
+        result, total = packed.rolled(tensor, documents, config, cp_group)
         return result, total if given.get("return_sum", True) else None  # the flag: after 0.19
 
     return _roll_tensor_packed_seq
 
 
+def _check_roll(what: str, tensor: torch.Tensor, shifts: int, dims: int) -> None:
+    if shifts != -1 or dims not in (-1, tensor.dim() - 1):
+        raise NotImplementedError(
+            f"rolling {what} by {shifts} along dimension {dims} does not work with --context-parallel-impl loong; "
+            "supported: by -1 along the last"
+        )
+
+
 def _hook_roll(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
-    """MTP divides its loss by the sum of the rolled mask: make that the mean of the ranks, see `integration.loss`."""
+    """MTP divides its loss by the sum of the rolled mask: make that the mean of the ranks, see `integration.loss`.
+
+    Of one sequence in contiguous pieces the roll itself is ours, for Megatron's exchanges the ends of zigzag's chunks.
+    """
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def roll_tensor(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        tensor, cp_group = given["tensor"], given.get("cp_group")
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        tensor, cp_group = given["tensor"], given["cp_group"]
+        if tensor is None or cp_group is None or given["packed_seq_params"] is not None:
+            return original(*args, **kwargs)
+        if contiguous := packed.contiguous_config(state, cp_group.size()):
+            _check_roll("a tensor of contiguous pieces", tensor, given["shifts"], given["dims"])
+            result, total = packed.rolled(tensor, None, contiguous, cp_group)
+            return result, total if given.get("return_sum", True) else None
         result, total = original(*args, **kwargs)
         if (
             total is not None
-            and given.get("packed_seq_params") is None
-            and cp_group is not None
             and tensor.is_floating_point()
             and packed.layout_config(state, cp_group.size()) is not None
         ):
@@ -279,6 +317,8 @@ def _hook_mamba_order(reorder: Callable[..., torch.Tensor]) -> Hook:
         def attention_load_balancing(
             input_: torch.Tensor, cp_size: int, packed_seq_params: Any = None, **kwargs: Any
         ) -> Any:
+            if packed_seq_params is None and packed.contiguous_config(state, cp_size):
+                return input_  # one rank behind the other is the order of the sequence
             config = None if packed_seq_params is None else packed.layout_config(state, cp_size)
             if config is None:
                 return original(input_, cp_size, packed_seq_params, **kwargs)
@@ -316,6 +356,7 @@ HOOKS: dict[str, Hook] = {
     "slice_sequence": _hook_slice_sequence,
     "slice_packed": _hook_slice_packed,
     "slice_thd": _hook_slice_thd,
+    "rotary_slice": _hook_rotary_slice,
     "rotary_thd": _hook_rotary_thd,
     "fused_rotary_thd": _hook_fused_rotary_thd,
     "roll": _hook_roll,

@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_loong.config import GRADIENT_WIRES, LoongConfig, placement_axes
+from megatron_loong.config import GRADIENT_WIRES, PACK_LAYOUTS, SEQUENCE_LAYOUTS, LoongConfig, placement_axes
 from megatron_loong.integration import memory_options
 from megatron_loong.planner.choose import Job, choose_layout
 from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
 
 IMPLEMENTATIONS = ("native", "loong")
+
+#: Options that say where tokens live, and their values.
+LAYOUTS = {"loong_sequence_layout": SEQUENCE_LAYOUTS, "loong_pack_layout": PACK_LAYOUTS}
 
 #: A source of options: where it is written, and only the fields that were set there.
 Source = tuple[str, Mapping[str, Any]]
@@ -44,6 +47,13 @@ class LoongOptions:
     loong_placement: str = "head_first"
     """`head_first`, `context_first`, an order of head, inner and outer such as `inner-head-outer`, or `auto`: the
     planner's answer where the hardware is known, else `head_first`."""
+
+    loong_sequence_layout: str = "zigzag"
+    """`zigzag`, or `contiguous` for data whose tokens cannot be permuted: each rank holds one piece of the sequence."""
+
+    loong_pack_layout: str = "dealt"
+    """Packed documents. `dealt`: the plugin's own layout; `per_document`: as Megatron, TransformerEngine, verl, slime
+    and NeMo-RL cut them; `contiguous`: each rank holds one piece of the pack."""
 
     loong_kernel: str = "auto"
     """A name of `kernels.registry`, `auto`, or `auto-fp8`: the first whose forward is in fp8 (backward in bfloat16)."""
@@ -94,6 +104,9 @@ class LoongOptions:
             placement_axes("head_first" if self.loong_placement == "auto" else self.loong_placement)
         except ValueError as error:
             raise ValueError(f"--loong-placement: {error}") from None
+        for name, known in LAYOUTS.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{flag_of(name)} {getattr(self, name)!r} is unknown; use {', '.join(known)}")
         if not isinstance(self.loong_kernel, str):
             raise ValueError(f"--loong-kernel {self.loong_kernel!r} must be the name of a kernel, or auto")
         if self.loong_gradient_wire not in GRADIENT_WIRES:
@@ -229,8 +242,9 @@ def resolve(
     placement = options.loong_placement
     if heads is None and "auto" in (hp, placement if job else None):
         return None
+    layouts = {"sequence_layout": options.loong_sequence_layout, "pack_layout": options.loong_pack_layout}
     if job is not None and heads is not None and "auto" in (hp, placement):
-        return choose_layout(
+        chosen = choose_layout(
             cp,
             heads,
             cp_ranks_in_node,
@@ -239,13 +253,14 @@ def resolve(
             inner_ring_size=inner if isinstance(inner, int) else None,
             placement=None if placement == "auto" else placement,
         )
+        return dataclasses.replace(chosen, **layouts)
     placement = "head_first" if placement == "auto" else placement
     if isinstance(hp, str):
         assert heads is not None  # returned above
         hp = largest_head_parallel_size(cp, heads, cp_ranks_in_node)
     if isinstance(inner, str) and cp % hp == 0:
         inner = largest_inner_ring_size(cp, hp, placement, cp_ranks_in_node)
-    return LoongConfig(cp, hp, inner if isinstance(inner, int) else None, placement)
+    return LoongConfig(cp, hp, inner if isinstance(inner, int) else None, placement, **layouts)
 
 
 def resolve_part(

@@ -6,8 +6,9 @@ All read the layout from those boundaries here, and so agree:
     batch slice | rotary embedding | MTP's roll | Mamba's order | attention   <- local_places / packed_arguments
                                        layout_of(config, tokens, boundaries)  <- boundaries_of(cu_seqlens)
 
-Padding behind a document's real tokens stays the end of that document: causally, no real token attends to it. What the
-plugin pads at the end of a batch (`integration.lengths`) is a document of its own (`to_the_end`).
+Padding behind a document's real tokens belongs to that document for all but attention, which passes over it where
+`PackedSeqParams` tells both boundaries. What the plugin pads at the end of a batch (`integration.lengths`) is a
+document of its own (`to_the_end`).
 """
 
 from __future__ import annotations
@@ -69,10 +70,10 @@ def to_the_end(documents: tuple[int, ...], tokens: int) -> tuple[int, ...]:
 
 
 class LocalPlaces(NamedTuple):
-    """Where a rank's packed tokens stand. All int64, [t]."""
+    """Where a rank's tokens stand. All int64, [t]."""
 
     in_pack: torch.Tensor
-    """In the whole pack."""
+    """In the whole pack, or sequence."""
     in_document: torch.Tensor
     next_in_pack: torch.Tensor
     """The token after it in its document; -1 for a document's last."""
@@ -80,12 +81,15 @@ class LocalPlaces(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def local_places(
-    config: LoongConfig, cp_rank: int, tokens: int, documents: tuple[int, ...], device: torch.device
+    config: LoongConfig, cp_rank: int, tokens: int, documents: tuple[int, ...] | None, device: torch.device
 ) -> LocalPlaces:
-    """Places of the tokens of `cp_rank` in a pack of `tokens` with boundaries `documents`, on `device`."""
-    documents = to_the_end(documents, tokens)
+    """Places of the tokens of `cp_rank` in a pack of `tokens` with boundaries `documents`, on `device`.
+
+    None: in one sequence of so many tokens, which is laid out in another way than a pack of one document.
+    """
+    documents = documents and to_the_end(documents, tokens)
     in_pack = token_positions(config, cp_rank, tokens, cu_seqlens=documents)
-    bounds = torch.tensor(documents)
+    bounds = torch.tensor(documents or (0, tokens))
     document = torch.searchsorted(bounds, in_pack, right=True) - 1
     is_last = in_pack + 1 == bounds[document + 1]
     next_in_pack = torch.where(is_last, -1, in_pack + 1)
@@ -93,9 +97,11 @@ def local_places(
 
 
 @functools.lru_cache(maxsize=16)
-def gathered_order(config: LoongConfig, tokens: int, documents: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Places in the pack of the tokens of all ranks, one rank behind the other: int64 [tokens]."""
-    ranks, documents = range(config.context_parallel_size), to_the_end(documents, tokens)
+def gathered_order(
+    config: LoongConfig, tokens: int, documents: tuple[int, ...] | None, device: torch.device
+) -> torch.Tensor:
+    """Places in the pack, or sequence, of the tokens of all ranks, one rank behind the other: int64 [tokens]."""
+    ranks, documents = range(config.context_parallel_size), documents and to_the_end(documents, tokens)
     return torch.cat([token_positions(config, rank, tokens, cu_seqlens=documents) for rank in ranks]).to(device)
 
 
@@ -118,6 +124,13 @@ def layout_config(state: Runtime, cp_size: int) -> LoongConfig | None:
     return configs[0] if configs else None
 
 
+def contiguous_config(state: Runtime, cp_size: int) -> LoongConfig | None:
+    """The layout over `cp_size` ranks where sequences lie in contiguous pieces; None where Megatron's zigzag holds."""
+    configs = state.groups.configs() if cp_size > 1 else []
+    of_size = (config for config in configs if config.context_parallel_size == cp_size)
+    return next((config for config in of_size if config.sequence_layout == "contiguous"), None)
+
+
 def packed_arguments(
     packed_seq_params: Any,
     local_tokens: int,
@@ -129,50 +142,64 @@ def packed_arguments(
 ) -> dict[str, Any]:
     """What `attention_2d` is given for Megatron's `PackedSeqParams`: cu_seqlens, seq_len, cu_seqlens_kv if it differs.
 
+    Where documents are padded, cu_seqlens is both boundaries, so that attention passes over the padding.
+
     `local_tokens`: query tokens of this rank; `config`: the layer's TransformerConfig; `state`: the installed plugin,
     if it cuts the batches. Waits for the device at the first layer of a micro-batch only. Raises
-    `NotImplementedError` for another format than `thd`, for padded documents without causal masking, and for what
-    else in the model would misread the layout; `RuntimeError` when the plugin has cut no packed batch, so that the
-    tokens are not where they should be; `ValueError` for boundaries that end before the tokens do, but for padding of
-    the plugin's own.
+    `NotImplementedError` for another format than `thd`, for padded documents in cross-attention without causal
+    masking, and for what else in the model would misread the layout; `RuntimeError` when our layout is asked for and
+    the plugin has cut no packed batch, so that the tokens are not where they should be; `ValueError` for boundaries
+    that end before the tokens do, but for padding of the plugin's own.
     """
     if packed_seq_params.qkv_format != "thd":
         raise NotImplementedError(
             f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r} does not work with --context-parallel-impl "
             "loong; supported: 'thd'"
         )
-    if state is not None and cp_size > 1:
-        _require_slices(state)
-    refuse_beside_packs(config)
-    sides = []
-    for side in ("q", "kv"):
-        real = getattr(packed_seq_params, f"cu_seqlens_{side}")
-        padded = getattr(packed_seq_params, f"cu_seqlens_{side}_padded", None)
-        # Causally only the padded boundaries matter, and reading the others would make the device wait once more.
-        if not causal and padded is not None and padded is not real and boundaries_of(padded) != boundaries_of(real):
-            raise NotImplementedError(
-                f"attention that is not causal would see the padding of documents (cu_seqlens_{side}_padded differs "
-                f"from cu_seqlens_{side}) with --context-parallel-impl loong; supported: documents without padding "
-                "(leave cu_seqlens_*_padded out; 2D-Attention needs none), or causal attention"
-            )
-        sides.append(_boundaries_of(real if padded is None else padded))
-    (documents, compact), (kv_documents, _) = sides
-    if kv_documents == documents:  # else the documents of either side must stay pairs, the empty ones too
-        documents = kv_documents = compact
+    layout = layout_config(state, cp_size) if state is not None else None
+    if state is not None and layout is not None:
+        _require_slices(state, layout)
+    refuse_beside_packs(config, "dealt" if layout is None else layout.pack_layout)
+    (real, documents, compact), (kv_real, kv_documents, _) = (_side(packed_seq_params, side) for side in ("q", "kv"))
+    alike, padded = (real, documents) == (kv_real, kv_documents), (real, kv_real) != (documents, kv_documents)
+    if padded and not alike and not causal:
+        raise NotImplementedError(
+            "cross-attention that is not causal would see the padding of documents (cu_seqlens_*_padded differs from "
+            "cu_seqlens_*) with --context-parallel-impl loong; supported: documents without padding (leave "
+            "cu_seqlens_*_padded out; 2D-Attention needs none), self-attention, or causal attention"
+        )
     tokens = local_tokens * cp_size
     if documents[-1] != tokens:
         if state is None or lengths.length_for_megatron(state, documents[-1], cp_size) != tokens:
             documents_of(documents, tokens, "packed_seq_params.cu_seqlens_q")
-        same = kv_documents == documents
-        documents = to_the_end(documents, tokens)
-        kv_documents = documents if same else (*kv_documents, kv_documents[-1])
+        # The plugin's padding is one document more, and documents stay pairs of queries and keys.
+        documents, compact = to_the_end(documents, tokens), to_the_end(compact, tokens)
+        real, kv_documents = (*real, real[-1]), (*kv_documents, kv_documents[-1])
+    if alike:
+        return {"cu_seqlens": (real, documents) if padded else compact, "seq_len": tokens}
     arguments: dict[str, Any] = {"cu_seqlens": documents, "seq_len": tokens}
     if kv_documents != documents:
         arguments.update(cu_seqlens_kv=kv_documents, kv_seq_len=kv_documents[-1])
     return arguments
 
 
-def _require_slices(state: Runtime) -> None:
+def _side(packed_seq_params: Any, side: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of queries or keys: running sums of the documents' lengths, where they begin, and that without empty ones."""
+    real = getattr(packed_seq_params, f"cu_seqlens_{side}")
+    padded = getattr(packed_seq_params, f"cu_seqlens_{side}_padded", None)
+    padded = real if padded is None else padded
+    documents, compact = _boundaries_of(padded)
+    return documents if real is padded else _boundaries_of(real)[0], documents, compact
+
+
+def _require_slices(state: Runtime, layout: LoongConfig) -> None:
+    """Raise `RuntimeError` where our layout of packs is asked for, and no batch was cut by it.
+
+    The other layouts are those of programs that cut by themselves. Whether they cut as the flag says cannot be seen
+    from tokens: only their number on this rank, and what lengths a layout can have.
+    """
+    if layout.pack_layout != "dealt":
+        return
     parallel_state = state.megatron.parallel_state
     if state.sliced_packs or not parallel_state.model_parallel_is_initialized():
         return
@@ -180,8 +207,10 @@ def _require_slices(state: Runtime) -> None:
     if parallel_state.get_pipeline_model_parallel_rank() in (0, stages - 1):  # the others read no batch
         raise RuntimeError(
             "packed sequences reached attention, but the batch was not cut by the layout of --context-parallel-impl "
-            "loong: this program cuts it itself. Let it call megatron.core.utils.get_batch_on_this_cp_rank (with "
-            "cu_seqlens in the batch), or megatron_loong.integration.slice_packed_batch"
+            "loong: this program cuts it itself. If it cuts each document in zigzag (as verl, slime, NeMo-RL and "
+            "TransformerEngine do), give --loong-pack-layout per_document; else let it call "
+            "megatron.core.utils.get_batch_on_this_cp_rank (with cu_seqlens in the batch), or "
+            "megatron_loong.integration.slice_packed_batch"
         )
 
 
@@ -211,15 +240,15 @@ def rotary_freqs(
 
 
 def rolled(
-    tensor: torch.Tensor, cu_seqlens: torch.Tensor, config: LoongConfig, cp_group: Any
+    tensor: torch.Tensor, documents: tuple[int, ...] | None, config: LoongConfig, cp_group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's successor in its document, 0 for a document's last; [..., t]. And its sum, the mean of the ranks.
 
-    For MTP, which divides by that sum (see `integration.loss`). Collective over `cp_group`: gathers token ids or masks,
-    a few bytes per token.
+    `documents`: boundaries of a pack, None for one sequence. For MTP, which divides by that sum (see
+    `integration.loss`). Collective over `cp_group`: gathers token ids or masks, a few bytes per token.
     """
     cp_size, cp_rank = cp_group.size(), cp_group.rank()
-    tokens, documents = tensor.shape[-1] * cp_size, boundaries_of(cu_seqlens)
+    tokens = tensor.shape[-1] * cp_size
     sent = (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).contiguous()  # gloo knows no bool
     parts = [torch.empty_like(sent) for _ in range(cp_size)]
     dist.all_gather(parts, sent, group=cp_group)
@@ -227,7 +256,8 @@ def rolled(
     whole[..., gathered_order(config, tokens, documents, tensor.device)] = torch.cat(parts, -1).to(tensor.dtype)
     successor = local_places(config, cp_rank, tokens, documents, tensor.device).next_in_pack
     result = whole[..., successor].masked_fill(successor < 0, 0)
-    starts = torch.tensor(without_empty(to_the_end(documents, tokens))[:-1], device=tensor.device)
+    starts = without_empty(to_the_end(documents, tokens))[:-1] if documents else (0,)
+    starts = torch.tensor(starts, device=tensor.device)
     return result, (whole.sum() - whole[..., starts].sum()) / cp_size
 
 

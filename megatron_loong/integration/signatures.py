@@ -90,6 +90,7 @@ TAKES = {
     "hybrid_iterator": Takes("self"),
     "hybrid_backward_step": Takes("input_tensor output_tensor output_tensor_grad", others="model_type config"),
     "roll_packed": Takes("tensor shifts dims packed_seq_params cp_group", others="return_sum"),
+    "rotary_slice": Takes("pos_emb seq_dim cp_group"),
     "rotary_thd": Takes("t cu_seqlens freqs", "cp_group", _ROTARY),
     "fused_rotary_thd": Takes("t cu_seqlens freqs", "cp_size cp_rank", "interleaved"),
     "slice_sequence": Takes("batch cp_group"),
@@ -101,7 +102,7 @@ TAKES = {
 
 DOES_IT_ITSELF = (
     *("roll_packed", "rotary_thd", "fused_rotary_thd", "slice_sequence", "slice_packed", "slice_thd"),
-    *("mamba_undo", "mamba_redo"),
+    *("mamba_undo", "mamba_redo", "rotary_slice"),
 )
 
 

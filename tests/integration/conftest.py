@@ -20,7 +20,14 @@ def _environment_is_put_back() -> Iterator[None]:
 
 
 #: Scripts that need megatron.training as soon as they are imported; nothing in them is a test.
-collect_ignore = ["packed_gpt.py", "hybrid_gpt.py", "hybrid_checkout.py", "fp8_gpt.py", "drawn_gpt.py"]
+collect_ignore = [
+    "packed_gpt.py",
+    "hybrid_gpt.py",
+    "hybrid_checkout.py",
+    "fp8_gpt.py",
+    "drawn_gpt.py",
+    "cut_packs_gpt.py",
+]
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Each hook against Megatron's own on one rank with the same pack. What must not m
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -87,12 +88,20 @@ def test_attention_is_given_the_padded_boundaries_and_the_length(plugin: Any) ->
     real = boundaries(0, 7, 8, 38, 58)
     padded = params(cu_seqlens_q=real, cu_seqlens_kv=real, cu_seqlens_q_padded=boundaries(0, 9, 10, 40, 64))
     padded.cu_seqlens_kv_padded = padded.cu_seqlens_q_padded
-    assert packed.packed_arguments(padded, 16, 4) == {"cu_seqlens": (0, 9, 10, 40, 64), "seq_len": 64}
-    with pytest.raises(NotImplementedError, match="not causal would see the padding of documents"):
-        packed.packed_arguments(padded, 16, 4, causal=False)
+    both = ((0, 7, 8, 38, 58), (0, 9, 10, 40, 64))
+    for causal in (True, False):
+        assert packed.packed_arguments(padded, 16, 4, causal=causal) == {"cu_seqlens": both, "seq_len": 64}
+    across = copy.copy(padded)
+    across.cu_seqlens_kv = across.cu_seqlens_kv_padded = boundaries(0, 9, 10, 40, 64)
+    with pytest.raises(NotImplementedError, match="cross-attention that is not causal would see the padding"):
+        packed.packed_arguments(across, 16, 4, causal=False)
     # The plugin's own padding is one document more, and documents stay pairs of queries and keys.
     plugin.sliced_packs = True
     assert packed.packed_arguments(params(), 16, 4, state=plugin) == {"cu_seqlens": PADDED, "seq_len": 64}
+    short = params(cu_seqlens_q=(real := boundaries(0, 7, 8, 38, 58)), cu_seqlens_kv=real)
+    short.cu_seqlens_q_padded = short.cu_seqlens_kv_padded = boundaries()
+    found = packed.packed_arguments(short, 16, 4, state=plugin)
+    assert found["cu_seqlens"] == ((0, 7, 8, 38, 58, 58), PADDED)
     other = params(cu_seqlens_kv=boundaries(0, 9, 9, 9, 70))
     found = packed.packed_arguments(other, 16, 4, state=plugin)
     assert (found["cu_seqlens"], found["cu_seqlens_kv"]) == (PADDED, (0, 9, 9, 9, 70, 70))

@@ -66,6 +66,23 @@ def packed_script() -> Path:
     return Path(__file__).with_name("packed_gpt.py")
 
 
+#: One piece of the sequence on each rank.
+CONTIGUOUS = "--loong-sequence-layout contiguous"
+CASES += [
+    Case("contiguous", "--mtp-num-layers 1", f"{CP4} {CONTIGUOUS}", always=True),
+    Case("contiguous-ring", "", f"--context-parallel-size 4 --loong-head-parallel-size 1 {CONTIGUOUS}"),
+    Case(
+        "contiguous-double-ring-yarn",
+        "--position-embedding-type yarn",
+        f"--context-parallel-size 4 --loong-head-parallel-size 1 --loong-inner-ring-size 2 {CONTIGUOUS}",
+    ),
+    Case("contiguous-learned-positions", "--position-embedding-type learned_absolute", f"{CP4} {CONTIGUOUS}"),
+    Case("contiguous-length-30", "--seq-length 30 --mtp-num-layers 1", f"{CP4} {CONTIGUOUS}"),
+    Case("contiguous-pp2", PP2, f"{CP2} {CONTIGUOUS}", native_world_size=2),
+    Case("contiguous-packs", "--sft --mtp-num-layers 1", f"{CP4} {CONTIGUOUS} --loong-pack-layout contiguous"),
+]
+
+
 @pytest.mark.parametrize("case", mostly_nightly(CASES, [x for x in CASES if x.always]), ids=lambda case: case.name)
 def test_trains_as_on_one_rank(case: Case) -> None:
     script, shared = packed_script(), [*STEPS.split(), *case.shared.split()]
@@ -85,3 +102,20 @@ def test_documents_of_a_dataset_are_masked_from_one_another(
     native = megatron_runs.train(reference, 1, *shared)
     loong = ["--context-parallel-impl", "loong", *CP4.split()]
     assert_same_steps(megatron_runs.train(script, 4, *shared, *loong), native)
+
+
+@pytest.mark.parametrize("name", mostly_nightly(["double-ring", "head2-ring2", "head4"], always=["head2-ring2"]))
+def test_packs_that_the_program_cuts_train_as_on_one_rank(name: str) -> None:
+    """RoPE, MTP's roll, loss, and the length of documents and of their padding apart; every document in zigzag."""
+    script = packed_script().with_name("cut_packs_gpt.py")
+    shared = [*STEPS.split(), "--sft", *"--mtp-num-layers 1".split()]
+    native = megatron_runs.train(script, 1, *shared)
+    layout = {"double-ring": "1 --loong-inner-ring-size 2", "head2-ring2": "2", "head4": "4"}[name]
+    loong = f"--context-parallel-impl loong --context-parallel-size 4 --loong-head-parallel-size {layout}".split()
+    cut = ["--loong-pack-layout", "per_document"]
+    steps = megatron_runs.train(script, 4, *shared, *loong, *cut)
+    assert_same_steps(steps, native)
+    assert all(step.mtp_loss > 0 for step in steps)
+    if name == "head2-ring2":
+        with pytest.raises(RuntimeError, match="it cuts each document in zigzag .* give --loong-pack-layout"):
+            megatron_runs.train(script, 4, *shared, *loong)

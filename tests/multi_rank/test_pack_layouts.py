@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_loong import LoongConfig, build_groups, shard_sequence, unshard_sequence
+from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.config import PACK_LAYOUTS
+from tests.dense import dense_with_gradients, document_mask
+from tests.integration.foreign_cuts import PROGRAMS
 from tests.multi_rank import mask_cases
+from tests.multi_rank.cases import random_inputs
 from tests.multi_rank.mask_cases import Case
 from tests.multi_rank.pool import WorkerPool
 
@@ -25,6 +28,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "window-padded": {"window": (5, 0), "lengths": LENGTHS},
 }
 LAYOUTS = {
+    "one rank": (1, 1, 1),
     "ring 4": (4, 1, 4),
     "double ring 2 x 2": (4, 1, 2),
     "head 2 x ring 2": (4, 2, 2),
@@ -45,7 +49,8 @@ def run_masks(rank: int, pack_layout: str, layout: tuple[int, int, int]) -> int:
 @pytest.mark.parametrize("pack_layout", PACK_LAYOUTS)
 def test_every_mask_matches_one_device(pool: WorkerPool, pack_layout: str, layout: str) -> None:
     """float64: out, dq, dk, dv of every mask of `MASKS` within 1e-12."""
-    assert pool.run(run_masks, pack_layout, LAYOUTS[layout])[:4] == [4 * len(MASKS)] * 4
+    cp = LAYOUTS[layout][0]
+    assert pool.run(run_masks, pack_layout, LAYOUTS[layout])[:cp] == [4 * len(MASKS)] * cp
 
 
 def gathered_log_probs(rank: int, config: LoongConfig) -> None:
@@ -79,3 +84,50 @@ def gathered_log_probs(rank: int, config: LoongConfig) -> None:
 @pytest.mark.parametrize("pack_layout", PACK_LAYOUTS)
 def test_per_token_results_are_gathered_with_their_gradients(pool: WorkerPool, pack_layout: str) -> None:
     pool.run(gathered_log_probs, LoongConfig(4, 2, pack_layout=pack_layout))
+
+
+# ---- what trainers on Megatron hand over ----
+
+#: Tokens of documents; none is a multiple of 2 x cp.
+REAL = (13, 7, 31, 1, 18)
+
+
+def run_program(rank: int, program: str, config: LoongConfig, arguments: dict[str, Any]) -> int:
+    """Attention of what a program cut against dense attention over its documents without padding."""
+    groups = build_groups(config, range(config.context_parallel_size))
+    if groups.cp_rank is None:
+        return 0
+    inputs = random_inputs(1, sum(REAL), 4, 2, 8, torch.float64)
+    documents = (0, *itertools.accumulate(REAL))
+    expected = dense_with_gradients(*inputs, allowed=document_mask(documents, documents, (-1, 0)))
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return PROGRAMS[program](x[0].split(REAL), config.context_parallel_size, rank)[0]
+
+    q, k, v, dout = map(cut, inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention_2d(*leaves, groups, qkv_format="thd", **arguments)
+    found = [out, *torch.autograd.grad(out, leaves, dout)]
+    is_real = cut(torch.ones(1, sum(REAL), 1, 1, dtype=torch.bool))
+    for name, x in zip(("out", "dq", "dk", "dv"), found, strict=True):
+        error = ((x - cut(expected[name])) * is_real).abs().max()
+        assert error <= 1e-12, f"{name} of {program} on rank {rank}: {error:.1e}"
+    groups.destroy()
+    return len(found)
+
+
+@pytest.mark.multi_rank
+@pytest.mark.parametrize("layout", ["double ring 2 x 2", "head 2 x ring 2"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_batches_of_trainers_are_taken_as_they_are(pool: WorkerPool, program: str, layout: str) -> None:
+    """What each cuts and tells in PackedSeqParams, within 1e-12 of dense attention over the documents alone."""
+    packed = pytest.importorskip("megatron_loong.integration.packed")
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    documents = torch.arange(sum(REAL)).split(REAL)
+    local, told = PROGRAMS[program](documents, 4, 0)
+    q = {name: torch.tensor(x).int() for name, x in told.items()}
+    params = PackedSeqParams("thd", **q, **{name.replace("_q", "_kv"): x for name, x in q.items()})
+    arguments = packed.packed_arguments(params, len(local), 4)
+    config = LoongConfig(*LAYOUTS[layout], pack_layout="per_document")
+    assert pool.run(run_program, program, config, arguments)[:4] == [4] * 4
