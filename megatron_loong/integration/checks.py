@@ -121,9 +121,17 @@ REFUSALS = (
         "dot-product attention or multi-latent attention",
     ),
     Refusal("cache_mla_latents", _is_set, "--cache-mla-latents (absorbed MLA)", "multi-latent attention without it"),
-    # megatron.core.context_parallel (after 0.19) converts between the layouts of layers; with zigzag for all, nothing.
-    Refusal("attention_cp_layout", lambda v: v not in (None, "zigzag"), "attention_cp_layout={value}", "zigzag"),
-    Refusal("linear_cp_layout", lambda v: v not in (None, "zigzag"), "linear_cp_layout={value}", "zigzag"),
+    # After 0.19 Megatron converts between the layouts of layers; with zigzag for all, nothing. A batch for two layouts
+    # is cut where no hook of ours looks.
+    *(
+        Refusal(name, lambda v: v not in (None, "zigzag"), f"{name}={{value}}", f"zigzag{also}")
+        for name, also in (
+            ("attention_cp_layout", ", and --loong-sequence-layout contiguous for data that cannot be permuted"),
+            ("linear_cp_layout", ""),
+            ("cp_partition_mode", ", and --loong-sequence-layout contiguous for data that cannot be permuted"),
+        )
+    ),
+    Refusal("linear_cp_mode", lambda v: v not in (None, "headwise"), "linear_cp_mode={value}", "headwise"),
 )
 
 
@@ -209,8 +217,6 @@ def refuse_beside_packs(holder: Any, pack_layout: str) -> None:
         reason, instead = "--mtp-hsm", "multi-token prediction without it"
     elif getattr(holder, "multi_latent_attention", False) and getattr(holder, "apply_rope_fusion", False):
         reason, instead = "fused rotary embedding in multi-latent attention", "--no-rope-fusion"
-    elif getattr(holder, "position_embedding_type", None) == "mrope" or getattr(holder, "mrope_section", None):
-        reason, instead = "--position-embedding-type mrope", "rope, yarn or none"
     if reason:
         raise NotImplementedError(
             f"{reason} does not work with packed sequences and --context-parallel-impl loong; supported: {instead} "
@@ -256,6 +262,31 @@ def refuse_beside_hybrid(options: LoongOptions, holder: Any) -> None:
         )
 
 
+#: Beside sequences in contiguous pieces: what in Megatron takes zigzag for granted where no hook reaches.
+_BESIDE_CONTIGUOUS = (
+    ("hybrid_context_parallel", bool, "--hybrid-context-parallel (a document alone is cut as a pack)"),
+    ("mtp_hsm", bool, "--mtp-hsm (it rolls hidden states, of which our roll passes no gradient on)"),
+    (
+        "experimental_attention_variant",
+        lambda v: v in _GATED_DELTA_NET,
+        "--experimental-attention-variant {value} (its layers undo Megatron's zigzag)",
+    ),
+)
+
+
+def refuse_beside_contiguous(options: LoongOptions, holder: Any) -> None:
+    """Raise `NotImplementedError` for what `--loong-sequence-layout contiguous` does not work with.
+
+    `holder`: Megatron's args or a TransformerConfig.
+    """
+    for attribute, is_on, what in _BESIDE_CONTIGUOUS if options.loong_sequence_layout == "contiguous" else ():
+        if is_on(value := getattr(holder, attribute, None)):
+            raise NotImplementedError(
+                f"--loong-sequence-layout contiguous does not work with {what.format(value=value)}; supported: "
+                "--loong-sequence-layout zigzag there"
+            )
+
+
 def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
     """Both checks on Megatron's arguments; unless `final`, what a checkpoint may still replace is left open."""
     check_recompute(options, args)
@@ -273,6 +304,7 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
         hybrid=bool(getattr(args, "hybrid_context_parallel", False)),
     )
     refuse_beside_hybrid(options, args)
+    refuse_beside_contiguous(options, args)
     refuse_beside_reset(args)
     check_kernel_name(options.loong_kernel)
     refuse(args)

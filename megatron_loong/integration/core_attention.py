@@ -22,6 +22,7 @@ from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import (
     check_options,
+    refuse_beside_contiguous,
     refuse_beside_hybrid,
     refuse_construction,
     refuse_inputs,
@@ -85,6 +86,7 @@ class LoongCoreAttention(MegatronModule):
             hybrid = bool(getattr(config, "hybrid_context_parallel", False))
             runtime.active().hybrid |= hybrid
             refuse_beside_hybrid(chosen, config)
+            refuse_beside_contiguous(chosen, config)
             check_options(chosen, cp=config.context_parallel_size, cp_comm_type=cp_comm_type, hybrid=hybrid)
             groups = _groups_for(config, pg_collection, chosen)
         assert groups is not None
@@ -213,12 +215,8 @@ class LoongCoreAttention(MegatronModule):
             )
             lengths["qkv_format"] = "thd"
             self._say_kernel(*(x.unsqueeze(1) for x in (query, key, value)), varying=True)
+        value_width = value.shape[-1]
         if self.latent_source is not None:
-            if packed_seq_params is not None:
-                raise NotImplementedError(
-                    "packed sequences do not work with --loong-mla-latent yet; supported: one of the two without the "
-                    "other"
-                )
             key, value, lengths["kv_up_weight"] = self.latent_source.take(key)
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else keeping(self.kept_in_checkpoint):
@@ -239,6 +237,9 @@ class LoongCoreAttention(MegatronModule):
                 deterministic=self.deterministic,
                 **lengths,
             )
+        # In packs Megatron widens the values of multi-latent attention, and cuts the output back to their width.
+        if out.shape[-1] < value_width:
+            out = torch.nn.functional.pad(out, (0, value_width - out.shape[-1]))
         return out.flatten(-2)
 
     def _groups_of(self, packed_seq_params: Any) -> LoongGroups:

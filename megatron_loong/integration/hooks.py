@@ -19,6 +19,7 @@ from megatron_loong.integration import (
     hybrid_loop,
     placement,
     reset_mask,
+    rotary,
     runtime,
     zero,
 )
@@ -251,5 +252,6 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     "mlp_forward": _with_options(mlp_forward),
     "compile_helpers": lambda _, original: compile_if_missing(original),
     **data_hooks.HOOKS,
+    **rotary.HOOKS,
     **hybrid_loop.HOOKS,
 }

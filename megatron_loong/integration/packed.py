@@ -159,6 +159,12 @@ def packed_arguments(
     layout = layout_config(state, cp_size) if state is not None else None
     if state is not None and layout is not None:
         _require_slices(state, layout)
+        mode = getattr(packed_seq_params, "cp_partition_mode", "zigzag")  # after 0.19, zigzag by default
+        if mode not in ("zigzag", layout.pack_layout):
+            raise ValueError(
+                f"packed_seq_params.cp_partition_mode={mode!r}, but --loong-pack-layout {layout.pack_layout}: the "
+                f"batch was cut in another way; give --loong-pack-layout {mode}"
+            )
     refuse_beside_packs(config, "dealt" if layout is None else layout.pack_layout)
     (real, documents, compact), (kv_real, kv_documents, _) = (_side(packed_seq_params, side) for side in ("q", "kv"))
     alike, padded = (real, documents) == (kv_real, kv_documents), (real, kv_real) != (documents, kv_documents)

@@ -67,7 +67,12 @@ def model_forward(state: Runtime, original: Callable[..., Any]) -> Callable[...,
             given.arguments["packed_seq_params"] = PackedSeqParams(
                 "thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
             )
-        return original(*given.args, **given.kwargs)
+        params, before = given.arguments.get("packed_seq_params"), state.in_packed_model
+        state.in_packed_model = getattr(params, "qkv_format", None) == "thd"
+        try:
+            return original(*given.args, **given.kwargs)
+        finally:
+            state.in_packed_model = before
 
     return forward
 

@@ -57,6 +57,10 @@ class Runtime:
         """Whether Megatron gives each micro-batch ranks of its own (`--hybrid-context-parallel`)."""
         self.members: Members | None = None
         """The ranks of the micro-batch whose attention runs now, where it brings its own."""
+        self.in_packed_model = False
+        """Whether the forward of a model on a pack of documents runs now."""
+        self.cut_embeddings: Any = WeakTensorKeyDictionary()
+        """Rotary embeddings of which a rank's rows were taken as those of one sequence."""
         self.documents_of: Any = WeakTensorKeyDictionary()
         """A batch's tokens on this rank -> the documents in it (cu_seqlens), with `--reset-attention-mask`."""
         self._part_layouts: dict[Any, LoongConfig | None] = {}

@@ -109,6 +109,7 @@ def forward_step(data_iterator, model):
     if batch["cu_seqlens"] is None:
         return base.forward_step(iter([loaded]), model)
     batch = utils.flatten_batch_for_packed_sequences(batch)
+    place = batch["position_ids"]
     cu_seqlens, tokens = batch["cu_seqlens"].squeeze(0), batch["tokens"].shape[1]
     cp_group: Any = mpu.get_context_parallel_group()
     longest = int(batch["max_seqlen"].max())
@@ -120,6 +121,8 @@ def forward_step(data_iterator, model):
     else:
         whole = args.dataloader_inter_document_masking
         batch = utils.get_batch_on_this_cp_rank(batch, False, cp_group, use_per_sequence_balancing=whole)
+    if args.position_embedding_type == "mrope":  # of the whole pack: time, height, width
+        batch["position_ids"] = torch.stack([place // 3, place % 5, place % 3])
     named = {key: batch[key] for key in ("position_ids", "attention_mask", "labels", "loss_mask")}
     output = model(input_ids=batch["tokens"], packed_seq_params=packed, **named)
     return output, partial(base.sum_loss, batch["loss_mask"])

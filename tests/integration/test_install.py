@@ -239,6 +239,8 @@ def test_context_parallel_size_1_is_native_beside_the_model_and_an_error_on_the_
         ("cache_mla_latents", True, "absorbed MLA"),
         ("attention_cp_layout", "contiguous", "attention_cp_layout=contiguous .*supported: zigzag"),
         ("linear_cp_layout", "contiguous", "linear_cp_layout=contiguous .*supported: zigzag"),
+        ("cp_partition_mode", "contiguous", "cp_partition_mode=contiguous .*supported: zigzag, and --loong-sequence"),
+        ("linear_cp_mode", "chunkwise", "linear_cp_mode=chunkwise .*supported: headwise"),
     ],
 )
 def test_what_does_not_work_yet_is_refused_when_the_layer_is_built(attribute: str, value: Any, message: str) -> None:

@@ -13,11 +13,15 @@ pytest.importorskip("megatron.training")
 from megatron_loong import LoongConfig
 from megatron_loong.integration import latent
 from tests.integration import megatron_runs
+from tests.integration.test_packed_runs import packed_script
 
 MLA = (
     "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
     "--v-head-dim 8 --train-iters 3 --context-parallel-impl loong"
 ).split()
+
+
+ONE_HEAD_RANK = ("--loong-head-parallel-size", "1")
 
 
 def train(world_size: int, *flags: str) -> list[megatron_runs.Step]:
@@ -31,10 +35,22 @@ def train(world_size: int, *flags: str) -> list[megatron_runs.Step]:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_latent_trains_as_keys_and_values_do(tp: int) -> None:
     """8 heads of 8 + 4 and 8 against a latent of 16 + 4: fewer bytes with one head rank."""
-    layout = ("--loong-head-parallel-size", "1", "--tensor-model-parallel-size", str(tp))
+    layout = (*ONE_HEAD_RANK, "--tensor-model-parallel-size", str(tp))
     expanded = train(2 * tp, "--context-parallel-size", "2", *layout)
     latent = train(2 * tp, "--context-parallel-size", "2", *layout, "--loong-mla-latent")
     megatron_runs.assert_same_steps(latent, expanded)
+
+
+def test_the_latent_of_packed_documents_trains_as_keys_and_values_do() -> None:
+    """A ring of two, and a double ring of four, of which a rank is sent each document's latent."""
+    script = packed_script()
+    ring, double = "--context-parallel-size 2", "--context-parallel-size 4 --loong-inner-ring-size 2"
+    expanded, on_two, on_four = (
+        megatron_runs.train(script, int(layout.split()[1]), *MLA, "--sft", *ONE_HEAD_RANK, *layout.split(), *latent)
+        for layout, latent in ((ring, []), (ring, ["--loong-mla-latent"]), (double, ["--loong-mla-latent"]))
+    )
+    megatron_runs.assert_same_steps(on_two, expanded)
+    megatron_runs.assert_same_steps(on_four, expanded)
 
 
 def test_what_would_lose_its_gradient_is_refused() -> None:

@@ -6,6 +6,7 @@ Each hook against Megatron's own on one rank with the same pack. What must not m
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,18 @@ from megatron.core.ssm import mamba_context_parallel
 from megatron.core.transformer import multi_token_prediction
 
 from megatron_loong import LoongConfig, token_positions
-from megatron_loong.integration import data_hooks, install, packed, runtime, slice_packed_batch, uninstall
+from megatron_loong.integration import (
+    LoongOptions,
+    checks,
+    data_hooks,
+    install,
+    packed,
+    rotary,
+    runtime,
+    slice_packed_batch,
+    uninstall,
+)
+from tests.integration import foreign_cuts
 
 CONFIG = LoongConfig(4, 2)
 #: Documents of 9, 1, 30 and 22 tokens, and 2 tokens of the plugin's padding behind them.
@@ -128,7 +140,6 @@ def test_boundaries_that_end_before_the_tokens_are_an_error(plugin: Any, ends: t
         ({"qkv_format": "sbhd"}, {}, "qkv_format='sbhd' .*supported: 'thd'"),
         ({}, {"experimental_attention_variant": "gated_delta_net"}, "gated_delta_net does not work with packed"),
         ({}, {"multi_latent_attention": True, "apply_rope_fusion": True}, "supported: --no-rope-fusion"),
-        ({}, {"position_embedding_type": "mrope"}, "mrope does not work with packed"),
     ],
 )
 def test_refused_beside_packs(changes: dict[str, Any], config: dict[str, Any], message: str) -> None:
@@ -236,7 +247,7 @@ def test_fused_rotary_embedding_gets_each_tokens_own_frequencies(plugin: Any, mo
         raise AssertionError("TransformerEngine's kernel for packs knows only its own zigzag")
 
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", sequence_kernel)
-    fused = data_hooks.HOOKS["fused_rotary_thd"](plugin, pack_kernel)
+    fused = rotary.HOOKS["fused_rotary_thd"](plugin, pack_kernel)
     torch.manual_seed(0)
     t, freqs, documents = torch.randn(TOKENS, 2, 8), torch.randn(30, 1, 1, 8), (0, 9, 10, 40, 64)
     whole = rotated_whole(freqs, t, documents)
@@ -284,3 +295,139 @@ def test_mamba_sees_the_pack_in_its_order(plugin: Any) -> None:
     # Without a pack Megatron's own: 2 x cp chunks in zigzag.
     zigzag = torch.tensor([0, 7, 1, 6, 2, 5, 3, 4])[:, None]
     assert torch.equal(mamba_context_parallel._undo_attention_load_balancing(zigzag, 4)[:, 0], torch.arange(8))
+
+
+# ---- layouts that programs bring ----
+
+
+@pytest.fixture
+def per_document(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plugin, with `--loong-pack-layout per_document`."""
+    config = dataclasses.replace(CONFIG, pack_layout="per_document")
+    monkeypatch.setattr(plugin.groups, "configs", lambda: [config])
+    return plugin
+
+
+FOREIGN = (0, 16, 24, 64)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_megatrons_own_function_cuts_each_document_if_asked_to(per_document: Any, rank: int) -> None:
+    batch = slice_packed_batch(
+        {"tokens": torch.arange(64)[None], "cu_seqlens": boundaries(*FOREIGN)[None]}, Group(rank)
+    )
+    expected = foreign_cuts.cut_by_verl(torch.arange(64), FOREIGN, 4, rank)
+    assert torch.equal(batch["tokens"][0], expected)
+    with pytest.raises(
+        ValueError, match=r"document 0 of the pack .* has 9 tokens, .* no multiple of 8 .* Pad this one to 16"
+    ):
+        slice_packed_batch({"tokens": torch.zeros(1, 62), "cu_seqlens": boundaries()[None]}, Group(rank))
+
+
+def test_packs_that_are_cut_already_reach_attention(per_document: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel_state = per_document.megatron.parallel_state
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
+    given = params(cu_seqlens_q=(ends := boundaries(*FOREIGN)), cu_seqlens_kv=ends)
+    assert packed.packed_arguments(given, 16, 4, state=per_document) == {"cu_seqlens": FOREIGN, "seq_len": 64}
+    with pytest.raises(ValueError, match="ends at 64, but the ranks together hold 96 tokens"):
+        packed.packed_arguments(given, 24, 4, state=per_document)
+    given.cp_partition_mode = "contiguous"
+    with pytest.raises(ValueError, match="cp_partition_mode='contiguous', but --loong-pack-layout per_document"):
+        packed.packed_arguments(given, 16, 4, state=per_document)
+
+
+def test_gated_delta_net_puts_a_pack_cut_by_document_in_order(per_document: Any) -> None:
+    """Its layers compute the order of Megatron's cut themselves: only that layout is let through."""
+    common = pytest.importorskip("megatron.core.ssm.gated_delta_net.common")
+    ranks = [foreign_cuts.cut_by_verl(torch.arange(64), FOREIGN, 4, rank) for rank in range(4)]
+    by_rank = torch.cat(
+        [
+            slice_packed_batch(
+                {"tokens": torch.arange(64)[None], "cu_seqlens": boundaries(*FOREIGN)[None]}, Group(rank)
+            )["tokens"][0]
+            for rank in range(4)
+        ]
+    )
+    assert torch.equal(by_rank, torch.cat(ranks))
+    order, back = common._build_thd_cp_a2a_perm(boundaries(*FOREIGN), 4, 64)
+    assert torch.equal(by_rank[order], torch.arange(64)) and torch.equal(by_rank[order][back], by_rank)
+    config: Any = types.SimpleNamespace(experimental_attention_variant="gated_delta_net")
+    given = params(cu_seqlens_q=(ends := boundaries(*FOREIGN)), cu_seqlens_kv=ends)
+    assert packed.packed_arguments(given, 16, 4, config=config, state=per_document)["cu_seqlens"] == FOREIGN
+
+
+def test_mamba_sees_packs_of_every_layout_in_order(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = params(cu_seqlens_q=(ends := boundaries(*FOREIGN)), cu_seqlens_kv=ends)
+    undo, redo = (
+        mamba_context_parallel._undo_attention_load_balancing,
+        mamba_context_parallel._redo_attention_load_balancing,
+    )
+    for layout in ("dealt", "per_document", "contiguous"):
+        config = LoongConfig(4, 2, pack_layout=layout, sequence_layout="contiguous")
+        monkeypatch.setattr(plugin.groups, "configs", lambda config=config: [config])
+        ranks = [token_positions(config, rank, 64, cu_seqlens=FOREIGN) for rank in range(4)]
+        by_rank = torch.cat(ranks)[:, None]
+        assert torch.equal(undo(by_rank, 4, given)[:, 0], torch.arange(64))
+        assert torch.equal(redo(undo(by_rank, 4, given), 4, given), by_rank)
+        # One sequence in contiguous pieces is in order as it stands.
+        assert undo(by_rank, 4) is by_rank and redo(by_rank, 4) is by_rank
+
+
+def test_an_embedding_cut_as_one_sequence_does_not_reach_a_pack(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Megatron's multimodal embedding, which does not know of packs, outside of GPTModel.forward."""
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
+
+    monkeypatch.setattr(rope_utils.torch.Tensor, "cuda", lambda x, **_: x)
+    monkeypatch.setattr(rope_utils.torch, "tensor", lambda *x, pin_memory=False, **kw: torch.as_tensor(*x, **kw))
+    rows = rotary_pos_embedding.get_pos_emb_on_this_cp_rank(torch.zeros(64, 1, 1, 8), 0, Group(1))
+    with pytest.raises(NotImplementedError, match="cut as that of one sequence reached a pack"):
+        rotated(rows, torch.zeros(16, 2, 8), FOREIGN, Group(1))
+    plugin.in_packed_model = True
+    assert len(rotary_pos_embedding.get_pos_emb_on_this_cp_rank(torch.zeros(64, 1, 1, 8), 0, Group(1))) == 64
+
+
+@pytest.mark.parametrize("pieces", ["tokens", "rows", "successors"])
+def test_sequences_in_contiguous_pieces(plugin: Any, monkeypatch: pytest.MonkeyPatch, pieces: str) -> None:
+    """Batch, rotary embedding and MTP's roll of one sequence of 64."""
+    config = dataclasses.replace(CONFIG, sequence_layout="contiguous")
+    monkeypatch.setattr(plugin.groups, "configs", lambda: [config])
+    whole = torch.arange(1, 65)[None]
+    parts = list(whole.split(16, 1))
+    monkeypatch.setattr(
+        packed.dist, "all_gather", lambda out, _, group: [a.copy_(b) for a, b in zip(out, parts, strict=True)]
+    )
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
+
+    for rank in range(4):
+        mine, group = slice(16 * rank, 16 * rank + 16), Group(rank)
+        if pieces == "tokens":
+            hook = data_hooks.HOOKS["slice_sequence"](plugin, None)  # type: ignore[arg-type]
+            mask = torch.ones(1, 1, 64, 64)
+            cut = hook({"tokens": whole.clone(), "attention_mask": mask, "cu_seqlens": None}, group)
+            assert torch.equal(cut["tokens"], parts[rank]) and cut["attention_mask"].shape == (1, 1, 16, 64)
+        elif pieces == "rows":
+            rows = rotary_pos_embedding.get_pos_emb_on_this_cp_rank(torch.arange(64), 0, group)
+            assert torch.equal(rows, torch.arange(64)[mine])
+        else:
+            rolled, mean = multi_token_prediction.roll_tensor(parts[rank].clone(), cp_group=group)
+            assert torch.equal(rolled, torch.cat([whole[:, 1:], whole.new_zeros(1, 1)], 1)[:, mine])
+            assert mean * 4 == whole[:, 1:].sum()
+            with pytest.raises(
+                NotImplementedError, match="rolling a tensor of contiguous pieces by -1 along dimension 0"
+            ):
+                multi_token_prediction.roll_tensor(parts[rank], dims=0, cp_group=group)
+
+
+@pytest.mark.parametrize(
+    ("holder", "message"),
+    [
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"mtp_hsm": True}, "--mtp-hsm"),
+        ({"experimental_attention_variant": "gated_delta_net"}, "gated_delta_net .*undo Megatron's zigzag"),
+    ],
+)
+def test_refused_beside_contiguous_pieces(holder: dict[str, Any], message: str) -> None:
+    options = LoongOptions("loong", loong_sequence_layout="contiguous")
+    with pytest.raises(NotImplementedError, match=f"contiguous does not work with .*{message}"):
+        checks.refuse_beside_contiguous(options, types.SimpleNamespace(**holder))
+    checks.refuse_beside_contiguous(LoongOptions("loong"), types.SimpleNamespace(**holder))

@@ -50,6 +50,8 @@ CASES = [
     Case("nope-layers", "--no-rope-freq 2"),
     Case("mtp", "--mtp-num-layers 2"),
     Case("mtp-length-30", "--mtp-num-layers 1 --seq-length 30"),
+    Case("packs-mrope", "--sft --position-embedding-type mrope --mrope-section 2 1 1"),
+    Case("packs-of-30-mrope", "--sft --seq-length 30 --position-embedding-type mrope --mrope-section 2 1 1"),
     Case("packs-yarn", "--sft --position-embedding-type yarn"),
     Case(
         "packs-gate-norm-partial-nope",
