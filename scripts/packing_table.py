@@ -32,7 +32,8 @@ schedule that the attention runs, not timed: `python scripts/packing_table.py > 
 - **KV sent**: by the rank that sends most, forward, one layer, 8 KV heads of width 128 in bfloat16, MiB; ours over
   padded zigzag's, which hands every block round the whole ring. Ours sends the rows that somebody further along sees.
 
-Every rank holds equally many tokens in all of them.
+Every rank holds equally many tokens in all of them. Ours is `--loong-pack-layout dealt`, padded zigzag `per_document`
+([layouts](layouts.md)); with real boundaries beside the padded ones, the latter does not attend to its padding either.
 """
 
 
