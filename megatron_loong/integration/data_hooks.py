@@ -51,7 +51,7 @@ def slice_batch(state: Runtime, batch: dict[str, Any], cp_group: Any, cu_seqlens
         documents_of(documents, tokens)
     batch = lengths.pad_batch(state, batch, cp_group.size())
     state.sliced_packs = True
-    return _cut(batch, config, cp_group, documents)
+    return lengths.without_padding_mask(state, _cut(batch, config, cp_group, documents))
 
 
 def _cut(batch: dict[str, Any], config: LoongConfig, cp_group: Any, documents: tuple[int, ...] | None) -> Any:
@@ -90,8 +90,10 @@ def _hook_slice_sequence(state: Runtime, original: Callable[..., Any]) -> Callab
             return slice_batch(state, batch, cp_group, cu_seqlens)
         batch = lengths.pad_batch(state, batch, cp_group.size())
         if contiguous := packed.contiguous_config(state, cp_group.size()):
-            return _cut(batch, contiguous, cp_group, None)
-        return original(batch, *args, **kwargs)
+            batch = _cut(batch, contiguous, cp_group, None)
+        else:
+            batch = original(batch, *args, **kwargs)
+        return lengths.without_padding_mask(state, batch)
 
     return slice_sequence
 

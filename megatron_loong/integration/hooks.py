@@ -17,6 +17,7 @@ from megatron_loong.integration import (
     data_hooks,
     dynamic,
     hybrid_loop,
+    lengths,
     placement,
     reset_mask,
     rotary,
@@ -222,7 +223,8 @@ def _hook_te_checkpoint(state: Runtime, original: Callable[..., Any]) -> Callabl
 
 
 def _hook_model_forward(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
-    forward_of_model = reset_mask.model_forward(state, model_forward(state.options, original))
+    forward_of_model = lengths.model_forward(state, model_forward(state.options, original))
+    forward_of_model = reset_mask.model_forward(state, forward_of_model)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,10 @@ tokens on a rank, which is one more condition on the length.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +26,27 @@ METADATA = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "h
 
 #: What does not work with padding: an attribute of Megatron's args, whether it is on, and why.
 _BESIDE_PADDING = (
-    ("num_experts", bool, "--num-experts: padding would be routed, and count in the router's losses"),
     ("qk_clip", bool, "--qk-clip: padding would count in the greatest logit"),
     ("log_max_attention_logit", bool, "--log-max-attention-logit: padding would count in it"),
     ("tp_comm_overlap", bool, "--tp-comm-overlap: its buffers have the unpadded length"),
     ("cuda_graph_impl", lambda x: x not in (None, "none"), "--cuda-graph-impl: graphs have the unpadded length"),
     ("enable_cuda_graph", bool, "--enable-cuda-graph: graphs have the unpadded length"),
     ("external_cuda_graph", bool, "--external-cuda-graph: graphs have the unpadded length"),
+)
+
+
+#: The same where there are experts. They are told which tokens are padding, for the router's load-balancing losses.
+_BESIDE_PADDED_EXPERTS = (
+    (
+        "pipeline_model_parallel_size",
+        lambda n: (n or 1) > 1,
+        "--pipeline-model-parallel-size: later stages get no tokens",
+    ),
+    ("sequence_parallel", bool, "--sequence-parallel: not tried"),
+    ("mtp_num_layers", bool, "--mtp-num-layers: its experts would count the last token in or out"),
+    ("moe_z_loss_coeff", bool, "--moe-z-loss-coeff: it averages on each rank, whatever the ranks hold"),
+    ("moe_router_enable_expert_bias", bool, "--moe-router-enable-expert-bias: padding would count in it"),
+    ("moe_expert_capacity_factor", lambda x: x is not None, "--moe-expert-capacity-factor: padding would take places"),
 )
 
 
@@ -79,7 +96,7 @@ def let_megatron_accept(args: Any) -> None:
         why_multiple = f"{multiple // cp} tokens a rank for {asked(args)} x --context-parallel-size {cp}"
     if seq_len % multiple == 0:
         return
-    for attribute, is_on, why in _BESIDE_PADDING:
+    for attribute, is_on, why in (*_BESIDE_PADDING, *_of_experts(args)):
         if is_on(getattr(args, attribute, None)):
             below = seq_len // multiple * multiple
             raise NotImplementedError(
@@ -89,6 +106,24 @@ def let_megatron_accept(args: Any) -> None:
             )
     if seq_len % (2 * cp):
         args.encoder_seq_length, args.seq_length = seq_len, None
+
+
+def _of_experts(args: Any) -> Iterable[tuple[str, Callable[[Any], bool], str]]:
+    """What does not work with padding beside the experts of `args`."""
+    if not getattr(args, "num_experts", None):
+        return ()
+    kinds, coefficients = (
+        x if isinstance(x, (list, tuple)) else [x]
+        for x in (getattr(args, f"moe_{name}", None) for name in ("router_load_balancing_type", "aux_loss_coeff"))
+    )
+    odd = next((x for x in kinds if x not in (None, "none", "aux_loss", "seq_aux_loss", "global_aux_loss")), None)
+    why_odd = f"--moe-router-load-balancing-type {odd}: it would balance padding too"
+    per_token = "--calculate-per-token-loss and --moe-aux-loss-coeff: each rank weighs that loss by its own tokens"
+    return (
+        *_BESIDE_PADDED_EXPERTS,
+        ("moe_router_load_balancing_type", lambda _: odd is not None, why_odd),
+        ("calculate_per_token_loss", lambda on: bool(on and any(coefficients)), per_token),
+    )
 
 
 def _what_is_padded(state: Runtime, seq_len: int, missing: int) -> str:
@@ -120,7 +155,47 @@ def pad_batch(state: Runtime, batch: dict[str, Any], cp: int | None = None) -> d
         f"{_what_is_padded(state, seq_len, missing)}, which the context-parallel ranks can share out; padding takes no "
         "part in attention or loss"
     )
-    return {key: x if key in METADATA or x is None else _padded(key, x, missing) for key, x in batch.items()}
+    padded = {key: x if key in METADATA or x is None else _padded(key, x, missing) for key, x in batch.items()}
+    some = next(x for key, x in padded.items() if x is not None and key in LENGTH_KEYS)
+    is_padding = torch.arange(some.shape[1], device=some.device) >= seq_len
+    return {**padded, PADDING_MASK: is_padding.expand(some.shape[0], -1).contiguous()}
+
+
+#: Of a padded batch until it has been cut: which tokens are padding, bool [b, S].
+PADDING_MASK = "loong_padding_mask"
+
+
+def without_padding_mask(state: Runtime, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that has been cut, as the program knows it; which tokens are padding is kept for `model_forward`."""
+    is_padding, tokens = batch.pop(PADDING_MASK, None), batch.get("tokens")
+    if is_padding is not None and tokens is not None:
+        state.padding_of[tokens] = is_padding
+    return batch
+
+
+def model_forward(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`GPTModel.forward` whose experts are told which of the tokens are padding of `pad_batch`."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        tokens = given.arguments.get("input_ids")
+        if tokens is None or not getattr(self.config, "num_moe_experts", None):
+            return original(self, *args, **kwargs)
+        is_padding = state.padding_of.get(tokens)
+        length = getattr(state.args(), "seq_length", None)
+        if is_padding is not None:
+            given.arguments["padding_mask"] = is_padding
+        elif state.padded and length is not None and length_for_megatron(state, length) != length:
+            raise NotImplementedError(
+                f"sequences of {length} tokens are padded, and the experts are not told where; supported: batches cut "
+                "by megatron.core.utils.get_batch_on_this_cp_rank whose tokens go to GPTModel as they are, or a "
+                f"--seq-length of {length_for_megatron(state, length)}"
+            )
+        return original(*given.args, **given.kwargs)
+
+    return forward
 
 
 #: Of a batch: what has a token in each place.

@@ -63,6 +63,8 @@ class Runtime:
         """Rotary embeddings of which a rank's rows were taken as those of one sequence."""
         self.documents_of: Any = WeakTensorKeyDictionary()
         """A batch's tokens on this rank -> the documents in it (cu_seqlens), with `--reset-attention-mask`."""
+        self.padding_of: Any = WeakTensorKeyDictionary()
+        """A batch's tokens on this rank -> which of them are the plugin's padding."""
         self._part_layouts: dict[Any, LoongConfig | None] = {}
         self._said: set[str] = set()
 

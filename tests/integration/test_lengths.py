@@ -82,7 +82,14 @@ def test_megatron_accepts_the_length_under_its_other_name() -> None:
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ({"num_experts": 4}, "--num-experts: padding would be routed"),
+        ({"num_experts": 4, "moe_z_loss_coeff": 0.1}, "--moe-z-loss-coeff: it averages on each rank"),
+        ({"num_experts": 4, "pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size: later stages"),
+        (
+            {"num_experts": 4, "calculate_per_token_loss": True, "moe_aux_loss_coeff": [0.1]},
+            "--calculate-per-token-loss",
+        ),
+        ({"num_experts": 4, "mtp_num_layers": 1}, "--mtp-num-layers: its experts"),
+        ({"num_experts": 4, "moe_router_load_balancing_type": "sinkhorn"}, "sinkhorn: it would balance padding too"),
         ({"qk_clip": True}, "--qk-clip"),
         ({"tp_comm_overlap": True}, "--tp-comm-overlap"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
@@ -94,6 +101,15 @@ def test_what_would_see_the_padding_is_refused(beside: dict[str, Any], message: 
         NotImplementedError, match=rf"--seq-length 30 is not .* 8 .*{message}.* need none are 24 and 32"
     ):
         lengths.let_megatron_accept(args)
+
+
+def test_experts_without_a_loss_over_padding_are_let_through() -> None:
+    args = types.SimpleNamespace(
+        seq_length=30, encoder_seq_length=None, context_parallel_size=4, num_experts=4,
+        moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], pipeline_model_parallel_size=1,
+    )  # fmt: skip
+    lengths.let_megatron_accept(args)
+    assert args.encoder_seq_length == 30
 
 
 def test_attention_that_is_not_causal_would_see_the_padding() -> None:

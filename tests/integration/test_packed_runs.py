@@ -20,6 +20,7 @@ CP4 = "--context-parallel-size 4 --loong-head-parallel-size 2"
 CP2 = "--context-parallel-size 2 --loong-head-parallel-size 1"
 PP2 = "--pipeline-model-parallel-size 2"
 STEPS = "--train-iters 4"
+EXPERTS = "--num-experts 4 --moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ CASES = [
     Case("packs", "--sft", always=True),
     Case("length-30", "--seq-length 30", always=True),
     Case("packs-of-30", "--sft --seq-length 30"),
+    Case("experts-length-30", f"--seq-length 30 {EXPERTS} --moe-router-load-balancing-type aux_loss", always=True),
+    Case("experts-length-30-seq-loss", f"--seq-length 30 {EXPERTS} --moe-router-load-balancing-type seq_aux_loss"),
+    Case("experts-packs-of-30", f"--sft --seq-length 30 {EXPERTS} --moe-router-load-balancing-type aux_loss"),
+    Case(
+        "experts-length-30-contiguous",
+        f"--seq-length 30 {EXPERTS}",
+        f"{CP4} --loong-sequence-layout contiguous",
+    ),
     Case("packs-pp2", f"--sft {PP2}", CP2, native_world_size=2),
     Case("length-30-pp2", f"--seq-length 30 {PP2}", CP2, native_world_size=2),
     Case(
