@@ -242,7 +242,10 @@ def resolve(
     placement = options.loong_placement
     if heads is None and "auto" in (hp, placement if job else None):
         return None
-    layouts = {"sequence_layout": options.loong_sequence_layout, "pack_layout": options.loong_pack_layout}
+    layouts: dict[str, Any] = {
+        "sequence_layout": options.loong_sequence_layout,
+        "pack_layout": options.loong_pack_layout,
+    }
     if job is not None and heads is not None and "auto" in (hp, placement):
         chosen = choose_layout(
             cp,
