@@ -12,6 +12,8 @@ from megatron_loong.config import LoongConfig
 
 if TYPE_CHECKING:
     from megatron_loong.attention.attention_2d import attention_2d
+    from megatron_loong.multimodal.images import deal_images
+    from megatron_loong.multimodal.join import join_tokens
     from megatron_loong.sequence.sharding import shard_sequence, token_positions, unshard_sequence
     from megatron_loong.topology.groups import LoongGroups, build_groups
 
@@ -22,6 +24,8 @@ __all__ = [
     "LoongGroups",
     "attention_2d",
     "build_groups",
+    "deal_images",
+    "join_tokens",
     "shard_sequence",
     "token_positions",
     "unshard_sequence",
@@ -31,6 +35,8 @@ _HOME = {
     "LoongGroups": "megatron_loong.topology.groups",
     "attention_2d": "megatron_loong.attention.attention_2d",
     "build_groups": "megatron_loong.topology.groups",
+    "deal_images": "megatron_loong.multimodal.images",
+    "join_tokens": "megatron_loong.multimodal.join",
     "shard_sequence": "megatron_loong.sequence.sharding",
     "token_positions": "megatron_loong.sequence.sharding",
     "unshard_sequence": "megatron_loong.sequence.sharding",
