@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def seams(megatron: Megatron) -> dict[str, Seam]:
     found.update(_te_checkpoint_seams())
     found.update(_token_layout_seams())
     found.update(_hybrid_seams())
+    found.update(_image_seams())
     for name, seam in found.items():
         problem = signatures.problem(name.partition("@")[0], seam.original())
         if problem:
@@ -204,6 +206,23 @@ def _hybrid_seams() -> dict[str, Seam]:
     if not hasattr(sys.modules.get("megatron.training.training"), "wrap_hybrid_cp_data_iterator"):
         wrapper = _attribute(_module("megatron.core.datasets.data_schedule"), "HybridCPDataLoaderWrapper")
         found["hybrid_iterator"] = Seam(wrapper, "__iter__")
+    return found
+
+
+def _image_seams() -> dict[str, Seam]:
+    """Where LLaVAModel and MIMO encode images and cut the merged sequence; MIMO from 0.19 on, see `multimodal`."""
+    found = {}
+    llava = getattr(_importable("megatron.core.models.multimodal.llava_model"), "LLaVAModel", None)
+    if llava is not None:
+        found["llava_forward"] = Seam(llava, "forward")
+        found["llava_merge"] = Seam(llava, "_preprocess_data")
+        found["llava_cut"] = Seam(llava, "_process_embedding_token_parallel")
+    adapter = getattr(_importable("megatron.core.models.mimo.partition.utils"), "PartitionAdapter", None)
+    if adapter is not None and "attention_mask" not in inspect.signature(adapter.shard).parameters:
+        mimo = _attribute(_module("megatron.core.models.mimo.model.base"), "MimoModel")
+        found["mimo_forward"] = Seam(mimo, "_forward_all_modules")
+        found["mimo_merge"] = Seam(mimo, "align_embeddings_by_token_positions")
+        found["mimo_cut"] = Seam(adapter, "shard")
     return found
 
 

@@ -197,8 +197,8 @@ class LoongCoreAttention(MegatronModule):
         refuse_inputs(attention_bias, unknown)
         groups = self._groups_of(packed_seq_params)
         cp = groups.config.context_parallel_size
-        # Before 0.18, hybrid context parallelism hands its sequences on as they are, with the group alone beside them.
-        if packed_seq_params is None or (packed_seq_params.qkv_format == "sbhd" and members_of(packed_seq_params)):
+        # "sbhd" is not packed: hybrid context parallelism before 0.18 brings its group that way, LLaVA whole sequences.
+        if packed_seq_params is None or packed_seq_params.qkv_format == "sbhd":
             lengths: dict[str, Any] = {"qkv_format": "sbhd", "seq_len": query.shape[0] * cp}
             if self.attention_type == "cross":
                 lengths["kv_seq_len"] = key.shape[0] * cp

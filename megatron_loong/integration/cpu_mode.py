@@ -321,8 +321,26 @@ def _stand_in_inside_megatron() -> None:
         for name in ("InferenceColumnParallelLinear", "InferenceLayerNormColumnParallelLinear"):
             if not isinstance(getattr(layers, name, None), type):  # a mock without TransformerEngine; MTP asks after it
                 setattr(layers, name, type(name, (), {}))
+    _stand_in_for_images()
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _as_numpy_if_asked
+
+
+def _stand_in_for_images() -> None:
+    """What Megatron's LLaVA and its ViT expect of TransformerEngine."""
+    import torch
+
+    llava: Any = importlib.import_module("megatron.core.models.multimodal.llava_model")
+    clip: Any = importlib.import_module("megatron.core.models.vision.clip_vit_model")
+    local: Any = importlib.import_module("megatron.core.transformer.dot_product_attention")
+    norm: Any = importlib.import_module("megatron.core.transformer.torch_norm")
+    # Asserted for context parallelism, and these names are asked for nothing else but packs, which the plugin cuts. It
+    # takes the place of the attention in either case.
+    llava.TEDotProductAttention, llava.HAVE_TE = local.DotProductAttention, True
+    llava.is_te_min_version = lambda *args, **kwargs: True
+    # Without TransformerEngine the ViT falls back to torch's LayerNorm, which takes other arguments than it gives.
+    init = clip.CLIPViTModel.__init__
+    init.__defaults__ = tuple(norm.WrappedTorchNorm if x is torch.nn.LayerNorm else x for x in init.__defaults__)
 
 
 def _as_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -18,6 +18,7 @@ from megatron_loong.integration import (
     dynamic,
     hybrid_loop,
     lengths,
+    multimodal,
     placement,
     reset_mask,
     rotary,
@@ -256,4 +257,5 @@ _HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {
     **data_hooks.HOOKS,
     **rotary.HOOKS,
     **hybrid_loop.HOOKS,
+    **multimodal.HOOKS,
 }

@@ -96,13 +96,34 @@ TAKES = {
     "slice_sequence": Takes("batch cp_group"),
     "slice_packed": Takes("batch cp_group"),
     "slice_thd": Takes("batch cu_seqlens cu_seqlens_padded max_seqlen cp_size cp_rank"),
+    "llava_forward": Takes(
+        "self",
+        "images input_ids num_image_tiles",
+        "position_ids attention_mask labels loss_mask inference_context image_token_index runtime_gather_output "
+        "packed_seq_params vision_packed_seq_params sound_clips sound_length sound_timestamps num_sound_clips "
+        "imgs_sizes num_frames inference_params",
+    ),
+    "llava_merge": Takes(
+        "self image_embeddings language_embeddings",
+        "num_image_tiles",
+        "input_ids loss_mask labels use_inference_kv_cache inference_context image_token_index inference_params "
+        "is_packed_dynamic_res imgs_sizes position_ids sound_embeddings sound_embeddings_len sound_timestamps",
+    ),
+    "llava_cut": Takes(
+        "self combined_embeddings", "packed_seq_params", "new_labels new_loss_mask expanded_labels expanded_loss_mask"
+    ),
+    "mimo_forward": Takes(
+        "self", "input_ids modality_inputs", "position_ids attention_mask loss_mask labels packing_kwargs"
+    ),
+    "mimo_merge": Takes("self modality_embeddings input_ids special_token_ids"),
+    "mimo_cut": Takes("self embeddings labels loss_mask packed_seq_params"),
     "mamba_undo": Takes("input_ cp_size packed_seq_params"),
     "mamba_redo": Takes("input_ cp_size packed_seq_params"),
 }
 
 DOES_IT_ITSELF = (
     *("roll_packed", "rotary_thd", "fused_rotary_thd", "slice_sequence", "slice_packed", "slice_thd"),
-    *("mamba_undo", "mamba_redo", "rotary_slice"),
+    *("mamba_undo", "mamba_redo", "rotary_slice", "llava_cut", "mimo_cut"),
 )
 
 
