@@ -67,7 +67,8 @@ def _hook_llava_forward(state: Runtime, original: Callable[..., Any]) -> Callabl
         given = bound.arguments
         _refuse(state, self.language_model.config)
         images = given.get("images")
-        has_images = self.add_encoder and images is not None and len(images) > 0
+        # A batch without an image too: a blank one gives the tower its gradients, which a reducer may wait for.
+        has_images = self.add_encoder and images is not None and images.shape[1:].numel() > 0
         whole = _why_llava_whole(self, given) if has_images else None
         if whole:
             state.say(f"every rank encodes all images, as in native context parallelism: {whole}")
@@ -110,7 +111,8 @@ def _hook_llava_merge(state: Runtime, original: Callable[..., Any]) -> Callable[
         rows = rows.transpose(0, 1).reshape(-1, rows.shape[2])  # image after image
         rows = rows[: deal.rows_of(self.cp_group.rank())]  # none of a blank image
         frozen = not any(_is_trained(part) for part in (self.vision_model, self.vision_projection))
-        given["image_embeddings"] = _numbers(length * count, text.device).view(count, length).t()[..., None]
+        numbers = _numbers(length * count, text.device).view(count, length).t()[..., None]
+        given["image_embeddings"] = numbers if count else numbers[:0]  # [0, 0, 1], as without images
         given["language_embeddings"] = -_numbers(text.shape[0] * text.shape[1], text.device).view(*text.shape[:2], 1)
         merged, *others = original(*bound.args, **bound.kwargs)
         merged.loong_parts = _Parts(text.flatten(0, 1), rows, deal, frozen)

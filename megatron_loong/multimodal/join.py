@@ -77,7 +77,7 @@ def join_tokens(
         # Else autograd skips the backward of this rank's exchange, and the others wait for it.
         rows = rows.detach().requires_grad_()
     send = rows.to(text.dtype).index_select(0, plan.send.to(rows.device))
-    if groups.config.context_parallel_size > 1:
+    if groups.config.context_parallel_size > 1 and bool((sources >= 0).any()):
         handle = GroupHandle("images", groups.cp_global_ranks, groups.require_cp_rank(), cp_group)
         send = _Exchange.apply(send, plan, handle)  # type: ignore[assignment]
     return text.reshape(-1, text.shape[2]).index_copy(0, plan.places.to(text.device), send).view(text.shape)

@@ -124,7 +124,10 @@ def mimo_model(args, language, vision, projection, spec, mlp, decoder, encoder) 
         modality_submodules_spec={"images": images},
         special_token_ids={"images": IMAGE},
     )
-    return MimoModel(config, cp_group=mpu.get_context_parallel_group(), tp_group=mpu.get_tensor_model_parallel_group())
+    groups = {"cp_group": mpu.get_context_parallel_group(), "tp_group": mpu.get_tensor_model_parallel_group()}
+    model = MimoModel(config, **groups)
+    model.pg_collection = model.language_model.pg_collection  # which the training loop asks for
+    return model
 
 
 @functools.cache
@@ -197,7 +200,8 @@ def forward_step(data_iterator, model):
     else:
         inputs = {"images": {"clip": {"x": images}}} if len(images) else None
         output, loss_mask = model(modality_inputs=inputs, **named)
-    return output, partial(base.sum_loss, loss_mask)
+    # LLaVA cuts off what is too long, and leaves the mask a view.
+    return output, partial(base.sum_loss, loss_mask.contiguous())
 
 
 if __name__ == "__main__":
