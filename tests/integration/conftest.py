@@ -27,6 +27,7 @@ collect_ignore = [
     "fp8_gpt.py",
     "drawn_gpt.py",
     "cut_packs_gpt.py",
+    "vision_gpt.py",
 ]
 
 

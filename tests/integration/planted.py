@@ -48,6 +48,22 @@ def unmarked_sinks() -> None:
     core_attention.set_tensor_model_parallel_attributes = lambda *args: None
 
 
+def lost_image_gradients() -> None:
+    """What other ranks' tokens say of an image does not come back to the rank that encoded it."""
+    from megatron_loong.multimodal import join
+
+    original = join._Exchange.backward
+
+    def forgetful(ctx: Any, *gradients: Any) -> Any:
+        rows, *others = original(ctx, *gradients)
+        kept = rows.new_zeros(rows.shape)
+        own = slice(sum(ctx.plan.send_counts[: ctx.handle.rank]), sum(ctx.plan.send_counts[: ctx.handle.rank + 1]))
+        kept[own] = rows[own]
+        return kept, *others
+
+    join._Exchange.backward = staticmethod(forgetful)  # type: ignore[method-assign]
+
+
 FAULTS = {one.__name__: one for one in (mean_for_sum, wrong_position, dropped_gradient, unmarked_sinks)}
 
 

@@ -1,13 +1,14 @@
 """A ViT and a GPT on samples of text and pictures, trained by `megatron.training`; a script, and no tests.
 
-`--vision-model llava`: Megatron's LLaVAModel as its pretrain_vlm.py builds it, but for what that script refuses (PP beside
-CP) or lacks (more or less than one image in a sample). `mimo`: the same parts as a MimoModel. The dataset is Megatron's
-mock of text; the pictures are cut out of a photograph that matplotlib ships.
+`--vision-model llava`: Megatron's LLaVAModel as its pretrain_vlm.py builds it, and besides what that script refuses (PP
+beside CP) or lacks (more or less than one image in a sample). `mimo`: the same parts as a MimoModel. The dataset is
+Megatron's mock of text; the pictures are cut out of a photograph that matplotlib ships.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from copy import deepcopy
 from dataclasses import fields
@@ -16,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import get_data_path
-from matplotlib.image import imread
+from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1].parent / "scripts"), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import pretrain_gpt as base
 from megatron import training
@@ -35,7 +35,6 @@ from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.training import argument_utils, arguments, get_args, get_tokenizer
 
@@ -85,14 +84,32 @@ def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=
             **decoder,
             **encoder,
         )
-        parts = {"vision": model.vision_model, "projection": model.vision_projection, "language": model.language_model}
+        parts = {"language": model.language_model}
+        if pre_process:
+            parts.update(vision=model.vision_model, projection=model.vision_projection)
     else:
         model = mimo_model(args, language, vision, projection, spec, mlp, decoder, encoder)
         images = model.modality_submodules["images"]
-        parts = {"vision": images.encoders, "projection": images.input_projections, "language": model.language_model}
+        parts = {
+            "vision": images.encoders["clip"],
+            "projection": images.input_projections,
+            "language": model.language_model,
+        }
+    if "vision" in parts:
+        parts["vision"].register_forward_pre_hook(check_number, with_kwargs=True)
     for name in args.freeze:
         parts[name].requires_grad_(False)
     return model
+
+
+most_images = MOST_IMAGES
+"""That a rank may encode of a micro-batch."""
+
+
+def check_number(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    (images,) = (*args, *kwargs.values())
+    if len(images) > most_images:
+        raise RuntimeError(f"this rank is given {len(images)} images to encode, and its share is {most_images}")
 
 
 class DroppedClassToken(CLIPViTModel):
@@ -133,8 +150,11 @@ def mimo_model(args, language, vision, projection, spec, mlp, decoder, encoder) 
 @functools.cache
 def photograph() -> torch.Tensor:
     """[3, height, width] from 0 to 1."""
-    pixels = imread(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg")
-    return torch.tensor(pixels.copy()).permute(2, 0, 1).float() / 255
+    found = importlib.util.find_spec("matplotlib")  # to import it would take every rank a second
+    assert found is not None and found.origin is not None
+    with Image.open(Path(found.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg") as picture:
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 255
 
 
 def with_pictures(sample: dict[str, Any]) -> dict[str, Any]:
@@ -192,16 +212,25 @@ provide_datasets.is_distributed = True
 def forward_step(data_iterator, model):
     args: Any = get_args()
     batch = next(data_iterator)
+    global most_images
     images = torch.cat([x[:n] for x, n in zip(batch["images"], batch["count"].tolist(), strict=True)])
+    cp = mpu.get_context_parallel_world_size()
+    most_images = max(1, -(-len(images) // cp))
     named = {name: batch[name] for name in ("position_ids", "labels", "loss_mask")}
     named.update(input_ids=batch["tokens"], attention_mask=None)
     if args.vision_model == "llava":
         output, loss_mask = model(images=images, **named)
     else:
         inputs = {"images": {"clip": {"x": images}}} if len(images) else None
+        if args.packed and cp > 1:  # rows become documents of one pack
+            ends = torch.arange(len(batch["tokens"]) + 1, dtype=torch.int32) * batch["tokens"].shape[1]
+            named = {name: x if x is None else x.reshape(1, -1) for name, x in named.items()}
+            longest = batch["tokens"].shape[1]
+            packing = {f"cu_seqlens_{side}": ends for side in ("q", "kv", "q_padded", "kv_padded")}
+            named["packing_kwargs"] = {**packing, "max_seqlen_q": longest, "max_seqlen_kv": longest}
         output, loss_mask = model(modality_inputs=inputs, **named)
     # LLaVA cuts off what is too long, and leaves the mask a view.
-    return output, partial(base.sum_loss, loss_mask.contiguous())
+    return output, partial(base.sum_loss, loss_mask if loss_mask is None else loss_mask.contiguous())
 
 
 if __name__ == "__main__":
