@@ -30,7 +30,7 @@ def all_to_all(
     width = send.element_size()
     ledger.record(handle.name, (send.numel() - send_lengths[handle.rank]) * width)
     received = torch.empty(sum(receive_lengths), dtype=send.dtype, device=send.device)
-    errors = functools.partial(collective, f"all-to-all of {what}", "head group", handle.global_ranks)
+    errors = functools.partial(collective, f"all-to-all of {what}", f"{handle.name} group", handle.global_ranks)
     with errors():
         # As bytes, so that the backend need not know the dtype.
         pending = transport_for(handle, send.device).all_to_all(

@@ -11,7 +11,8 @@ which row belongs at each place of the sequence, whatever its rules are; then `j
       align_embeddings_by_token_positions     merges numbers
       PartitionAdapter.shard                  cuts and joins
 
-Where images cannot be dealt (`_why_whole`), every rank encodes all of them, as Megatron does, and keeps its own tokens.
+Where images cannot be dealt (`merged.why_whole`), every rank encodes all of them, as Megatron does, and keeps its own
+tokens.
 """
 
 from __future__ import annotations
@@ -19,38 +20,24 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import lengths, packed
-from megatron_loong.integration.checks import refuse_beside_packs
+from megatron_loong.integration import packed
+from megatron_loong.integration.merged import (
+    Cut,
+    Parts,
+    check_tower,
+    is_trained,
+    numbers_from_one,
+    own_images,
+    refuse_beside_images,
+    why_whole,
+)
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.multimodal.images import ImageDeal, deal_images
-from megatron_loong.multimodal.join import join_tokens
-from megatron_loong.sequence.sharding import documents_of, token_positions
-
-#: Megatron's label of a token without a loss.
-NO_LABEL = -100
-
-
-class _Parts(NamedTuple):
-    """What a merge of numbers stands for; it travels as an attribute of the merged tensor."""
-
-    text: torch.Tensor
-    """[n, h]: row t is -(1 + t) in the merge."""
-    rows: torch.Tensor
-    """[own rows, h] of the images that this rank has encoded; row r of all images' is 1 + r in the merge."""
-    deal: ImageDeal
-    frozen: bool
-
-
-def _numbers(count: int, device: torch.device) -> torch.Tensor:
-    """1, 2, ...: float64, which holds them exactly, and in which Megatron's merges take them for embeddings."""
-    return torch.arange(1, count + 1, dtype=torch.float64, device=device)
-
 
 # ---- LLaVAModel ------------------------------------------------------------------------------------------------
 
@@ -65,19 +52,25 @@ def _hook_llava_forward(state: Runtime, original: Callable[..., Any]) -> Callabl
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         given = bound.arguments
-        _refuse(state, self.language_model.config)
+        refuse_beside_images(state, self.language_model.config)
         images = given.get("images")
         # A batch without an image too: a blank one gives the tower its gradients, which a reducer may wait for.
         has_images = self.add_encoder and images is not None and images.shape[1:].numel() > 0
+        if has_images:
+            check_tower(self.vision_model)
         whole = _why_llava_whole(self, given) if has_images else None
         if whole:
             state.say(f"every rank encodes all images, as in native context parallelism: {whole}")
         self.loong_dealt = has_images and not whole
         if self.loong_dealt:
-            _check_tower(self.vision_model)
-            if given.get("num_image_tiles") is None:  # which Megatron would make of the images that it is given
-                given["num_image_tiles"] = torch.ones(len(images), dtype=torch.int, device=given["input_ids"].device)
-            given["images"] = _own(images, deal_images([1] * len(images), _size(config)), self.cp_group.rank())
+            assert images is not None
+            tiles = given.get("num_image_tiles")
+            if tiles is None:  # which Megatron would make of the images that it is given
+                tiles = torch.ones(len(images), dtype=torch.int, device=given["input_ids"].device)
+            if int(tiles.sum()) != len(images):
+                raise ValueError(f"num_image_tiles={tiles.tolist()!r:.80} are not the tiles of {len(images)} images")
+            deal = deal_images([1] * len(images), config.context_parallel_size)
+            given.update(images=own_images(images, deal, self.cp_group.rank()), num_image_tiles=tiles)
         return original(*bound.args, **bound.kwargs)
 
     return forward
@@ -93,7 +86,7 @@ def _why_llava_whole(model: Any, given: dict[str, Any]) -> str | None:
         return "sound_clips"
     if given.get("inference_context") is not None or given.get("inference_params") is not None:
         return "inference"
-    return _why_whole(model.vision_model)
+    return why_whole(model.vision_model)
 
 
 def _hook_llava_merge(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,12 +103,14 @@ def _hook_llava_merge(state: Runtime, original: Callable[..., Any]) -> Callable[
         deal = deal_images([length] * count, self.cp_group.size())
         rows = rows.transpose(0, 1).reshape(-1, rows.shape[2])  # image after image
         rows = rows[: deal.rows_of(self.cp_group.rank())]  # none of a blank image
-        frozen = not any(_is_trained(part) for part in (self.vision_model, self.vision_projection))
-        numbers = _numbers(length * count, text.device).view(count, length).t()[..., None]
+        frozen = not any(is_trained(part) for part in (self.vision_model, self.vision_projection))
+        numbers = numbers_from_one(length * count, text.device).view(count, length).t()[..., None]
         given["image_embeddings"] = numbers if count else numbers[:0]  # [0, 0, 1], as without images
-        given["language_embeddings"] = -_numbers(text.shape[0] * text.shape[1], text.device).view(*text.shape[:2], 1)
+        given["language_embeddings"] = -numbers_from_one(text.shape[0] * text.shape[1], text.device).view(
+            *text.shape[:2], 1
+        )
         merged, *others = original(*bound.args, **bound.kwargs)
-        merged.loong_parts = _Parts(text.flatten(0, 1), rows, deal, frozen)
+        merged.loong_parts = Parts(text.flatten(0, 1), rows, deal, frozen)
         return merged, *others
 
     return _preprocess_data
@@ -129,7 +124,7 @@ def _hook_llava_cut(state: Runtime, original: Callable[..., Any]) -> Callable[..
         config = _llava_layout(state, self)
         if config is None or not (self.pre_process or self.post_process):
             return original(self, combined_embeddings, labels, loss_mask, packed_seq_params)
-        cut = _Cut(state, config, self.cp_group, packed_seq_params)
+        cut = Cut(state, config, self.cp_group, packed_seq_params)
         embeddings = cut.embeddings(combined_embeddings, self.sequence_parallel_lm, None)
         return embeddings, cut.labels(labels), cut.loss_mask(loss_mask), packed_seq_params
 
@@ -152,24 +147,25 @@ def _hook_mimo_forward(state: Runtime, original: Callable[..., Any]) -> Callable
     def _forward_all_modules(self: Any, *args: Any, **kwargs: Any) -> Any:
         cp_group = _mimo_group(self)
         config = None if cp_group is None else packed.layout_config(state, cp_group.size())
-        if config is None:
+        if cp_group is None or config is None:
             return original(self, *args, **kwargs)
+        cp_rank = cp_group.rank()
         bound = signature.bind(self, *args, **kwargs)
         given = bound.arguments
-        _refuse(state, self.config)
+        refuse_beside_images(state, self.config)
         inputs, deals = dict(given.get("modality_inputs") or {}), {}
         for name, encoder_inputs in inputs.items():
             if encoder_inputs is None or name not in self.modality_submodules:
                 continue
             tokens = int((given["input_ids"] == self.special_token_ids.get(name)).sum())
+            check_tower(self.modality_submodules[name])
             count, whole = _mimo_images(self, name, encoder_inputs, tokens)
             if whole:
                 state.say(f"every rank encodes all of {name}, as in native context parallelism: {whole}")
                 continue
-            _check_tower(self.modality_submodules[name])
-            deals[name] = deal_images([tokens // count] * count, _size(config))
+            deals[name] = deal_images([tokens // count] * count, config.context_parallel_size)
             inputs[name] = {
-                encoder: {key: _own(x, deals[name], cp_group.rank()) for key, x in one.items()}
+                encoder: {key: own_images(x, deals[name], cp_rank) for key, x in one.items()}
                 for encoder, one in encoder_inputs.items()
             }
         given["modality_inputs"] = inputs
@@ -196,7 +192,7 @@ def _mimo_images(model: Any, name: str, encoder_inputs: Any, tokens: int) -> tup
         )
     if model.colocated_comms:
         return 0, "its encoder has tensor or data parallel sizes of its own"
-    return count, _why_whole(model.modality_submodules[name])
+    return count, why_whole(model.modality_submodules[name])
 
 
 def _hook_mimo_merge(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,16 +208,18 @@ def _hook_mimo_merge(state: Runtime, original: Callable[..., Any]) -> Callable[.
         numbers, at = {}, 0
         for name in ("text", *whole):
             n = len(embeddings[name])
-            numbers[name], at = -_numbers(at + n, here.device)[at:, None], at + n
+            numbers[name], at = -numbers_from_one(at + n, here.device)[at:, None], at + n
         at, rows = 0, []
         for name, deal in deals.items():
             n = sum(deal.rows)
-            numbers[name], at = _numbers(at + n, here.device)[at:, None], at + n
-            rows.append(embeddings[name][: deal.rows_of(_mimo_group(self).rank())])  # none of a blank image
+            numbers[name], at = numbers_from_one(at + n, here.device)[at:, None], at + n
+            rows.append(
+                embeddings[name][: deal.rows_of(self.partition_adapter.cfg.cp_group.rank())]
+            )  # none of a blank image
         merged = original(self, numbers, given["input_ids"], given["special_token_ids"])
         deal = ImageDeal(*(sum((getattr(d, part) for d in deals.values()), ()) for part in ("rows", "encoders")))
-        frozen = not any(_is_trained(self.modality_submodules[name]) for name in deals)
-        merged.loong_parts = _Parts(here, torch.cat(rows), deal, frozen)
+        frozen = not any(is_trained(self.modality_submodules[name]) for name in deals)
+        merged.loong_parts = Parts(here, torch.cat(rows), deal, frozen)
         return merged
 
     return align_embeddings_by_token_positions
@@ -234,7 +232,7 @@ def _hook_mimo_cut(state: Runtime, original: Callable[..., Any]) -> Callable[...
         config = None if not self.cfg.use_cp else packed.layout_config(state, cp_group.size())
         if config is None:
             return original(self, embeddings, labels, loss_mask, packed_seq_params)
-        cut = _Cut(state, config, cp_group, packed_seq_params)
+        cut = Cut(state, config, cp_group, packed_seq_params)
         if embeddings is not None:
             parts = getattr(embeddings, "loong_parts", None)
             embeddings = embeddings.transpose(0, 1)
@@ -247,125 +245,9 @@ def _hook_mimo_cut(state: Runtime, original: Callable[..., Any]) -> Callable[...
 
 
 def _mimo_group(model: Any) -> Any:
+    """Megatron's context-parallel group; None where no ranks share a sequence."""
     adapter = model.partition_adapter
     return adapter.cfg.cp_group if adapter is not None and adapter.cfg.use_cp else None
-
-
-# ---- both ------------------------------------------------------------------------------------------------------
-
-
-class _Cut:
-    """This rank's tokens of one merged micro-batch: where they stand, and what is cut by it."""
-
-    def __init__(self, state: Runtime, config: LoongConfig, cp_group: Any, packed_seq_params: Any) -> None:
-        self.state, self.config, self.cp_group = state, config, cp_group
-        self.documents: tuple[int, ...] | None = None
-        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            refuse_beside_packs(state.args())
-            padded = packed_seq_params.cu_seqlens_q_padded
-            self.documents = packed.boundaries_of(packed_seq_params.cu_seqlens_q if padded is None else padded)
-            state.sliced_packs = True
-
-    def _whole(self, x: torch.Tensor, value: float) -> torch.Tensor:
-        """`x` [b, S, ...], padded at its end to a length that the ranks can share out."""
-        if self.documents is not None:
-            documents_of(self.documents, x.shape[1], "packed_seq_params.cu_seqlens_q")
-        missing = lengths.length_for_megatron(self.state, x.shape[1]) - x.shape[1]
-        if not missing:
-            return x
-        self.state.padded = True
-        return torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 2), 0, missing), value=value)
-
-    def _boundaries(self, tokens: int) -> tuple[int, ...] | None:
-        return None if self.documents is None else packed.to_the_end(self.documents, tokens)
-
-    def _mine(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.shape[1]
-        boundaries = self._boundaries(tokens)
-        positions = token_positions(self.config, self.cp_group.rank(), tokens, cu_seqlens=boundaries)
-        return x.index_select(1, positions.to(x.device))
-
-    def labels(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else self._mine(self._whole(x, NO_LABEL))
-
-    def loss_mask(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else self._mine(self._whole(x, 0))
-
-    def embeddings(self, x: torch.Tensor | None, sequence_parallel: bool, tp_group: Any) -> torch.Tensor | None:
-        """[b, S, h], or a merge of numbers with what they stand for, to [s, b, h] of this rank."""
-        if x is None:
-            return None
-        parts: _Parts | None = getattr(x, "loong_parts", None)
-        x = self._whole(x, 0)
-        local = self._mine(x)
-        if parts is not None:
-            numbers = local[..., 0].long()
-            text = parts.text.index_select(0, (-numbers - 1).clamp(min=0).flatten()).view(*numbers.shape, -1)
-            vision = x[..., 0].long().sub(1).clamp(min=-1)
-            ranks = tuple(dist.get_process_group_ranks(self.cp_group))
-            local = join_tokens(
-                text.masked_fill((numbers >= 0)[..., None], 0),  # padding is zeros
-                parts.rows,
-                vision,
-                parts.deal,
-                self.state.groups.get(self.config, ranks, local_synchronization=True),
-                cu_seqlens=self._boundaries(x.shape[1]),
-                cp_group=self.cp_group,
-                frozen=parts.frozen,
-            )
-        local = local.transpose(0, 1).contiguous()
-        if sequence_parallel:
-            from megatron.core import tensor_parallel
-
-            given = {} if tp_group is None else {"group": tp_group}
-            local = tensor_parallel.scatter_to_sequence_parallel_region(local, **given)
-        return local
-
-
-def _size(config: LoongConfig) -> int:
-    return config.context_parallel_size
-
-
-def _own(x: torch.Tensor, deal: ImageDeal, cp_rank: int) -> torch.Tensor:
-    """A rank's images of all; a blank one where it has none, so that the tower has gradients (zeros) on every rank."""
-    own = deal.images_of(cp_rank)
-    return x[own] if own else x.new_zeros(1, *x.shape[1:])
-
-
-def _is_trained(module: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _why_whole(module: Any) -> str | None:
-    """Why the images of a tower cannot be dealt, if so."""
-    for part in module.modules():
-        config = getattr(part, "config", None)
-        for name in ("hidden_dropout", "attention_dropout"):
-            if part.training and getattr(config, name, 0.0):
-                # Ranks draw the same numbers: other images would get the same masks, and later draws would differ.
-                return f"{name}={getattr(config, name)} in {type(part).__name__}"
-    return None
-
-
-def _check_tower(module: Any) -> None:
-    for part in module.modules():
-        size = getattr(getattr(part, "config", None), "context_parallel_size", 1)
-        if size and size > 1:
-            raise ValueError(
-                f"context_parallel_size={size} in the config of {type(part).__name__}, which encodes images: "
-                "ranks do not share an image. Give it TransformerConfig(context_parallel_size=1, ...)"
-            )
-
-
-def _refuse(state: Runtime, config: Any) -> None:
-    for on, what, instead in (
-        (state.hybrid, "--hybrid-context-parallel", "one context-parallel size for all micro-batches"),
-        (getattr(config, "mtp_num_layers", None), "--mtp-num-layers (it shifts token ids, and images have none)", "0"),
-    ):
-        if on:
-            raise NotImplementedError(
-                f"images do not work with {what} and --context-parallel-impl loong; supported: {instead}"
-            )
 
 
 HOOKS: dict[str, Callable[[Runtime, Any], Any]] = {

@@ -143,7 +143,7 @@ def _run_ranks(arguments: list[str], world_size: int, folder: Path, timeout_s: i
     }
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
     environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    nursery = nursery_of(__file__, Path(arguments[0]))
+    nursery = nursery_of(__file__, Path(arguments[0]).resolve().parent)
     codes = nursery.run(["--cpu", "--cpu", *arguments], environments, logs, timeout_s)
     for rank, code in enumerate(codes):
         if code:

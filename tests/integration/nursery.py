@@ -25,12 +25,12 @@ IMPORTED_LATE = ("megatron.core.tokenizers.text", "megatron_loong.integration.ho
 
 
 class Nursery:
-    """One process with Megatron imported as `script` would find it; `run` forks ranks from it."""
+    """One process with Megatron imported as a script in `folder` would find it; `run` forks ranks from it."""
 
-    def __init__(self, program: str, script: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, program: str, folder: Path, environment: Mapping[str, str]) -> None:
         """`program`: a Python file that calls `serve(sys.argv[2], ...)` when its first argument is `--nursery`."""
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", program, "--nursery", str(script)],
+            [sys.executable, "-W", "ignore", program, "--nursery", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(environment),
@@ -61,18 +61,18 @@ class Nursery:
 
 
 @functools.cache
-def nursery_of(program: str, script: Path) -> Nursery:
-    """The nursery for `script`, started when first needed and kept until the tests end."""
+def nursery_of(program: str, folder: Path) -> Nursery:
+    """The nursery for the scripts in `folder`, started when first needed and kept until the tests end."""
     repository = str(Path(program).resolve().parents[2])
     path = os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")]))
-    return Nursery(program, script, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+    return Nursery(program, folder, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
-def serve(script: str, main: Callable[[], int]) -> None:
+def serve(folder: str, main: Callable[[], int]) -> None:
     """Import Megatron, then answer requests on stdin until it closes. `main` is what a rank runs, with `sys.argv`."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Megatron prints while it is imported
-    sys.path[0] = os.path.dirname(os.path.realpath(script))
+    sys.path[0] = folder
     from megatron_loong.integration import cpu_mode
 
     cpu_mode.enable(allow_with_gpu=True)

@@ -78,6 +78,29 @@ def test_a_lost_gradient_of_an_image_is_found() -> None:
         assert_same_steps(found, native)
 
 
+def test_dropout_in_the_tower_leaves_all_images_to_every_rank() -> None:
+    """Where the number that a rank encodes is then more than its share, which the script is there to notice."""
+    loong = ["--context-parallel-impl", "loong", *CP2.split()]
+    with pytest.raises(RuntimeError, match=r"given \d images to encode, and its share is \d"):
+        megatron_runs.train(vision_script(), 2, *LENGTH.split(), *loong, "--vision-dropout", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--vision-cp 2", r"context_parallel_size=2 in the TransformerConfig of CLIPViTModel, which encodes images"),
+        ("--tiles 3", r"num_image_tiles=\[3\] are not the tiles of \d images"),
+        ("--mtp-num-layers 1", r"images do not work with --mtp-num-layers .* supported: 0"),
+    ],
+)
+def test_mistakes_are_refused_by_name(flags: str, message: str) -> None:
+    if not RUN_ALL and "mtp" not in flags:
+        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
+    loong = ["--context-parallel-impl", "loong", *CP2.split()]
+    with pytest.raises(RuntimeError, match=message):
+        megatron_runs.train(vision_script(), 2, *LENGTH.split(), *loong, *flags.split())
+
+
 PRETRAIN_VLM = {
     "whole": ("--dataloader-seq-length 60", "", CP4),
     "padded-pack": ("--dataloader-seq-length 50 --micro-batch-size 2", "", CP4),

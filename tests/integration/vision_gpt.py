@@ -51,6 +51,9 @@ def add_arguments(parser: Any) -> Any:
     parser.add_argument("--freeze", nargs="*", default=[])
     parser.add_argument("--vision-dropout", type=float, default=0.0)
     parser.add_argument("--packed", action="store_true")
+    # Mistakes.
+    parser.add_argument("--vision-cp", type=int, default=1)
+    parser.add_argument("--tiles", type=int)
     return parser
 
 
@@ -58,7 +61,7 @@ def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage=
     args: Any = get_args()
     language: Any = config or arguments.core_transformer_config_from_args(args)
     vision = deepcopy(language)
-    vision.context_parallel_size = vision.pipeline_model_parallel_size = 1
+    vision.context_parallel_size, vision.pipeline_model_parallel_size = args.vision_cp, 1
     vision.vision_model_type = "clip"
     projection = deepcopy(vision)
     vision.hidden_dropout = args.vision_dropout
@@ -219,7 +222,8 @@ def forward_step(data_iterator, model):
     named = {name: batch[name] for name in ("position_ids", "labels", "loss_mask")}
     named.update(input_ids=batch["tokens"], attention_mask=None)
     if args.vision_model == "llava":
-        output, loss_mask = model(images=images, **named)
+        tiles = None if args.tiles is None else torch.tensor([args.tiles])
+        output, loss_mask = model(images=images, num_image_tiles=tiles, **named)
     else:
         inputs = {"images": {"clip": {"x": images}}} if len(images) else None
         if args.packed and cp > 1:  # rows become documents of one pack
