@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from megatron_loong import LoongConfig, token_positions
+from megatron_loong import LoongConfig, deal_images, token_positions
 from megatron_loong.topology.layout import coordinates_of, ring_rank_of
 
 HEAD, RING, PALE, INK = "#f2a154", "#1f4e79", "#dfe8f1", "#222222"
@@ -144,7 +144,51 @@ def draw_placement(path: Path) -> None:
     canvas.savefig(path, dpi=110)
 
 
+def draw_images(path: Path) -> None:
+    """Images of three sizes dealt to four ranks, and their rows on the way to the ranks that hold their tokens."""
+    config, colors = LoongConfig(4, 2), ["#c6dbef", "#9ecae1", "#fdd0a2", "#fdae6b"]
+    sample = (2, -6, 1, -2, 3, -2, 2, -4, 3, -2, -2, 3)  # text, and images by their rows
+    images = [-n for n in sample if n < 0]
+    deal = deal_images(images, 4)
+    canvas, axes = figure(8.4, 3.4, "stage 1: images encoded by four ranks; stage 2: text and images in zigzag")
+    holder = {p: rank for rank in range(4) for p in token_positions(config, rank, sum(map(abs, sample))).tolist()}
+    left = [2.0 + 8.6 * rank for rank in range(4)]
+    for rank in range(4):
+        x = left[rank]
+        axes.text(x, 11.2, f"rank {rank}", ha="left", va="center", fontsize=9)
+        for image in deal.images_of(rank):
+            width = images[image] * 1.1
+            box(axes, x + width / 2, 9.2, f"image\n{image}", colors[rank], width, 2.0)
+            x += width + 0.3
+    place, image = 0, 0
+    for piece in sample:
+        for row in range(abs(piece)):
+            box(axes, place + 0.5, 0, str(image) if piece < 0 else "", colors[holder[place]], 1.0, 1.6)
+            if piece < 0:
+                encoder = deal.encoders[image]
+                before = sum(images[i] * 1.1 + 0.3 for i in deal.images_of(encoder) if i < image)
+                start = left[encoder] + before + 1.1 * (row + 0.5)
+                stays = encoder == holder[place]
+                axes.plot(
+                    [start, place + 0.5], [8.2, 0.8], color=INK if stays else RING, lw=0.8, ls=":" if stays else "-"
+                )
+            place += 1
+        image += piece < 0
+    axes.text(
+        16,
+        -2.0,
+        "color: the rank that holds a token; number: its image; dotted: stays where it is",
+        ha="center",
+        fontsize=9,
+    )
+    axes.text(32.5, 4.6, "one all-to-all", color=RING, ha="left", fontsize=9)
+    axes.set_xlim(-1, 38)
+    axes.set_ylim(-3, 12)
+    canvas.savefig(path, dpi=110)
+
+
 PICTURES = {
+    "multimodal_stages.png": draw_images,
     "idea_grid.png": draw_grid,
     "idea_zigzag.png": draw_zigzag,
     "idea_double_ring.png": draw_double_ring,

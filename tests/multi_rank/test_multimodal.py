@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_loong import LoongConfig
@@ -71,3 +74,14 @@ def test_bytes_are_those_of_the_rows_needed(pool: WorkerPool, batch: Batch) -> N
 def test_mistakes_are_refused_before_anything_is_sent(pool: WorkerPool) -> None:
     for said in pool.run(cases.mistakes):
         assert said == ["vision", "vision", "vision", "text", "rows", "the"]
+
+
+@pytest.mark.multi_rank
+def test_the_example_of_the_page_runs(pool: WorkerPool) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "multimodal.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    pool.run(_execute, example)
+
+
+def _execute(rank: int, source: str) -> None:
+    exec(source, {})
