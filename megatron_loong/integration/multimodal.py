@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import packed
+from megatron_loong.integration import lengths, packed
 from megatron_loong.integration.merged import (
     Cut,
     Parts,
@@ -153,6 +153,7 @@ def _hook_mimo_forward(state: Runtime, original: Callable[..., Any]) -> Callable
         bound = signature.bind(self, *args, **kwargs)
         given = bound.arguments
         refuse_beside_images(state, self.config)
+        _refuse_padded_mrope(state, self, given["input_ids"].shape[1])
         inputs, deals = dict(given.get("modality_inputs") or {}), {}
         for name, encoder_inputs in inputs.items():
             if encoder_inputs is None or name not in self.modality_submodules:
@@ -193,6 +194,18 @@ def _mimo_images(model: Any, name: str, encoder_inputs: Any, tokens: int) -> tup
     if model.colocated_comms:
         return 0, "its encoder has tensor or data parallel sizes of its own"
     return count, why_whole(model.modality_submodules[name])
+
+
+def _refuse_padded_mrope(state: Runtime, model: Any, tokens: int) -> None:
+    """Megatron cuts the positions of mrope itself, which nobody pads."""
+    padded = lengths.length_for_megatron(state, tokens)
+    language = model.language_model
+    language = getattr(language, "module", language)  # under a wrapper for data parallelism, if it has its own
+    if padded != tokens and getattr(language, "position_embedding_type", None) == "mrope":
+        raise NotImplementedError(
+            f"{tokens} tokens would be padded to {padded}, which does not work with --position-embedding-type mrope "
+            f"and --context-parallel-impl loong; supported: sequences of {padded} tokens"
+        )
 
 
 def _hook_mimo_merge(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:

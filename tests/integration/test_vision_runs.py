@@ -50,6 +50,8 @@ CASES = [
     Case("mimo", MIMO, always=True),
     Case("mimo-two-samples", f"{MIMO} --micro-batch-size 2"),
     Case("mimo-packed", f"{MIMO} --micro-batch-size 2 --packed", always=True),
+    Case("mimo-mrope", f"{MIMO} --position-embedding-type mrope --mrope-section 1 1 2"),
+    Case("mimo-length-62", f"{MIMO} --decoder-seq-length 62"),
     Case("mimo-tp2", f"{MIMO} {TP2}", CP2, native_world_size=2),
     Case("mimo-frozen-vision", f"{MIMO} --freeze vision"),
     Case("mimo-few-images", f"{MIMO} --images few"),
@@ -90,6 +92,10 @@ def test_dropout_in_the_tower_leaves_all_images_to_every_rank() -> None:
     [
         ("--vision-cp 2", r"context_parallel_size=2 in the TransformerConfig of CLIPViTModel, which encodes images"),
         ("--tiles 3", r"num_image_tiles=\[3\] are not the tiles of \d images"),
+        (
+            f"{MIMO} --decoder-seq-length 62 --position-embedding-type mrope --mrope-section 1 1 2",
+            r"62 tokens would be padded to 64, which does not work with --position-embedding-type mrope",
+        ),
         ("--mtp-num-layers 1", r"images do not work with --mtp-num-layers .* supported: 0"),
     ],
 )

@@ -200,6 +200,12 @@ def with_pictures(sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def grid_of(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Height and width of each row of the images, counted on from one to the next."""
+    row = image.cumsum(1) - 1
+    return row // (SIDE // PATCH), row % (SIDE // PATCH)
+
+
 def provide_datasets(num_samples: list[int], vp_stage: int | None = None):
     args: Any = get_args()
     values = {f.name: getattr(args, f.name) for f in fields(MultimodalDatasetConfig) if hasattr(args, f.name)}
@@ -221,6 +227,10 @@ def forward_step(data_iterator, model):
     most_images = max(1, -(-len(images) // cp))
     named = {name: batch[name] for name in ("position_ids", "labels", "loss_mask")}
     named.update(input_ids=batch["tokens"], attention_mask=None)
+    if args.position_embedding_type == "mrope":  # time, height and width: an image's rows go over its grid
+        image = batch["tokens"] == IMAGE
+        grid = [torch.where(image, positions, batch["position_ids"]) for positions in grid_of(image)]
+        named["position_ids"] = torch.stack([batch["position_ids"] - image.cumsum(1), *grid])
     if args.vision_model == "llava":
         tiles = None if args.tiles is None else torch.tensor([args.tiles])
         output, loss_mask = model(images=images, num_image_tiles=tiles, **named)
