@@ -128,6 +128,17 @@ def gradient_of_all(tower: Tower) -> torch.Tensor:
     return flat
 
 
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """In Markdown."""
+    print("| way | FLOPs of the busiest rank, of `all` | processor time, of `all` | sent, all ranks, MiB | gradient |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| `{row['way']}` | {row['flops_of_all']:.3f} | {row['time_of_all']:.2f} | {row['mib']:.2f} "
+            f"| {row['gradient_error']:.0e} |"
+        )
+
+
 def main() -> None:
     """Run all ways once a round, and print the table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,22 +183,13 @@ def main() -> None:
             "flops_of_all": most_flops[name] / most_flops["all"],
             "time_of_all": statistics.median(a / b for a, b in zip(seconds[name], seconds["all"], strict=True)),
             "mib": volume[name] / 2**20,
-            "rows_held": total_rows if name != "dealt" else round(total_rows / cp),
             "gradient_error": error[name],
         }
         for name in each
     ]
     if dist.get_rank() == 0:
         print(f"{args.images} images of {sum(map(len, pictures))} patches in all, {total_rows} rows, {cp} ranks")
-        print(
-            "| way | FLOPs of the busiest rank, of `all` | processor time, of `all` | sent, all ranks, MiB | gradient |"
-        )
-        print("|---|---|---|---|---|")
-        for row in rows:
-            print(
-                f"| `{row['way']}` | {row['flops_of_all']:.3f} | {row['time_of_all']:.2f} | {row['mib']:.2f} "
-                f"| {row['gradient_error']:.0e} |"
-            )
+        print_table(rows)
         if args.json:
             args.json.write_text(json.dumps({"ranks": cp, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     groups.destroy()

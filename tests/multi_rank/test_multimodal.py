@@ -56,7 +56,7 @@ def _with_options(rank: int, options: dict) -> float:
 @pytest.mark.multi_rank
 def test_gradients_lost_on_the_way_are_found(pool: WorkerPool) -> None:
     with pytest.raises(WorkerFailure, match=r"(patches|mix|projector)\S* on rank \d .*relative error"):
-        pool.run(cases.trains_as_on_one, LoongConfig(4, 2), ROWS[:1], "own gradients alone")
+        pool.run(cases.trains_as_on_one, LoongConfig(4, 2), ROWS[:1], "lost_image_gradients")
 
 
 @pytest.mark.multi_rank

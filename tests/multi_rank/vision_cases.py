@@ -24,6 +24,7 @@ from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.multimodal import join
 from megatron_loong.multimodal.images import encoder_cost
 from tests.dense import dense_attention
+from tests.integration import planted
 
 HIDDEN, HEADS, VISION, PIXELS, VOCABULARY, IMAGE_TOKEN = 16, 4, 8, 12, 32, 0
 
@@ -177,8 +178,8 @@ def trains_as_on_one(rank: int, config: LoongConfig, batches: list[Batch], fault
     worst = 0.0
     if rank < cp:
         original = join._Exchange.backward
-        if fault == "own gradients alone":  # what an exchange that autograd does not know gives: VILA's all_reduce
-            join._Exchange.backward = staticmethod(only_own)  # type: ignore[method-assign]
+        if fault:
+            getattr(planted, fault)()
         try:
             for batch in batches:
                 reference, model = Model(), Model()
@@ -200,15 +201,6 @@ def trains_as_on_one(rank: int, config: LoongConfig, batches: list[Batch], fault
             join._Exchange.backward = original  # type: ignore[method-assign]
     groups.destroy()
     return worst
-
-
-def only_own(ctx: Any, *gradients: torch.Tensor) -> Any:
-    """A planted fault: gradients of rows that other ranks hold do not come home."""
-    plan, rank = ctx.plan, ctx.handle.rank
-    result = gradients[0].new_zeros(sum(plan.send_counts), gradients[0].shape[1])
-    sent, came = (sum(x[:rank]) for x in (plan.send_counts, plan.receive_counts))
-    result[sent : sent + plan.send_counts[rank]] = gradients[0][came : came + plan.receive_counts[rank]]
-    return result, None, None
 
 
 def bytes_by_formula(rank: int, config: LoongConfig, batch: Batch) -> tuple[int, int, int, int]:
