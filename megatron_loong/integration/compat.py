@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -212,12 +213,14 @@ def _hybrid_seams() -> dict[str, Seam]:
 def _image_seams() -> dict[str, Seam]:
     """Where LLaVAModel and MIMO encode images and cut the merged sequence; MIMO from 0.19 on, see `multimodal`."""
     found = {}
-    llava = getattr(_importable("megatron.core.models.multimodal.llava_model"), "LLaVAModel", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that MIMO is experimental is said again to who builds one
+        llava = getattr(_importable("megatron.core.models.multimodal.llava_model"), "LLaVAModel", None)
+        adapter = getattr(_importable("megatron.core.models.mimo.partition.utils"), "PartitionAdapter", None)
     if llava is not None:
         found["llava_forward"] = Seam(llava, "forward")
         found["llava_merge"] = Seam(llava, "_preprocess_data")
         found["llava_cut"] = Seam(llava, "_process_embedding_token_parallel")
-    adapter = getattr(_importable("megatron.core.models.mimo.partition.utils"), "PartitionAdapter", None)
     if adapter is not None and "attention_mask" not in inspect.signature(adapter.shard).parameters:
         mimo = _attribute(_module("megatron.core.models.mimo.model.base"), "MimoModel")
         found["mimo_forward"] = Seam(mimo, "_forward_all_modules")

@@ -255,7 +255,7 @@ def test_arguments_that_change_no_result_are_taken(ignored: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"packed_seq_params": types.SimpleNamespace(qkv_format="sbhd")}, "qkv_format='sbhd' .*supported: 'thd'"),
+        ({"packed_seq_params": types.SimpleNamespace(qkv_format="bshd")}, "qkv_format='bshd' .*supported: 'thd'"),
         ({"attention_bias": torch.zeros(1)}, "attention bias"),
         ({"attn_mask_type": AttnMaskType.arbitrary}, "mask type arbitrary .*supported: causal"),
         ({"attn_mask_type": AttnMaskType.padding}, "mask type padding "),
