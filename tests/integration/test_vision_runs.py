@@ -1,7 +1,7 @@
 """LLaVA and MIMO, trained by `megatron.training` over ranks as on one: losses and gradient norms of every step.
 
 Samples have from none to five pictures (tests/integration/vision_gpt.py), and no rank may encode more than its share.
-LOONG_TEST_ALL=1 runs the cases that are not in the default. MEGATRON_LM_MAIN_PATH: a checkout of Megatron-LM whose own
+MEGATRON_LM_MAIN_PATH: a checkout of Megatron-LM whose own
 pretrain_vlm.py is run too; last run with 0.18.2, 0.19.0 and main d98e8a64.
 """
 
@@ -15,7 +15,8 @@ import pytest
 
 from tests.integration import megatron_runs
 from tests.integration.test_packed_runs import CP2, CP4, packed_script
-from tests.integration.test_pretrain_gpt import RUN_ALL, assert_same_steps
+from tests.integration.test_pretrain_gpt import assert_same_steps
+from tests.nightly import mostly_nightly
 
 PP2, TP2 = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2"
 LENGTH = "--decoder-seq-length 64"
@@ -66,10 +67,8 @@ def vision_script() -> Path:
     return packed_script().with_name("vision_gpt.py")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", mostly_nightly(CASES, [x for x in CASES if x.always]), ids=lambda case: case.name)
 def test_trains_as_on_one_rank(case: Case) -> None:
-    if not RUN_ALL and not case.always:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     shared = [*LENGTH.split(), *case.shared.split()]
     native = megatron_runs.train(vision_script(), case.native_world_size, *shared)
     loong = ["--context-parallel-impl", "loong", *case.loong.split()]
@@ -91,21 +90,22 @@ def test_dropout_in_the_tower_leaves_all_images_to_every_rank() -> None:
         megatron_runs.train(vision_script(), 2, *LENGTH.split(), *loong, "--vision-dropout", "0.1")
 
 
+MISTAKES = [
+    ("--vision-cp 2", r"context_parallel_size=2 in the TransformerConfig of CLIPViTModel, which encodes images"),
+    ("--tiles 3", r"num_image_tiles=\[3\] are not the tiles of \d images"),
+    (
+        f"{MIMO} --decoder-seq-length 62 --position-embedding-type mrope --mrope-section 1 1 2",
+        r"62 tokens would be padded to 64, which does not work with --position-embedding-type mrope",
+    ),
+    ("--mtp-num-layers 1", r"images do not work with --mtp-num-layers .* supported: 0"),
+]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [
-        ("--vision-cp 2", r"context_parallel_size=2 in the TransformerConfig of CLIPViTModel, which encodes images"),
-        ("--tiles 3", r"num_image_tiles=\[3\] are not the tiles of \d images"),
-        (
-            f"{MIMO} --decoder-seq-length 62 --position-embedding-type mrope --mrope-section 1 1 2",
-            r"62 tokens would be padded to 64, which does not work with --position-embedding-type mrope",
-        ),
-        ("--mtp-num-layers 1", r"images do not work with --mtp-num-layers .* supported: 0"),
-    ],
+    mostly_nightly(MISTAKES, always=MISTAKES[-1:]),
 )
 def test_mistakes_are_refused_by_name(flags: str, message: str) -> None:
-    if not RUN_ALL and "mtp" not in flags:
-        pytest.skip("LOONG_TEST_ALL=1 runs this case too")
     loong = ["--context-parallel-impl", "loong", *CP2.split()]
     with pytest.raises(RuntimeError, match=message):
         megatron_runs.train(vision_script(), 2, *LENGTH.split(), *loong, *flags.split())
