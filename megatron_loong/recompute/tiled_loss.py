@@ -25,6 +25,7 @@ def tiled_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy of every token, of logits `logit_scale * hidden @ weight.T`, in float32 (float64 for float64).
 
@@ -32,8 +33,8 @@ def tiled_cross_entropy(
     rows `r * v` to `(r + 1) * v` of the whole weight, every rank has the same hidden and labels, and hidden's gradient
     is this rank's part of a sum over the group, which is the caller's to take (as Megatron's regions do).
     `label_smoothing` is Megatron's, a share for all other tokens alike, over the whole vocabulary (Megatron's own takes
-    the mean of each TP rank's part). `z_loss` adds `z_loss * lse ** 2`. `tile` tokens at a time have logits: about
-    `tile * v * (4 + itemsize)` bytes.
+    the mean of each TP rank's part). `z_loss` adds `z_loss * lse ** 2`. With `softcap` logits become `softcap *
+    tanh(logits / softcap)`. `tile` tokens at a time have logits: about `tile * v * (4 + itemsize)` bytes.
 
     Differentiable (once) in hidden and weight. Raises `ValueError` for shapes that do not fit.
     """
@@ -46,7 +47,7 @@ def tiled_cross_entropy(
         )
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-    head = _Head(tile, tp_group, label_smoothing, z_loss, logit_scale)
+    head = _Head(tile, tp_group, label_smoothing, z_loss, logit_scale, softcap)
     losses = _TiledCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), head)
     return losses.view(labels.shape)
 
@@ -58,6 +59,7 @@ class _Head:
     label_smoothing: float
     z_loss: float
     logit_scale: float
+    softcap: float
 
     @property
     def tp_size(self) -> int:
@@ -79,7 +81,9 @@ class _Head:
         """[tile, v] in float32 or wider."""
         logits = rows @ weight.t()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.mul_(self.logit_scale) if self.logit_scale != 1.0 else logits
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -145,7 +149,9 @@ def _tile_backward(
     head: _Head,
 ) -> torch.Tensor:
     """Gradient of this rank's logits [tile, v] with respect to `rows @ weight.T`, in the dtype of `rows`."""
-    softmax = head.logits(rows, weight).sub_(lse.unsqueeze(-1)).exp_()
+    logits = head.logits(rows, weight)
+    slope = 1 - (logits / head.softcap).square_() if head.softcap else None  # of softcap * tanh(x / softcap)
+    softmax = logits.sub_(lse.unsqueeze(-1)).exp_()
     if head.z_loss:
         softmax *= (1 + 2 * head.z_loss * lse).unsqueeze(-1)
     here, index = _local_labels(labels, weight.shape[0], head)
@@ -155,6 +161,8 @@ def _tile_backward(
     if smoothing:
         softmax -= smoothing / vocab
     softmax *= (grad * head.logit_scale).unsqueeze(-1)
+    if slope is not None:
+        softmax *= slope
     return softmax.to(rows.dtype)
 
 

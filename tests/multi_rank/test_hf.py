@@ -1,4 +1,4 @@
-"""`attn_implementation="loong"` in a Llama of Hugging Face's transformers: the loss and gradients of one rank."""
+"""`megatron_loong.hf.parallelize` on models of Hugging Face's transformers: the loss and gradients of one rank."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="install transformers to test attn_implementation='loong'")
+pytest.importorskip("transformers", reason="install transformers to test megatron_loong.hf")
 
-from tests.multi_rank.pool import WorkerFailure, WorkerPool
+from tests.multi_rank.pool import WorkerPool
 
 SEQ_LEN = 64
 
@@ -49,16 +49,16 @@ def sharded_step(rank: int, placement: str, **changes: Any) -> tuple[float, floa
     import torch.distributed as dist
 
     from megatron_loong import LoongConfig, build_groups
-    from megatron_loong.integration.hf import register, shard_batch
+    from megatron_loong.hf import parallelize, shard_batch
 
     groups = build_groups(LoongConfig(4, 2, placement=placement), range(4))
     try:
         if groups.cp_rank is None:
             return None
-        register(groups)
         tokens, labels = batch()
-        model = tiny_llama("loong", **changes).train()
-        loss = model(**shard_batch(tokens, groups, labels)).loss
+        model = tiny_llama("eager", **changes).train()
+        parallelize(model, groups)
+        loss = model(**shard_batch({"input_ids": tokens, "labels": labels}, groups)).loss
         loss.backward()
         reference = tiny_llama("eager").train()
         reference(input_ids=tokens, labels=labels).loss.backward()
@@ -160,7 +160,7 @@ def sharded_against_whole(rank: int, name: str, shard_by_hand: bool, backend: st
     import torch.distributed as dist
 
     from megatron_loong import LoongConfig, build_groups, shard_sequence
-    from megatron_loong.integration.hf import register, shard_batch
+    from megatron_loong.hf import parallelize, shard_batch
 
     family, changes, given = CASES[name]
     tokens = batch()[0][: len(given["labels"]), : given["labels"].shape[1]]
@@ -168,11 +168,11 @@ def sharded_against_whole(rank: int, name: str, shard_by_hand: bool, backend: st
     try:
         if groups.cp_rank is None:
             return ()
-        register(groups)
-        shards = shard_batch(tokens, groups, **({"labels": given["labels"]} if shard_by_hand else given))
+        shards = shard_batch({"input_ids": tokens, **({"labels": given["labels"]} if shard_by_hand else given)}, groups)
         if shard_by_hand:
             shards |= {k: shard_sequence(x, groups, 1) for k, x in given.items() if x is not None and k != "labels"}
-        model = tiny(family, "loong", **changes)
+        model = tiny(family, "eager", **changes)
+        parallelize(model, groups)
         call = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
         loss = call(**shards).loss
         loss.backward()
@@ -219,16 +219,17 @@ def refusals(rank: int, layout: str) -> dict[str, str]:
     import transformers
 
     from megatron_loong import LoongConfig, build_groups
-    from megatron_loong.integration.hf import register, shard_batch
+    from megatron_loong.hf import parallelize, shard_batch
 
     groups = build_groups(LoongConfig(2, 2, sequence_layout=layout), range(2))
     try:
         if groups.cp_rank is None:
             return {}
-        register(groups)
         tokens, labels = batch()
-        llama = tiny("Llama", "loong")
-        good, raised = shard_batch(tokens, groups, labels), {}
+        whole = {"input_ids": tokens, "labels": labels}
+        llama = tiny("Llama", "eager")
+        parallelize(llama, groups)
+        good, raised = shard_batch(whole, groups), {}
 
         def attempt(name: str, call: Any) -> None:
             try:
@@ -241,32 +242,34 @@ def refusals(rank: int, layout: str) -> dict[str, str]:
             return {k: x for k, x in good.items() if k not in names}
 
         attempt("good", lambda: llama(**good))
-        attempt("whole batch", lambda: llama(input_ids=tokens, labels=labels))
+        attempt("whole batch", lambda: llama(input_ids=tokens))
         attempt("no positions", lambda: llama(**without("position_ids")))
         other = torch.where(torch.tensor([[False], [True]]), tokens + rank, tokens)
-        attempt("other rows", lambda: llama(**shard_batch(other, groups, labels)))
+        attempt("other rows", lambda: llama(**shard_batch({**whole, "input_ids": other}, groups)))
         attempt("whole mask", lambda: llama(**good, attention_mask=torch.ones_like(tokens)))
         holes = torch.ones_like(tokens)
         holes[1, 30] = 0
-        attempt("holes", lambda: llama(**shard_batch(tokens, groups, attention_mask=holes)))
+        attempt("holes", lambda: llama(**shard_batch({**whole, "attention_mask": holes}, groups)))
         attempt("mask tensor", lambda: llama(**good, attention_mask=torch.ones(2, 1, 32, 32, dtype=torch.bool)))
         packs = packed([20, 44], [64])["position_ids"]
-        with_mask = shard_batch(tokens, groups, attention_mask=torch.ones_like(tokens), position_ids=packs)
+        with_mask = shard_batch({**whole, "attention_mask": torch.ones_like(tokens), "position_ids": packs}, groups)
         attempt("packs beside a mask", lambda: llama(**with_mask))
-        attempt("packs and a cache", lambda: llama(**shard_batch(tokens, groups, position_ids=packs), use_cache=True))
+        attempt(
+            "packs and a cache", lambda: llama(**shard_batch({**whole, "position_ids": packs}, groups), use_cache=True)
+        )
         attempt("cu_seq_lens", lambda: llama(**good, cu_seq_lens_q=torch.tensor([0, 64])))
         rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
-        dynamic = tiny("Llama", "loong", rope_parameters=rope, max_position_embeddings=32)
+        dynamic = tiny("Llama", "eager", rope_parameters=rope, max_position_embeddings=32)
+        parallelize(dynamic, groups)
         attempt("dynamic rope", lambda: dynamic(**good))
         for what, layers in (("chunks", [1, 1]), ("temperature", [0, 0])):
             kinds = ["chunked_attention" if x else "full_attention" for x in layers]
             config = transformers.Llama4TextConfig(
                 **LLAMA4, vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
                 num_key_value_heads=2, attention_chunk_size=16, layer_types=kinds, no_rope_layers=layers,
-                attn_implementation="loong",
             )  # fmt: skip
             llama4 = transformers.Llama4ForCausalLM(config)
-            attempt(what, lambda llama4=llama4: llama4(**good))
+            attempt(what, lambda llama4=llama4: parallelize(llama4, groups))
         attempt("good again", lambda: llama(**good))
         return raised
     finally:
@@ -285,7 +288,7 @@ REFUSED = {
     "packs and a cache": "ValueError: position_ids restart, .* set use_cache=False",
     "cu_seq_lens": "NotImplementedError: .* cu_seq_lens_q: use a model without; documents of a pack are told by",
     "dynamic rope": "NotImplementedError: .* rope_type='dynamic' for 64 tokens: beyond 32 it depends on the length",
-    "chunks": "NotImplementedError: .* chunked attention (attention_chunk_size): use layers with full",
+    "chunks": "NotImplementedError: .* layers of chunked_attention; supported: full_attention and sliding_attention",
     "temperature": "NotImplementedError: .* attn_temperature_tuning, which counts positions from 0 on every rank",
     "good again": "nothing",
 }
@@ -301,10 +304,22 @@ def test_what_is_no_shard_or_not_to_be_had_is_refused_on_every_rank_alike(pool: 
         assert re.match(pattern, first[name]), (name, first[name])
 
 
-def test_dropout_in_the_model_is_refused_and_not_ignored(pool: WorkerPool) -> None:
-    with pytest.raises(WorkerFailure, match=r"dropout=0\.1: set the model's attention_dropout to 0"):
-        pool.run(sharded_step_with_dropout)
+LLAMA_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1; set it to 0"),
+}
 
 
-def sharded_step_with_dropout(rank: int) -> None:
-    sharded_step(rank, "head_first", attention_dropout=0.1)
+@pytest.mark.parametrize("name", LLAMA_FAULTS)
+def test_a_model_that_could_not_be_right_is_refused_by_name(name: str) -> None:
+    from megatron_loong.hf import parallelize
+
+    changes, words = LLAMA_FAULTS[name]
+    with pytest.raises(NotImplementedError, match=re.escape(words)):
+        parallelize(tiny_llama("eager", **changes), (1,))
+
+
+def test_sizes_that_do_not_divide_the_world_are_refused() -> None:
+    from megatron_loong.hf import parallelize
+
+    with pytest.raises(ValueError, match=r"context_parallel_size=4 does not divide the 1 ranks.*one of \[1\]"):
+        parallelize(tiny_llama("eager"), (4, 2))

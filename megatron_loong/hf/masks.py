@@ -29,7 +29,7 @@ class Pattern(NamedTuple):
 def pattern_of(
     *, mask_function: Callable[..., Any], attention_mask: torch.Tensor | None = None, **unused: Any
 ) -> Pattern:
-    """The mask function of `attn_implementation="loong"`; transformers calls it once for each kind of layer."""
+    """The mask function of this attention; transformers calls it once for each kind of layer."""
     causal, window, unknown = False, None, None
     for name, function in _leaves(mask_function):
         if name == "causal_mask_function":

@@ -1,14 +1,6 @@
-"""Hugging Face transformers without Megatron: `attn_implementation="loong"` for a model whose sequence is sharded.
+"""The attention function that transformers' models call, `attn_implementation=` the name that `register` returns.
 
-    groups = build_groups(LoongConfig(context_parallel_size=4, head_parallel_size=2), range(4))
-    register(groups)
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="loong")
-    loss = model(**shard_batch(input_ids, groups, labels=input_ids)).loss     # this rank's share of the mean loss
-    loss.backward()                                                            # sum gradients over the ranks
-
-Everything in such a model but attention works token by token, so nothing else has to know of the sharding. Positions,
-masks and labels do, which `shard_batch` sees to: a label is the token that follows in the whole sequence, which another
-rank may hold.
+Everything in such a model but attention works token by token, so nothing else has to know that the sequence is cut.
 """
 
 from __future__ import annotations
@@ -19,13 +11,10 @@ from typing import Any
 import torch
 
 from megatron_loong.attention.attention_2d import attention_2d
-from megatron_loong.integration.hf_batch import batch_of, row_digests
-from megatron_loong.integration.hf_masks import Pattern, pattern_of
-from megatron_loong.sequence.sharding import shard_sequence, token_positions
+from megatron_loong.hf import compat
+from megatron_loong.hf.batch import batch_of
+from megatron_loong.hf.masks import Pattern, pattern_of
 from megatron_loong.topology.groups import LoongGroups
-
-#: transformers' mark of a token that has no loss.
-NO_LABEL = -100
 
 #: What transformers hands to an attention function and changes no result here.
 _IRRELEVANT = set(
@@ -36,25 +25,11 @@ _IRRELEVANT = set(
 _READ = {"sliding_window", "softcap", "s_aux", "loong_digest"}
 
 
-def register(groups: LoongGroups, name: str = "loong", kernel: str = "auto") -> None:
-    """Make `attn_implementation=name` run 2D-Attention over `groups`. Registering again takes the earlier one's place.
-
-    Needs transformers 4.53 or newer, where an attention implementation can say how its masks are made; `ImportError`
-    else. Models built before use the new groups too.
-    """
-    try:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
-    except ImportError as error:
-        import transformers
-
-        raise ImportError(
-            f"transformers {transformers.__version__} hands no masks to attention implementations from outside; "
-            "install transformers>=4.53"
-        ) from error
-
-    AttentionInterface.register(name, functools.partial(loong_attention, groups=groups, kernel=kernel))
-    AttentionMaskInterface.register(name, pattern_of)
+def register(groups: LoongGroups, kernel: str = "auto") -> str:
+    """Make 2D-Attention over `groups` known to transformers; returns its name as an attention implementation."""
+    name = f"loong_{groups.number}"
+    compat.register_attention(name, functools.partial(loong_attention, groups=groups, kernel=kernel), pattern_of)
+    return name
 
 
 def loong_attention(
@@ -80,12 +55,16 @@ def loong_attention(
     """
     _refuse(module, query, key, attention_mask, dropout, kwargs)
     pattern = attention_mask if isinstance(attention_mask, Pattern) else _pattern_without_mask(module, kwargs)
+    digest = kwargs.get("loong_digest")
+    if not compat.MASKS_ARE_ASKED_FOR:
+        padding, digest = compat.told_before(kwargs.get("position_ids"))
+        pattern = pattern._replace(padding=padding)
     batch = batch_of(
         query.shape[0],
         query.shape[2],
         kwargs.get("position_ids"),
         pattern.padding,
-        kwargs.get("loong_digest"),
+        digest,
         groups,
         use_cache=bool(kwargs.get("use_cache")),
     )
@@ -143,7 +122,7 @@ def _refuse(
     if reason is None and given:
         reason = f"{', '.join(given)}: use a model without; documents of a pack are told by position_ids that restart"
     if reason:
-        raise NotImplementedError(f"attn_implementation='loong' does not work with {reason}")
+        raise NotImplementedError(f"megatron_loong's attention does not work with {reason}")
 
 
 def _refuse_local_positions(module: Any, seq_len: int) -> None:
@@ -160,47 +139,7 @@ def _refuse_local_positions(module: Any, seq_len: int) -> None:
         longest = longest or getattr(config, "max_position_embeddings", 0)
         if seq_len > longest:
             raise NotImplementedError(
-                f"attn_implementation='loong' does not work with rope_type={kind!r} for {seq_len} tokens: beyond "
+                f"megatron_loong's attention does not work with rope_type={kind!r} for {seq_len} tokens: beyond "
                 f"{longest} it depends on the length, and a rank knows its own part alone; use 'yarn', 'llama3' or "
                 f"'linear', or at most {longest} tokens"
             )
-
-
-def shard_batch(
-    input_ids: torch.Tensor,
-    groups: LoongGroups,
-    labels: torch.Tensor | None = None,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """This rank's part of a batch, as keyword arguments of a causal language model.
-
-    All tensors are [b, S], whole and the same on every rank of the group; S is any length. `attention_mask` is 0 where
-    a row is padded, on either side; `position_ids` count from 0 in each row unless given, and those that restart at 0
-    are packed documents (without an attention_mask, as in transformers). Labels are aligned with the tokens, as
-    transformers has them (-100: no loss), and are shifted here. With labels, the model's `loss` is this rank's share
-    of the mean over all labels of the batch: its sum over the ranks is the loss, and the sum of the gradients is the
-    gradient (under a wrapper that averages over the ranks, multiply by their number).
-
-    `loong_digest` [b] tells the attention what the whole rows were, so that ranks with other rows are found.
-    """
-    b, seq_len = input_ids.shape
-    if position_ids is None:
-        positions = torch.as_tensor(token_positions(groups.config, groups.require_cp_rank(), seq_len))
-        positions = positions.to(input_ids.device).unsqueeze(0).expand(b, -1)
-    else:
-        positions = shard_sequence(position_ids, groups, dim=1)
-    batch = {"input_ids": shard_sequence(input_ids, groups, dim=1), "position_ids": positions}
-    whole = [input_ids]
-    if attention_mask is not None:
-        batch["attention_mask"] = shard_sequence(attention_mask, groups, dim=1)
-        whole.append(attention_mask)
-    if labels is not None:
-        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
-        batch["shift_labels"] = shard_sequence(following, groups, dim=1)
-        batch["labels"] = batch["shift_labels"]  # transformers computes a loss only if there are labels
-        batch["num_items_in_batch"] = (following != NO_LABEL).sum()
-        whole.append(labels)
-    batch["loong_digest"] = row_digests(whole)
-    return batch

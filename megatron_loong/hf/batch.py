@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megatron_loong.sequence.sharding import gather_lengths, layout_of, places_of, unshard_sequence
+from megatron_loong.sequence.sharding import gather_lengths, token_positions, unshard_sequence
 from megatron_loong.topology.groups import LoongGroups, groups_by_number
 
 
@@ -29,7 +29,7 @@ _seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 _WHOLE_BATCH = (
     "each rank's position_ids count from 0: they are missing, or every rank was handed the whole batch; "
-    "give each rank its part with megatron_loong.integration.hf.shard_batch"
+    "give each rank its part with megatron_loong.hf.shard_batch"
 )
 
 
@@ -60,7 +60,7 @@ def batch_of(
     if position_ids is None or position_ids.dim() != 2:
         shape = "none" if position_ids is None else list(position_ids.shape)
         raise NotImplementedError(
-            "attn_implementation='loong' needs position_ids [b, s] to tell that the ranks hold the parts of one "
+            "megatron_loong's attention needs position_ids [b, s] to tell that the ranks hold the parts of one "
             f"batch, and this model hands its attention {shape}"
         )
     if torch.compiler.is_compiling():
@@ -143,8 +143,8 @@ def _documents_by_position(positions: torch.Tensor, groups: LoongGroups) -> torc
     """As transformers has it: a document begins where positions do not go on. It must begin at 0."""
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions.diff() != 1
-    layout = layout_of(groups.config, positions.shape[1])
-    parts = [positions[:, places_of(runs)] for runs in layout.rank_runs]
+    ranks = range(groups.config.context_parallel_size)
+    parts = [positions[:, token_positions(groups.config, rank, positions.shape[1])] for rank in ranks]
     if len(parts) > 1 and all(bool((x == torch.arange(x.shape[1])).all()) for x in parts):
         raise ValueError(_WHOLE_BATCH)
     wrong = (begins & (positions != 0)).nonzero()
@@ -153,7 +153,7 @@ def _documents_by_position(positions: torch.Tensor, groups: LoongGroups) -> torc
         raise ValueError(
             f"position_ids of row {row} go on at place {place} of {positions.shape[1]} with {positions[row, place]}, "
             "which neither follows nor starts a document at 0: the ranks do not hold the parts of one sequence; give "
-            "each rank its part with megatron_loong.integration.hf.shard_batch"
+            "each rank its part with megatron_loong.hf.shard_batch"
         )
     return begins
 
@@ -165,7 +165,7 @@ def _documents_by_padding(positions: torch.Tensor, real: torch.Tensor) -> torch.
     holes = ((begins & real).sum(1) > 1).nonzero().flatten().tolist()
     if holes:
         raise NotImplementedError(
-            "attn_implementation='loong' does not work with an attention_mask that is 0 between tokens "
+            "megatron_loong's attention does not work with an attention_mask that is 0 between tokens "
             f"(rows {holes}): padding may stand before or behind a row's tokens, not among them"
         )
     follows = real[:, 1:] & real[:, :-1]
@@ -175,7 +175,7 @@ def _documents_by_padding(positions: torch.Tensor, real: torch.Tensor) -> torch.
         raise ValueError(
             f"position_ids of row {row} do not go on at place {place + 1} of {positions.shape[1]}, beside an "
             "attention_mask: the ranks do not hold the parts of one sequence (see "
-            "megatron_loong.integration.hf.shard_batch), or it is a pack, which transformers tells by its position_ids "
+            "megatron_loong.hf.shard_batch), or it is a pack, which transformers tells by its position_ids "
             "only without an attention_mask"
         )
     return begins
