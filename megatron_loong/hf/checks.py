@@ -42,3 +42,51 @@ def check_model(model: Any, base: Any) -> None:
 
 #: Kinds of layers whose tokens meet in attention alone.
 _LAYERS = ("full_attention", "sliding_attention")
+
+
+#: Trainer classes of libraries whose loss is a sum over tokens, each of which needs its own logits alone.
+_TRAINERS = ("Trainer", "SFTTrainer", "_BaseTrainer", "BaseTrainer", "TrainerCallback", "object")
+
+
+def check_trainer_class(trainer_class: type) -> None:
+    """`NotImplementedError` for a Trainer of transformers or TRL that cuts or compares whole sequences."""
+    for one in trainer_class.__mro__:
+        library = one.__module__.split(".")[0]
+        if library in ("transformers", "trl") and one.__name__ not in _TRAINERS:
+            raise NotImplementedError(
+                f"with_loong does not work with {one.__name__}, which handles whole sequences itself; supported: "
+                "transformers' Trainer, TRL's SFTTrainer, and subclasses that leave the loss to the model"
+            )
+
+
+def check_arguments(trainer: Any) -> None:
+    """`NotImplementedError` for what a Trainer was asked for and could not do on parts of sequences."""
+    args, accelerator = trainer.args, trainer.accelerator
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    sizes = {n: getattr(parallelism, n, 1) for n in ("cp_size", "sp_size", "tp_size")} if parallelism else {}
+    others = [f"{name}={size}" for name, size in sizes.items() if (size or 1) > 1]
+    reason = None
+    if getattr(args, "label_smoothing_factor", 0):
+        reason = f"label_smoothing_factor={args.label_smoothing_factor}; set it to 0"
+    elif getattr(trainer, "compute_loss_func", None) is not None:
+        reason = (
+            "compute_loss_func, which would see the logits of this rank's tokens alone; leave the loss to the model"
+        )
+    elif trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:
+        reason = "compute_metrics and preprocess_logits_for_metrics: no rank has all logits; evaluate gives the loss"
+    elif accelerator.split_batches or accelerator.dispatch_batches:
+        reason = "split_batches and dispatch_batches, which share batches out to ranks; leave them out"
+    elif others:
+        reason = f"{', '.join(others)} of a ParallelismConfig; leave it out, loong=LoongConfig(...) says it"
+    elif args.n_gpu > 1:
+        reason = f"{args.n_gpu} GPUs in one process; start with torchrun or accelerate launch"
+    elif getattr(args, "neftune_noise_alpha", None):
+        reason = "neftune_noise_alpha, whose noise depends on the length of a rank's part; leave it out"
+    elif getattr(args, "use_liger_kernel", False):
+        reason = "use_liger_kernel; use tiled_loss and tiled_mlp instead"
+    elif getattr(trainer, "aux_loss_enabled", False):
+        reason = "a router's balancing loss of each rank's own tokens; set router_aux_loss_coef=0.0"
+    elif getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        reason = "train_sampling_strategy='batch_rebalance', which shares samples out to ranks; use another"
+    if reason:
+        raise NotImplementedError(f"with_loong does not work with {reason}")

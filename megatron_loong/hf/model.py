@@ -90,7 +90,8 @@ def restore(model: Any) -> None:
 
 def build_groups_of_world(sizes: LoongConfig | Sequence[int]) -> LoongGroups:
     """The group of this rank, where each run of context_parallel_size consecutive ranks is one. Collective."""
-    config = sizes if isinstance(sizes, LoongConfig) else LoongConfig(*sizes)
+    names = ("context_parallel_size", "head_parallel_size", "inner_ring_size")
+    config = sizes if isinstance(sizes, LoongConfig) else LoongConfig.from_dict(dict(zip(names, sizes, strict=False)))
     cp = config.context_parallel_size
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if world % cp:

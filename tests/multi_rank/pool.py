@@ -17,6 +17,9 @@ WORLD_SIZE = 8
 TASK_TIMEOUT_S = 240
 COLLECTIVE_TIMEOUT_S = 60
 
+#: Modules imported once for all workers. A test module adds what its workers would each import; one missing is no error.
+PRELOAD = ["torch", "torch.distributed", "megatron_loong.attention.attention_2d"]
+
 
 class WorkerFailure(AssertionError):
     """A task raised on at least one rank; the message has each rank's traceback, `results` what every rank gave."""
@@ -55,7 +58,7 @@ class WorkerPool:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "megatron_loong.attention.attention_2d"])
+        context.set_forkserver_preload(PRELOAD)
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.pipes, self.processes = [], []
         for rank in range(self.world_size):

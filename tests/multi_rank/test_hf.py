@@ -10,7 +10,11 @@ import torch
 
 pytest.importorskip("transformers", reason="install transformers to test megatron_loong.hf")
 
-from tests.multi_rank.pool import WorkerPool
+from tests.multi_rank.pool import PRELOAD, WorkerPool
+
+PRELOAD += [
+    f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2", "gemma2", "gpt_oss")
+]
 
 SEQ_LEN = 64
 
