@@ -30,7 +30,12 @@ def with_loong(trainer_class: type) -> type:
     `parallelize`. The rest is the Trainer's. `NotImplementedError` for classes that cut sequences themselves.
     """
     check_trainer_class(trainer_class)
-    return type(f"Loong{trainer_class.__name__}", (_LoongTrainer, trainer_class), {"__doc__": trainer_class.__doc__})
+    # TRL's functions over a dataset hold the trainer, and datasets pickles them: the class must be found by its name.
+    name = f"Loong{trainer_class.__name__}_{trainer_class.__module__}".replace(".", "_")
+    bases = (_LoongTrainer, trainer_class)
+    if getattr(globals().get(name), "__bases__", None) != bases:
+        globals()[name] = type(name, bases, {"__doc__": trainer_class.__doc__, "__module__": __name__})
+    return globals()[name]
 
 
 class _LoongTrainer:

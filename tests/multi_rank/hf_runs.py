@@ -1,4 +1,4 @@
-"""Trainer runs of tiny models, for one process and for the ranks of a pool alike. Everything is on the CPU, in float32."""
+"""Trainer runs of tiny models, for one process and for the ranks of a pool alike: on the CPU, in float32."""
 
 from __future__ import annotations
 
@@ -134,3 +134,52 @@ def run(rank: int | None, cp: int, batch_size: int, collate: str = "pad", **opti
         prompt = torch.arange(1, 8).unsqueeze(0)
         result["generated"] = model.generate(prompt, max_new_tokens=6, do_sample=False).tolist()
         return result
+
+
+def sft(rank: int | None, cp: int, batch_size: int, *, lora: bool = False, **options: Any) -> dict[str, Any]:
+    """TRL's SFTTrainer on rows of tokens, packed or padded."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from megatron_loong import LoongConfig
+    from megatron_loong.hf import with_loong
+
+    kind, more = SFTTrainer, {}
+    if rank is not None:
+        join_world(rank)
+        kind, more = with_loong(SFTTrainer), {"loong": LoongConfig(cp, min(cp, 2))}
+    if lora:
+        more["peft_config"] = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = [{k: x.tolist() for k, x in row.items()} for row in Samples(26).rows]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = kind(
+            model=llama(),
+            args=arguments(
+                SFTConfig,
+                output_dir=folder,
+                per_device_train_batch_size=batch_size,
+                per_device_eval_batch_size=3,
+                max_length=80,
+                bf16=False,
+                **options,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:10]),
+            processing_class=tokenizer(),
+            **more,
+        )
+        trainer.train()
+        trainer.evaluate()
+        return outcome(trainer)
+
+
+def tokenizer() -> Any:
+    """TRL wants one, though the rows are tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, **{f"w{i}": i for i in range(1, VOCAB)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="w1"
+    )

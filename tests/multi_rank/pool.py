@@ -17,7 +17,7 @@ WORLD_SIZE = 8
 TASK_TIMEOUT_S = 240
 COLLECTIVE_TIMEOUT_S = 60
 
-#: Modules imported once for all workers. A test module adds what its workers would each import; one missing is no error.
+#: Modules imported once for all workers. A test module adds what its workers would each import; some may be missing.
 PRELOAD = ["torch", "torch.distributed", "megatron_loong.attention.attention_2d"]
 
 

@@ -1,7 +1,8 @@
-"""`with_loong(Trainer)` on four ranks against the stock Trainer on one: loss, gradient norm and weights, step by step."""
+"""`with_loong(Trainer)` on four ranks against the stock Trainer on one: loss, gradient norm, weights, step by step."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,3 +47,21 @@ def test_four_ranks_train_and_evaluate_as_one(four: WorkerPool, cp: int, batch_s
     one = hf_runs.run(None, 1, batch_size * hf_runs.WORLD // cp, collate)
     print(compare(ranks, one))
     assert [r["generated"] for r in ranks] == [one["generated"]] * hf_runs.WORLD
+
+
+SFT: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "packed": (4, 1, {"packing": True, "eval_packing": True}),
+    "padded": (2, 1, {}),
+    "packed-lora-checkpointed": (4, 2, {"packing": True, "lora": True, "gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_trl_s_sft_trainer_on_four_ranks_is_that_on_one(four: WorkerPool, name: str) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    cp, batch_size, options = SFT[name]
+    ranks = four.run(functools.partial(hf_runs.sft, cp=cp, batch_size=batch_size, **options))
+    one = hf_runs.sft(None, 1, batch_size * hf_runs.WORLD // cp, **options)
+    print(compare(ranks, one))
+    compare(ranks[1:], ranks[0], 0.0)
