@@ -47,6 +47,13 @@ def pad(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": rows("input_ids", 0), "labels": rows("labels", -100), "attention_mask": mask}
 
 
+def at_random(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Each rank draws other tokens, as a collator that masks at random would."""
+    batch = pad(features)
+    noise = torch.randint(1, VOCAB, batch["input_ids"].shape, generator=torch.Generator().manual_seed(os.getpid()))
+    return {**batch, "input_ids": noise * batch["attention_mask"]}
+
+
 def flatten(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """transformers' own collator that joins rows into one, told apart by their positions."""
     from transformers import DataCollatorWithFlattening
@@ -111,9 +118,9 @@ def run(rank: int | None, cp: int, batch_size: int, collate: str = "pad", **opti
         join_world(rank)
         kind, more = with_loong(Trainer), {"loong": LoongConfig(cp, min(cp, 2)), **options.pop("memory", {})}
     options.pop("memory", None)
-    resume = options.pop("resume", False)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = options.pop("folder", folder)
+    folder, resume = options.pop("folder", None), options.pop("resume", False)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = folder or scratch
         trainer = kind(
             model=llama(),
             args=arguments(
@@ -124,7 +131,7 @@ def run(rank: int | None, cp: int, batch_size: int, collate: str = "pad", **opti
             ),
             train_dataset=Samples(26),
             eval_dataset=Samples(9),  # three batches: with two groups, one of them has a batch that fills up
-            data_collator={"pad": pad, "flatten": flatten}[collate],
+            data_collator={"pad": pad, "flatten": flatten, "at random": at_random}[collate],
             **more,
         )
         trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-2") if resume else None)

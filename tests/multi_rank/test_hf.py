@@ -13,7 +13,8 @@ pytest.importorskip("transformers", reason="install transformers to test megatro
 from tests.multi_rank.pool import PRELOAD, WorkerPool
 
 PRELOAD += [
-    f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2", "gemma2", "gpt_oss")
+    f"transformers.models.{name}.modeling_{name}"
+    for name in ("llama", "mistral", "qwen2", "gemma2", "gpt_oss", "qwen3", "qwen3_moe", "phi3")
 ]
 
 SEQ_LEN = 64
@@ -138,7 +139,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def tiny(family: str, attention: str, checkpointing: bool = False, **changes: Any) -> Any:
+def tiny(
+    family: str, attention: str, checkpointing: bool = False, dtype: torch.dtype = torch.float64, **changes: Any
+) -> Any:
     import transformers
 
     torch.manual_seed(0)
@@ -153,10 +156,34 @@ def tiny(family: str, attention: str, checkpointing: bool = False, **changes: An
         "use_cache": False,
     }
     config = getattr(transformers, f"{family}Config")(**{**sizes, "attn_implementation": attention, **changes})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).double().train()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+#: A tiny model of each architecture, with what is its own: the table of docs/huggingface.md.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Llama": CASES["both-paddings"],
+    "Mistral": CASES["window-packed"],
+    "Qwen2": CASES["windows-of-some-layers"],
+    "Qwen3": ("Qwen3", {"head_dim": 8}, packed([20, 44], [1, 30, 30, 3])),
+    "Qwen3-MoE": (
+        "Qwen3Moe",
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "experts_implementation": "eager",
+        },
+        padded([0, 0], RIGHT),
+    ),
+    "Phi-3": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}, {"labels": batch()[1]}),
+    "Gemma-2": CASES["soft-cap"],
+    "gpt-oss": CASES["sinks"],
+}
+MODERATE = {"initializer_range": 0.2}  # in float32; 0.6 would make attention a choice of one key
 
 
 def sharded_against_whole(rank: int, name: str, shard_by_hand: bool, backend: str | None = None) -> tuple[float, ...]:
@@ -166,7 +193,9 @@ def sharded_against_whole(rank: int, name: str, shard_by_hand: bool, backend: st
     from megatron_loong import LoongConfig, build_groups, shard_sequence
     from megatron_loong.hf import parallelize, shard_batch
 
-    family, changes, given = CASES[name]
+    family, changes, given = CASES.get(name) or ARCHITECTURES[name]
+    if name in ARCHITECTURES:
+        changes = {**changes, **MODERATE, "dtype": torch.float32}
     tokens = batch()[0][: len(given["labels"]), : given["labels"].shape[1]]
     groups = build_groups(LoongConfig(4, 2), range(4))
     try:
@@ -204,6 +233,15 @@ def test_masks_windows_and_packs_are_those_of_one_rank(pool: WorkerPool, name: s
     for loss, whole, gradient_error in pool.run(sharded_against_whole, name, shard_by_hand)[:4]:
         assert abs(loss - whole) <= 1e-6 * whole
         assert gradient_error <= limit
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_in_float32_are_as_on_one_rank(pool: WorkerPool, name: str) -> None:
+    results = pool.run(sharded_against_whole, name, False)[:4]
+    print(name, max(abs(loss - whole) / whole for loss, whole, _ in results), max(r[2] for r in results))
+    for loss, whole, gradient_error in results:
+        assert abs(loss - whole) <= 1e-5 * whole
+        assert gradient_error <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="install accelerate to test with_loong(Trainer)")
@@ -65,3 +68,68 @@ def test_trl_s_sft_trainer_on_four_ranks_is_that_on_one(four: WorkerPool, name: 
     one = hf_runs.sft(None, 1, batch_size * hf_runs.WORLD // cp, **options)
     print(compare(ranks, one))
     compare(ranks[1:], ranks[0], 0.0)
+
+
+def test_a_resumed_run_is_the_unbroken_run_and_its_checkpoint_is_a_model_like_any(
+    four: WorkerPool, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    saved = {"folder": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    whole = four.run(functools.partial(hf_runs.run, cp=2, batch_size=1, **saved))
+    again = four.run(functools.partial(hf_runs.run, cp=2, batch_size=1, resume=True, folder=str(tmp_path)))
+    compare(again, whole[0], 1e-7)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    assert "loong" not in loaded.config._attn_implementation
+    for name, weight in loaded.named_parameters():
+        assert torch.equal(weight, whole[0]["weights"][name]), name
+
+
+MEMORY = {"tiled_loss": 3, "tiled_mlp": 2, "selective_checkpoint": True, "offload": True}
+
+
+def test_every_saving_of_memory_leaves_the_run_as_it_is(four: WorkerPool) -> None:
+    ranks = four.run(functools.partial(hf_runs.run, cp=4, batch_size=2, memory=MEMORY))
+    compare(ranks, hf_runs.run(None, 1, 2))
+
+
+def refusal(rank: int, name: str) -> str:
+    try:
+        if name == "random batches":
+            hf_runs.run(rank, 4, 2, "at random")
+        else:
+            hf_runs.run(rank, 4, 2, **REFUSED[name][0])
+    except (ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "smoothing": ({"label_smoothing_factor": 0.1}, "NotImplementedError: .* label_smoothing_factor=0.1; set it to 0"),
+    "split": ({"accelerator_config": {"split_batches": True}}, "NotImplementedError: .* split_batches and dispatch"),
+    "neftune": ({"neftune_noise_alpha": 5.0}, "NotImplementedError: .* neftune_noise_alpha, whose noise depends"),
+    "sizes": ({"memory": {"offload": True}}, "ValueError: offload=True moves what checkpoints keep; give selective"),
+    "random batches": (
+        {},
+        "ValueError: the ranks were given different batches: rows .* are not the same on every rank",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_train_on_something_else_is_refused_on_every_rank(four: WorkerPool, name: str) -> None:
+    answers = four.run(refusal, name)
+    assert len(set(answers)) == 1, answers
+    assert re.match(REFUSED[name][1], answers[0]), answers[0]
+
+
+def test_trainers_that_handle_whole_sequences_are_refused() -> None:
+    from transformers import Seq2SeqTrainer
+
+    from megatron_loong.hf import with_loong
+
+    with pytest.raises(NotImplementedError, match="with_loong does not work with Seq2SeqTrainer"):
+        with_loong(Seq2SeqTrainer)
+    trl = pytest.importorskip("trl")
+    with pytest.raises(NotImplementedError, match="with_loong does not work with DPOTrainer"):
+        with_loong(trl.DPOTrainer)
