@@ -190,3 +190,19 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="w1"
     )
+
+
+def recipe(rank: int | None, *flags: str) -> dict[str, Any]:
+    """scripts/hf_finetune.py: on one rank, or on each rank of a world of four."""
+    import runpy
+
+    if rank is not None:
+        join_world(rank)
+    script = Path(__file__).parents[2] / "scripts" / "hf_finetune.py"
+    with tempfile.TemporaryDirectory() as folder:
+        common = (
+            f"--use_cpu --output_dir {folder} --max_steps 6 --logging_steps 1 --learning_rate 3e-3 --report_to none"
+        )
+        common += " --per_device_train_batch_size 2 --seq_length 130 --save_strategy no --lr_scheduler_type constant"
+        trainer = runpy.run_path(str(script))["main"]([*common.split(), *flags])
+    return outcome(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -18,6 +19,8 @@ PRELOAD += [
 ]
 
 SEQ_LEN = 64
+OLD = importlib.util.find_spec("transformers.masking_utils") is None
+"""transformers up to 4.52, which makes masks without asking the attention."""
 
 
 def tiny_llama(attention: str, **changes: Any) -> Any:
@@ -98,6 +101,8 @@ def padded(left: list[int], right: list[int], length: int = SEQ_LEN) -> dict[str
         mask[row, :a] = 0
         mask[row, length - b :] = 0
     labels = tokens.masked_fill(mask == 0, -100)
+    if OLD:  # what a padding token attends to, and so predicts, is another thing in each of their implementations
+        labels.scatter_(1, mask.argmax(1, keepdim=True), -100)
     return {"labels": labels, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
@@ -224,11 +229,25 @@ def sharded_against_whole(rank: int, name: str, shard_by_hand: bool, backend: st
         groups.destroy()
 
 
+def skip_what_this_transformers_lacks(family: str, given: dict[str, Any]) -> None:
+    import transformers
+
+    if not hasattr(transformers, f"{family}ForCausalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    if OLD and family == "Qwen2":
+        pytest.skip(f"transformers {transformers.__version__} has Qwen2's windows in flash attention alone")
+    masks = getattr(transformers, "masking_utils", None)
+    packs = given.get("position_ids") is not None and "attention_mask" not in given
+    if packs and not hasattr(masks, "find_packed_sequence_indices"):
+        pytest.skip(f"transformers {transformers.__version__} itself lets packed documents see one another")
+
+
 @pytest.mark.parametrize(
     ("name", "shard_by_hand"), [*((name, False) for name in CASES), ("left-padding", True), ("packed", True)]
 )
 def test_masks_windows_and_packs_are_those_of_one_rank(pool: WorkerPool, name: str, shard_by_hand: bool) -> None:
     """Sharded by `shard_batch`, and by hand with `shard_sequence`."""
+    skip_what_this_transformers_lacks(CASES[name][0], CASES[name][2])
     limit = 1e-5 if name == "soft-cap" else 1e-6  # Gemma 2's eager attention takes the softmax in float32
     for loss, whole, gradient_error in pool.run(sharded_against_whole, name, shard_by_hand)[:4]:
         assert abs(loss - whole) <= 1e-6 * whole
@@ -237,6 +256,7 @@ def test_masks_windows_and_packs_are_those_of_one_rank(pool: WorkerPool, name: s
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_in_float32_are_as_on_one_rank(pool: WorkerPool, name: str) -> None:
+    skip_what_this_transformers_lacks(ARCHITECTURES[name][0], ARCHITECTURES[name][2])
     results = pool.run(sharded_against_whole, name, False)[:4]
     print(name, max(abs(loss - whole) / whole for loss, whole, _ in results), max(r[2] for r in results))
     for loss, whole, gradient_error in results:
@@ -247,6 +267,7 @@ def test_architectures_in_float32_are_as_on_one_rank(pool: WorkerPool, name: str
 @pytest.mark.parametrize(
     ("name", "backend"), [("window", "eager"), ("both-paddings", "aot_eager"), ("window-packed", "aot_eager")]
 )
+@pytest.mark.skipif(OLD, reason="torch.compile needs transformers 4.53 or newer")
 def test_a_compiled_model_is_one_graph_with_the_same_numbers(pool: WorkerPool, name: str, backend: str) -> None:
     for loss, whole, gradient_error in pool.run(sharded_against_whole, name, False, backend)[:4]:
         assert abs(loss - whole) <= 1e-6 * whole
@@ -301,10 +322,11 @@ def refusals(rank: int, layout: str) -> dict[str, str]:
         )
         attempt("cu_seq_lens", lambda: llama(**good, cu_seq_lens_q=torch.tensor([0, 64])))
         rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
-        dynamic = tiny("Llama", "eager", rope_parameters=rope, max_position_embeddings=32)
+        key = "rope_scaling" if OLD else "rope_parameters"
+        dynamic = tiny("Llama", "eager", **{key: rope}, max_position_embeddings=32)
         parallelize(dynamic, groups)
         attempt("dynamic rope", lambda: dynamic(**good))
-        for what, layers in (("chunks", [1, 1]), ("temperature", [0, 0])):
+        for what, layers in () if OLD else (("chunks", [1, 1]), ("temperature", [0, 0])):
             kinds = ["chunked_attention" if x else "full_attention" for x in layers]
             config = transformers.Llama4TextConfig(
                 **LLAMA4, vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
@@ -340,10 +362,12 @@ REFUSED = {
 def test_what_is_no_shard_or_not_to_be_had_is_refused_on_every_rank_alike(pool: WorkerPool, layout: str) -> None:
     first, second = pool.run(refusals, layout)[:2]
     assert first == second
-    assert first.keys() == REFUSED.keys()
-    for name, message in REFUSED.items():
+    assert first.keys() == REFUSED.keys() - ({"chunks", "temperature"} if OLD else set())
+    for name, message in {} if OLD else REFUSED.items():
         pattern = ".*".join(re.escape(part) for part in message.split(".*"))
         assert re.match(pattern, first[name]), (name, first[name])
+    for name, message in REFUSED.items():
+        assert (first.get(name, message) == "nothing") == (message == "nothing"), (name, first[name])
 
 
 LLAMA_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
