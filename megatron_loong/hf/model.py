@@ -58,6 +58,7 @@ def _change(base: Any, name: str, tiled_loss: int, tiled_mlp: int, selective: bo
     undo = [
         compat.quiet_masks(base),
         _set(config, "_attn_implementation", name),
+        _set(config, "use_cache", False),  # nothing is generated, and with a cache transformers looks for no packs
         _set(base, "_loss_function", causal_loss),
         _set(base, "generate", functools.partial(_generate_as_before, base)),
     ]

@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 
+try:
+    from transformers.masking_utils import find_packed_sequence_indices
+except ImportError:
+    find_packed_sequence_indices = None  # up to 4.53
+PACKS_SEE_ONE_ANOTHER = find_packed_sequence_indices is None
+
 VOCAB = 61
 WORLD = 4
 
@@ -206,3 +212,28 @@ def recipe(rank: int | None, *flags: str) -> dict[str, Any]:
         common += " --per_device_train_batch_size 2 --seq_length 130 --save_strategy no --lr_scheduler_type constant"
         trainer = runpy.run_path(str(script))["main"]([*common.split(), *flags])
     return outcome(trainer)
+
+
+def fully_sharded_step(rank: int, options: dict[str, Any]) -> tuple[float, float, float, float]:
+    """(loss, gradient norm, and both of one rank) of a step with torch's fully_shard beside context parallelism."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from megatron_loong.hf import parallelize, shard_batch
+
+    model = llama()
+    groups = parallelize(model, (WORLD, 2), **options)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    batch = pad([Samples(4)[i] for i in range(3)])
+    loss = model(**shard_batch(batch, groups)).loss
+    (loss * WORLD).backward()  # it averages over the ranks
+    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    reference = llama()
+    expected = reference(**batch).loss
+    expected.backward()
+    expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1e9)
+    return total.item(), norm.full_tensor().item(), expected.item(), expected_norm.item()
