@@ -8,6 +8,8 @@ know of a batch is looked up by its position_ids, the one tensor that reaches ev
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +72,4 @@ def told_before(position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None,
 
 def attention_by_name(model: Any) -> bool:
     """Whether the model looks its attention up by name at every call, as it must for another one to take its place."""
-    import inspect
-    import sys
-
     return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[type(model).__module__])
