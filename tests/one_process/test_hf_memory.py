@@ -43,3 +43,25 @@ def test_tiled_loss_takes_as_much_for_logits_at_any_length() -> None:
     print(short, long, whole_short, whole_long)
     assert long <= 1.02 * short
     assert whole_long > 3.5 * whole_short > 3.5 * short
+
+
+def test_a_soft_cap_of_logits_is_in_the_tiled_loss_too() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from megatron_loong.hf import parallelize, shard_batch
+
+    tokens = torch.randint(0, 40, (2, 37), generator=torch.Generator().manual_seed(0))
+    results = []
+    for tile in (0, 8):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+        more = {"num_hidden_layers": 2, "head_dim": 8, "vocab_size": 40, "initializer_range": 0.4}
+        config = Gemma2Config(**sizes, **more, final_logit_softcapping=2.0)  # type: ignore[arg-type]
+        model = Gemma2ForCausalLM(config).double()
+        groups = parallelize(model, (1,), tiled_loss=tile)
+        loss = model(**shard_batch({"input_ids": tokens, "labels": tokens}, groups)).loss
+        loss.backward()
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (loss, grad), (tiled_loss, tiled_grad) = results
+    assert abs(loss - tiled_loss) <= 1e-6 * loss  # the whole logits are cast to float32
+    assert (grad - tiled_grad).norm() <= 1e-6 * grad.norm()
