@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_loong.sequence.sharding import shard_sequence, token_positions, unshard_sequence
     from megatron_loong.topology.groups import LoongGroups, build_groups
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LoongConfig",

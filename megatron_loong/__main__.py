@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = command_line.parse(argv)
     except command_line.UsageError as error:
+        if not argv and int(os.environ.get("RANK", "0")) == 0:
+            print(command_line.usage(), file=sys.stderr)
         return _refuse(error)
     if command.script is None:
         print(command_line.usage())

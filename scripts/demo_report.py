@@ -16,6 +16,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.record import StepRecord, parse_log, parse_step, relative_differences
 
 BAR_WIDTH = 40
+EXPECT_AT = 4
+"""The step after which a run says how long it will take."""
 
 
 def watch(log_path: Path) -> int:
@@ -35,6 +37,11 @@ def watch(log_path: Path) -> int:
                 continue
             last = record
             first_loss = first_loss or record.loss
+            if record.step == EXPECT_AT and (minutes := record.step_time_s * (record.steps - record.step) / 60) > 2:
+                # The first steps are slower than the rest, so the answer comes after a few of them.
+                print(
+                    f"about {minutes:.0f} minutes more for this run here; scripts/demo.sh 20 takes 20 steps", flush=True
+                )
             bar = "#" * round(BAR_WIDTH * min(record.loss / first_loss, 1.0))
             print(
                 f"step {record.step:3d}/{record.steps}  {record.step_time_s:5.2f} s  loss {record.loss:.6f}  {bar}",

@@ -20,6 +20,9 @@ options:
   --cpu   train on the CPU over gloo, without a GPU (slow: for tests and for trying a recipe); the flags that
           a CPU needs are appended unless given. Where a GPU is present, ask twice: --cpu --cpu
   --version, --help
+
+exit status: that of the script or subcommand; 1 where a check says no (doctor, patch --check), 2 where the command line
+is wrong.
 """
 
 #: Other things `python -m megatron_loong NAME ...` can do: name -> ("module:function", one line of help).

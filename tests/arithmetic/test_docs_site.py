@@ -65,13 +65,15 @@ def test_documented_subcommands_exist() -> None:
     assert set(words) <= set(SUBCOMMANDS)
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / "launchers.md").read_text(), re.MULTILINE | re.DOTALL)
+def code_blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_yaml_examples_are_yaml_and_name_what_they_must() -> None:
     yaml = pytest.importorskip("yaml")
-    job, actions, gitlab = (yaml.safe_load(block) for block in code_blocks("yaml"))
+    job, actions, gitlab = (
+        yaml.safe_load(block) for page in ("launchers.md", "verify.md") for block in code_blocks(page, "yaml")
+    )
     for role in ("Master", "Worker"):
         container = job["spec"]["pytorchReplicaSpecs"][role]["template"]["spec"]["containers"][0]
         assert container["name"] == "pytorch"  # the operator looks for that name
@@ -106,6 +108,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert "contradicts --context-parallel-impl loong" in (tmp_path / "site/troubleshooting/index.html").read_text()
+    assert "Any number of query heads" in (tmp_path / "site/api/index.html").read_text()
+
+
+def test_every_page_has_a_place_in_the_navigation() -> None:
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
 
 
 def test_the_memory_page_has_the_figures_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_options_before_the_script_are_ours_and_the_rest_is_its_own(script: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no script was given"),
+        ([], "usage: python -m megatron_loong"),
         (["--cpu"], "no script was given"),
         (["pretrain_nothing.py"], "no such script: pretrain_nothing.py"),
         (["--gpus", "8"], "--gpus is not an option of megatron_loong"),
