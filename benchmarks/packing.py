@@ -7,9 +7,9 @@ import random
 from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.layout.packing import imbalance, packed_layout
 from megatron_loong.schedule.steps import ring_schedule
 from megatron_loong.schedule.tiles import Mask, documents_in
-from megatron_loong.sequence.packing import imbalance, packed_layout
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from benchmarks.simulate import groups_without_processes
 from benchmarks.timing import Phases, Timing, interleaved, summarise
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.attention.options import AttentionOptions
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import CAUSAL, LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
 from megatron_loong.kernels.registry import choose_kernel
-from megatron_loong.topology.groups import LoongGroups
 
 Apply = Callable[..., torch.Tensor]
 """(q, k, v) of one rank -> its output, differentiable."""

@@ -25,11 +25,11 @@ from benchmarks.rivals.interface import Shape
 from benchmarks.timing import Phases, interleaved, whole_s
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.calibration import command as calibrate
+from megatron_loong.comm.groups import build_groups
+from megatron_loong.comm.sequence import shard_sequence
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.hardware import Hardware, hardware_to_text
 from megatron_loong.planner.profiles import hardware_from_mapping
-from megatron_loong.sequence.sharding import shard_sequence
-from megatron_loong.topology.groups import build_groups
 
 #: (rounds, layouts slower than this many times the fastest drop out behind them); the first round is a warm-up.
 STAGES = ((1, 3.0), (1, 1.6), (2, 1.3))

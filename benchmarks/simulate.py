@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_loong.comm.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from megatron_loong.comm.transport import Message, Pending, Transport
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
-from megatron_loong.topology.layout import group_members
+from megatron_loong.layout.ranks import group_members
 
 Result = TypeVar("Result")
 Boxes = dict[tuple[str, int, int, int], queue.SimpleQueue[torch.Tensor]]

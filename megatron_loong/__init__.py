@@ -12,10 +12,11 @@ from megatron_loong.config import LoongConfig
 
 if TYPE_CHECKING:
     from megatron_loong.attention.attention_2d import attention_2d
+    from megatron_loong.comm.groups import LoongGroups, build_groups
+    from megatron_loong.comm.sequence import shard_sequence, unshard_sequence
+    from megatron_loong.layout.sharding import token_positions
     from megatron_loong.multimodal.images import deal_images
     from megatron_loong.multimodal.join import join_tokens
-    from megatron_loong.sequence.sharding import shard_sequence, token_positions, unshard_sequence
-    from megatron_loong.topology.groups import LoongGroups, build_groups
 
 __version__ = "0.2.0"
 
@@ -32,14 +33,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "LoongGroups": "megatron_loong.topology.groups",
+    "LoongGroups": "megatron_loong.comm.groups",
     "attention_2d": "megatron_loong.attention.attention_2d",
-    "build_groups": "megatron_loong.topology.groups",
+    "build_groups": "megatron_loong.comm.groups",
     "deal_images": "megatron_loong.multimodal.images",
     "join_tokens": "megatron_loong.multimodal.join",
-    "shard_sequence": "megatron_loong.sequence.sharding",
-    "token_positions": "megatron_loong.sequence.sharding",
-    "unshard_sequence": "megatron_loong.sequence.sharding",
+    "shard_sequence": "megatron_loong.comm.sequence",
+    "token_positions": "megatron_loong.layout.sharding",
+    "unshard_sequence": "megatron_loong.comm.sequence",
 }
 
 

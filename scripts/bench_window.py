@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.schedule.tiles import Mask
-from megatron_loong.topology.groups import LoongGroups
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 

@@ -28,8 +28,9 @@ from benchmarks.local_copies import LocalCopies
 from benchmarks.rank_alone import clock
 from benchmarks.simulate import groups_without_processes, simulate
 from megatron_loong import LoongConfig
-from megatron_loong.sequence.sharding import shard_sequence, token_positions
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.comm.groups import LoongGroups
+from megatron_loong.comm.sequence import shard_sequence
+from megatron_loong.layout.sharding import token_positions
 
 CONFIG = LoongConfig(4, 2)
 HEADS, KV_HEADS = 8, 4

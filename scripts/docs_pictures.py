@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from megatron_loong import LoongConfig, deal_images, token_positions
-from megatron_loong.topology.layout import coordinates_of, ring_rank_of
+from megatron_loong.layout.ranks import coordinates_of, ring_rank_of
 
 HEAD, RING, PALE, INK = "#f2a154", "#1f4e79", "#dfe8f1", "#222222"
 

@@ -15,9 +15,9 @@ from benchmarks.local_copies import LocalCopies
 from benchmarks.simulate import groups_without_processes
 from megatron_loong.attention import call
 from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import LoongConfig
 from megatron_loong.recompute.selective import checkpoint as selective_checkpoint
-from megatron_loong.topology.groups import LoongGroups
 
 CONFIG = LoongConfig(4, 2)
 LAYERS, HEADS, KV_HEADS, WIDTH = 2, 8, 4, 64

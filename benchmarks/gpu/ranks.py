@@ -23,9 +23,9 @@ from torch.cuda import nccl
 from benchmarks.gpu import child, exact, outcome
 from benchmarks.gpu.outcome import CannotRunError, Run
 from benchmarks.gpu.simulated import one_rank
+from megatron_loong.comm.groups import build_groups
 from megatron_loong.config import LoongConfig
-from megatron_loong.sequence.sharding import token_positions
-from megatron_loong.topology.groups import build_groups
+from megatron_loong.layout.sharding import token_positions
 
 RANKS = 4
 LAYOUTS = [LoongConfig(RANKS), LoongConfig(RANKS, 1, 2), LoongConfig(RANKS, 2), LoongConfig(RANKS, 4)]

@@ -17,8 +17,8 @@ from torch.cuda import nccl
 from benchmarks.gpu.outcome import Run, main
 from benchmarks.gpu.syncs import no_synchronisation
 from benchmarks.rank_alone import clock
+from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.transport import Direct, Message, Pending
-from megatron_loong.topology.groups import GroupHandle
 
 TIMEOUT = timedelta(seconds=30)
 #: Elements of a block; two of them travel, as k and v do.

@@ -11,11 +11,12 @@ from benchmarks.gpu import exact
 from benchmarks.gpu.outcome import Run, main
 from benchmarks.simulate import simulate
 from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.comm.groups import LoongGroups
+from megatron_loong.comm.sequence import shard_sequence
 from megatron_loong.config import LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest
 from megatron_loong.kernels.registry import KERNELS, choose_kernel
-from megatron_loong.sequence.sharding import shard_sequence, token_positions
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.layout.sharding import token_positions
 
 LAYOUTS = [LoongConfig(8), LoongConfig(8, 1, 4), LoongConfig(8, 2, 2), LoongConfig(8, 4, 2, "context_first")]
 #: Errors in half precision over those of one call of the same kernel on the same numbers.

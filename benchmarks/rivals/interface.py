@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_loong.comm.groups import LoongGroups, build_groups
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology.groups import LoongGroups, build_groups
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 
 from benchmarks.rivals.interface import Contestant, GroupCache, Shape, contiguous_positions
 from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import LoongConfig
 from megatron_loong.kernels.cpu_flash import flash_forward
-from megatron_loong.sequence.sharding import token_positions
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.layout.sharding import token_positions
 
 _SHORT = {"head_first": "", "context_first": ", context first"}
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_loong.attention.options import AttentionOptions, CallArguments
-from megatron_loong.sequence.sharding import gathered
-from megatron_loong.topology.groups import LoongGroups
-from megatron_loong.topology.layout import coordinates_of, logical_rank_of
+from megatron_loong.comm.groups import LoongGroups
+from megatron_loong.comm.sequence import gathered
+from megatron_loong.layout.ranks import coordinates_of, logical_rank_of
 
 #: After this many kinds of call new ones are not compared: an argument seems to change from step to step.
 MOST_KINDS = 64

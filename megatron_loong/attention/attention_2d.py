@@ -10,9 +10,9 @@ from megatron_loong.attention.call import Attention2D
 from megatron_loong.attention.compiled import traced
 from megatron_loong.attention.options import AttentionOptions, CallArguments
 from megatron_loong.attention.prepare import in_format, prepare
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.kernels.interface import AttentionKernel
-from megatron_loong.sequence.sharding import Boundaries
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.layout.sharding import Boundaries
 
 
 def attention_2d(
@@ -54,7 +54,7 @@ def attention_2d(
         for `thd`, and for `bshd` the same in every row of the batch. The ranks hold what `token_positions(...,
         cu_seqlens=)` says; it ends where the tokens of all ranks do, and padding is a document of its own.
         `cu_seqlens_kv` where keys come in other numbers than queries: document i reads document i, and queries of a
-        document without keys get zeros. bool [b, S]: see `sharding.Boundaries`.
+        document without keys get zeros. bool [b, S]: see `layout.sharding.Boundaries`.
     causal, window_size: a query sees `window_size[0]` keys before and `window_size[1]` after its own place (-1, the
         default: all); causal closes the right side. With s != s_kv the last query stands at the last key.
     seq_len, kv_seq_len: global lengths (thd: all tokens); as many keys as queries unless told. Without seq_len the

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from megatron_loong.attention.options import TENSORS_PER_HEAD, CallArguments, is_whole, shown
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import divisors
-from megatron_loong.sequence.sharding import checked_whole
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.layout.sharding import checked_whole
 
 
 def check_arguments(arguments: CallArguments) -> None:

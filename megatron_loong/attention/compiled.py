@@ -18,8 +18,8 @@ from megatron_loong.attention.call import backward_pass, forward_pass, shares_of
 from megatron_loong.attention.options import QKV_FORMATS, AttentionOptions, CallArguments
 from megatron_loong.attention.plan import Call
 from megatron_loong.attention.prepare import in_format, prepare, sequence_first
+from megatron_loong.comm.groups import LoongGroups, groups_by_number
 from megatron_loong.config import FULL
-from megatron_loong.topology.groups import LoongGroups, groups_by_number
 
 
 def traced(

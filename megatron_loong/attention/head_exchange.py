@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 
 from megatron_loong.comm.all_to_all import all_to_all
+from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.transport import Pending
 from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.row_ops import copy_rows_
-from megatron_loong.sequence.sharding import places_of
-from megatron_loong.topology.groups import GroupHandle
-from megatron_loong.topology.tokens import TokenLayout, joined, starts_of
+from megatron_loong.layout.sharding import places_of
+from megatron_loong.layout.tokens import TokenLayout, joined, starts_of
 
 Shares = tuple[range, ...]
 """By head coordinate: the heads that it takes of one tensor."""

@@ -14,8 +14,8 @@ from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.heads import head_shares
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, Dropout, KernelRequest, TileRules
+from megatron_loong.layout.sharding import Boundaries
 from megatron_loong.schedule.tiles import Mask
-from megatron_loong.sequence.sharding import Boundaries
 
 QKV_FORMATS = ("bshd", "sbhd", "thd")
 

@@ -13,17 +13,17 @@ from megatron_loong.attention.expansion import Expansion, LatentHeads, PlainHead
 from megatron_loong.attention.head_exchange import HeadExchange
 from megatron_loong.attention.heads import HeadShares
 from megatron_loong.attention.options import AttentionOptions
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.comm.ring import Ring
 from megatron_loong.kernels.common import on_device
 from megatron_loong.kernels.interface import AttentionKernel, TileRules
+from megatron_loong.layout.sharding import places_of
+from megatron_loong.layout.tokens import TokenLayout
 from megatron_loong.schedule.packs import Pack, packed
 from megatron_loong.schedule.rotation import Moving, backward_moving, backward_rows
 from megatron_loong.schedule.rows import original_rows
 from megatron_loong.schedule.steps import Step, ring_schedule
 from megatron_loong.schedule.tiles import Tile, squared
-from megatron_loong.sequence.sharding import places_of
-from megatron_loong.topology.groups import LoongGroups
-from megatron_loong.topology.tokens import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,12 @@ from megatron_loong.attention.checks import check_arguments, check_heads, check_
 from megatron_loong.attention.heads import head_shares, latent_shares
 from megatron_loong.attention.options import AttentionOptions, CallArguments
 from megatron_loong.attention.plan import Call
+from megatron_loong.comm.groups import LoongGroups, checked_groups
+from megatron_loong.comm.sequence import gather_lengths
 from megatron_loong.kernels.registry import choose_kernel
+from megatron_loong.layout.sharding import layouts_of
+from megatron_loong.layout.tokens import TokenLayout
 from megatron_loong.schedule.parts import Queries, parts_of_heads
-from megatron_loong.sequence.sharding import gather_lengths, layouts_of
-from megatron_loong.topology.groups import LoongGroups, checked_groups
-from megatron_loong.topology.tokens import TokenLayout
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """q, k and v."""

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong.calibration import rates
+from megatron_loong.comm.groups import build_groups
 from megatron_loong.config import LoongConfig
 from megatron_loong.planner.choose import hardware_of_gpu
 from megatron_loong.planner.hardware import Curve, Hardware, hardware_to_text
-from megatron_loong.topology.groups import build_groups
 
 _INSIDE = "MEGATRON_LOONG_CALIBRATING"
 

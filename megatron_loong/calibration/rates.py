@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.comm.groups import LoongGroups, build_groups
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Message
 from megatron_loong.config import CAUSAL, FULL, LoongConfig
 from megatron_loong.kernels.interface import AttentionKernel, KernelRequest, TileRules
 from megatron_loong.kernels.registry import choose_kernel
 from megatron_loong.kernels.row_ops import merge_rows
-from megatron_loong.topology.groups import LoongGroups, build_groups
 
 #: Windows of one measurement, of which the fastest counts.
 _WINDOWS = 5

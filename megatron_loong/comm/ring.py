@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from megatron_loong.comm import ledger
+from megatron_loong.comm.errors import collective
+from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.transport import Message, Pending, Transport, transport_for
-from megatron_loong.topology.errors import collective
-from megatron_loong.topology.groups import GroupHandle
 
 
 class Ring:

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_loong.topology.groups import GroupHandle
+from megatron_loong.comm.groups import GroupHandle
 
 T = TypeVar("T")
 Pending = Callable[[], T]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_loong.attention.attention_2d import attention_2d
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.hf import compat
 from megatron_loong.hf.batch import batch_of
 from megatron_loong.hf.masks import Pattern, pattern_of
-from megatron_loong.topology.groups import LoongGroups
 
 #: What transformers hands to an attention function and changes no result here.
 _IRRELEVANT = set(

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megatron_loong.sequence.sharding import gather_lengths, token_positions, unshard_sequence
-from megatron_loong.topology.groups import LoongGroups, groups_by_number
+from megatron_loong.comm.groups import LoongGroups, groups_by_number
+from megatron_loong.comm.sequence import gather_lengths, unshard_sequence
+from megatron_loong.layout.sharding import token_positions
 
 
 class Batch(NamedTuple):

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
 
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import LoongConfig
 from megatron_loong.hf.batch import row_digests
 from megatron_loong.hf.loss import NO_LABEL
-from megatron_loong.sequence.sharding import token_positions
-from megatron_loong.topology.groups import LoongGroups
+from megatron_loong.layout.sharding import token_positions
 
 #: [b, S] tensors that are cut.
 _CUT = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids")

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_loong.comm.groups import LoongGroups, build_groups
 from megatron_loong.config import LoongConfig
 from megatron_loong.hf import compat, memory
 from megatron_loong.hf.attention import register
 from megatron_loong.hf.checks import check_model
 from megatron_loong.hf.loss import causal_loss
-from megatron_loong.topology.groups import LoongGroups, build_groups
 
 
 def parallelize(

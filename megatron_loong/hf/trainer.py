@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import LoongConfig
 from megatron_loong.hf.checks import check_arguments, check_trainer_class
 from megatron_loong.hf.data import ShardCollator
 from megatron_loong.hf.loss import NO_LABEL
 from megatron_loong.hf.model import build_groups_of_world, parallelize
-from megatron_loong.topology.groups import LoongGroups
 
 
 def with_loong(trainer_class: type) -> type:

@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.attention.stash import Level, keeping
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import (
     check_options,
@@ -36,7 +37,6 @@ from megatron_loong.integration.recompute import level_of_layer
 from megatron_loong.integration.reset_mask import refuse_lost_documents
 from megatron_loong.kernels.interface import KernelRequest
 from megatron_loong.kernels.registry import choose_kernel, explain, in_fp8
-from megatron_loong.topology.groups import LoongGroups
 
 #: Mask types whose meaning does not depend on a mask tensor: what `attention_2d(causal=...)` is given for each. With
 #: as many keys as queries `causal` is `causal_bottom_right`; with others `attention_2d` is bottom-right.

@@ -18,7 +18,7 @@ from megatron_loong.config import LoongConfig
 from megatron_loong.integration import lengths, loss, packed, reset_mask
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.runtime import Runtime, active
-from megatron_loong.sequence.sharding import documents_of
+from megatron_loong.layout.sharding import documents_of
 
 Hook = Callable[[Runtime, Callable[..., Any]], Callable[..., Any]]
 

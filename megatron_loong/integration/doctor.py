@@ -22,8 +22,8 @@ from megatron_loong.integration.checks import check_kernel_name, check_options
 from megatron_loong.integration.compat import TESTED_VERSIONS, find_megatron, is_tested, seams
 from megatron_loong.integration.options import LoongOptions, fields_of_attributes, flag_of, resolve
 from megatron_loong.integration.validation import NEEDED, unknown_to_megatron, validated
+from megatron_loong.layout.placement import cp_ranks_per_node
 from megatron_loong.planner.flags import CONNECTIONS, connections
-from megatron_loong.topology.placement import cp_ranks_per_node
 
 PACKAGES = (
     "torch",

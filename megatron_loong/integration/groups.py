@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_loong.comm.groups import LoongGroups, build_groups
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology.groups import LoongGroups, build_groups
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from megatron_loong.integration import lengths, packed
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.integration.runtime import Runtime
+from megatron_loong.layout.sharding import documents_of, token_positions
 from megatron_loong.multimodal.images import ImageDeal
 from megatron_loong.multimodal.join import join_tokens
-from megatron_loong.sequence.sharding import documents_of, token_positions
 
 #: Megatron's label of a token without a loss.
 NO_LABEL = -100
@@ -43,7 +43,7 @@ class Cut:
         self.state, self.config, self.cp_group = state, config, cp_group
         self.documents: tuple[int, ...] | None = None
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            refuse_beside_packs(state.args())
+            refuse_beside_packs(state.args(), config.pack_layout)
             padded = packed_seq_params.cu_seqlens_q_padded
             self.documents = packed.boundaries_of(packed_seq_params.cu_seqlens_q if padded is None else padded)
             state.sliced_packs = True

@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_loong.config import GRADIENT_WIRES, PACK_LAYOUTS, SEQUENCE_LAYOUTS, LoongConfig, placement_axes
 from megatron_loong.integration import memory_options
+from megatron_loong.layout.placement import largest_head_parallel_size, largest_inner_ring_size
 from megatron_loong.planner.choose import Job, choose_layout
-from megatron_loong.topology.placement import largest_head_parallel_size, largest_inner_ring_size
 
 IMPLEMENTATIONS = ("native", "loong")
 

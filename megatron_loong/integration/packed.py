@@ -24,8 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from megatron_loong.config import LoongConfig
 from megatron_loong.integration import lengths
 from megatron_loong.integration.checks import refuse_beside_packs
-from megatron_loong.sequence.packing import checked_boundaries, without_empty
-from megatron_loong.sequence.sharding import documents_of, token_positions
+from megatron_loong.layout.packing import checked_boundaries, without_empty
+from megatron_loong.layout.sharding import documents_of, token_positions
 
 if TYPE_CHECKING:
     from megatron_loong.integration.runtime import Runtime

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology.layout import coordinates_of, logical_rank_of
+from megatron_loong.layout.ranks import coordinates_of, logical_rank_of
 
 #: `<launcher's rank>:<RANK taken>:<layout>`, so that a second parser in the same process does not permute again, and
 #: so that the layout that is built can be compared with the one that ranks were taken for.
@@ -50,7 +50,7 @@ def placement_in_effect(environment: Mapping[str, str]) -> str | None:
 
 
 def take_rank(environment: MutableMapping[str, str], rank: int, config: LoongConfig) -> None:
-    """Set RANK to what `topology.placement.permuted_ranks` gives this process. Calling it twice changes nothing."""
+    """Set RANK to what `layout.placement.permuted_ranks` gives this process. Calling it twice changes nothing."""
     launched_as = launcher_rank(environment)
     environment["RANK"] = str(rank)
     environment[MARK] = f"{launched_as}:{rank}:{config.describe()}"

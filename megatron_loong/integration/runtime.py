@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import LoongConfig
 from megatron_loong.integration import compat, lengths, placement, zero
 from megatron_loong.integration.checks import check_args, check_heads, check_options
@@ -29,8 +30,7 @@ from megatron_loong.integration.options import (
     resolve_part,
 )
 from megatron_loong.integration.recompute import RecomputeState
-from megatron_loong.topology.groups import LoongGroups
-from megatron_loong.topology.placement import cp_ranks_per_node, permuted_ranks
+from megatron_loong.layout.placement import cp_ranks_per_node, permuted_ranks
 
 if TYPE_CHECKING:
     from megatron_loong.integration.dynamic import Members

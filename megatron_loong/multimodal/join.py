@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_loong.comm.all_to_all import all_to_all
+from megatron_loong.comm.groups import GroupHandle, LoongGroups, checked_groups
 from megatron_loong.config import LoongConfig
+from megatron_loong.layout.sharding import Boundaries, token_positions
 from megatron_loong.multimodal.images import ImageDeal
-from megatron_loong.sequence.sharding import Boundaries, token_positions
-from megatron_loong.topology.groups import GroupHandle, LoongGroups, checked_groups
 
 
 def join_tokens(

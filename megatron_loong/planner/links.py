@@ -92,7 +92,7 @@ def _size_and_stride(config: LoongConfig, axis: str) -> tuple[int, int]:
 
 
 def next_on(config: LoongConfig, cp_rank: int, axis: str, step: int = 1) -> int:
-    """The rank `step` places further on one axis, round the ring: `topology.layout` in one line, for speed.
+    """The rank `step` places further on one axis, round the ring: `layout.ranks` in one line, for speed.
 
     >>> next_on(LoongConfig(8, 2, 4), 6, "inner"), next_on(LoongConfig(8, 2, 4), 0, "inner", -1)
     (0, 6)

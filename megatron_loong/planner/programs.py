@@ -1,6 +1,6 @@
 """The ring loops as lists of operations: what every rank posts, computes and waits for, in the order of the code.
 
-The only file of the cost model that reads `schedule` and `topology.tokens`; `attention/double_ring.py` runs the same
+The only file of the cost model that reads `schedule` and `layout.tokens`; `attention/double_ring.py` runs the same
 steps. All ranks run one program; which tokens a block has follows from its owner.
 """
 
@@ -11,10 +11,10 @@ from collections import defaultdict
 from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.layout.tokens import TokenLayout, zigzag_or_contiguous
 from megatron_loong.schedule.routes import OWN, Place, forward_order, own_last_order
 from megatron_loong.schedule.steps import ring_schedule
 from megatron_loong.schedule.tiles import Mask, Tile, held_segments, tiles
-from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 
 class Op(NamedTuple):

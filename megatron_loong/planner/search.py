@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_loong.config import AXES, LoongConfig, divisors
+from megatron_loong.layout.placement import fitting_head_parallel_sizes
 from megatron_loong.planner import fit
 from megatron_loong.planner.bound import computing_bound, pass_bound
 from megatron_loong.planner.candidate import RECOMPUTE, Candidate, Limits, Workload, ZeroSizes
@@ -26,7 +27,6 @@ from megatron_loong.planner.nearest import why_not
 from megatron_loong.planner.simulate import PassTime, simulate_pass
 from megatron_loong.planner.step import StepCost, step_cost
 from megatron_loong.planner.traffic import AttentionShape
-from megatron_loong.topology.placement import fitting_head_parallel_sizes
 
 Passes = tuple[PassTime, PassTime]
 _Shards = Literal["optimizer", "gradients", "parameters"]

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.layout.ranks import coordinates_of, ring_rank_of
 from megatron_loong.planner.links import Link, Links, Site, next_on
 from megatron_loong.planner.methods import OURS, Method
 from megatron_loong.planner.programs import Op
 from megatron_loong.planner.tile_costs import TileCosts
 from megatron_loong.planner.traffic import AttentionShape, exchange_bytes
-from megatron_loong.topology.layout import coordinates_of, ring_rank_of
 
 
 class Span(NamedTuple):

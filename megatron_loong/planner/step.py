@@ -18,11 +18,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.layout.ranks import coordinates_of, logical_rank_of
 from megatron_loong.planner.candidate import Candidate, Workload
 from megatron_loong.planner.hardware import Hardware
 from megatron_loong.planner.model import ModelShape
 from megatron_loong.planner.simulate import PassTime
-from megatron_loong.topology.layout import coordinates_of, logical_rank_of
 
 #: Memory traffic of a layer outside attention and matrix products in bf16, bytes per token.
 #: Forward, per element of hidden_size: two norms (read 2, write 2), two residual sums (read 4, write 2), rotary

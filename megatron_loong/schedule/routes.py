@@ -40,10 +40,10 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.layout.tokens import TokenLayout
 from megatron_loong.schedule.rotation import Moving
 from megatron_loong.schedule.rows import Rows, row_count, running_unions, union
 from megatron_loong.schedule.tiles import Held, Mask, Tile, held_segments, seen_rows, tiles
-from megatron_loong.topology.tokens import TokenLayout
 
 
 class Place(NamedTuple):

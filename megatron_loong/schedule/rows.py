@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from megatron_loong.topology.tokens import Run, starts_of
+from megatron_loong.layout.tokens import Run, starts_of
 
 Rows = tuple[Run, ...]
 """Rows of a block as ascending, disjoint runs."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from megatron_loong.config import LoongConfig
+from megatron_loong.layout.tokens import TokenLayout
 from megatron_loong.schedule.rotation import Moving
 from megatron_loong.schedule.routes import OWN, Edge, Place, Routes
 from megatron_loong.schedule.rows import Rows, original_rows, row_count, slice_within
 from megatron_loong.schedule.tiles import Mask, Tile, halved
-from megatron_loong.topology.tokens import TokenLayout
 
 
 class Hop(NamedTuple):

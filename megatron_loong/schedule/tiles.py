@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_loong.config import CAUSAL, FULL, UNBOUNDED
-from megatron_loong.topology.tokens import Run, TokenLayout
+from megatron_loong.layout.tokens import Run, TokenLayout
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import itertools
 import pytest
 
 from megatron_loong.config import AXES, CAUSAL, FULL, LoongConfig, divisors
+from megatron_loong.layout.ranks import coordinates_of, cp_rank_of, group_members, logical_rank_of
+from megatron_loong.layout.sharding import token_positions
+from megatron_loong.layout.tokens import zigzag_or_contiguous
 from megatron_loong.schedule.routes import forward_order, kv_visit_order, own_last_order
 from megatron_loong.schedule.steps import ring_schedule
 from megatron_loong.schedule.tiles import Mask, held_segments, tiles
-from megatron_loong.sequence.sharding import token_positions
-from megatron_loong.topology.layout import coordinates_of, cp_rank_of, group_members, logical_rank_of
-from megatron_loong.topology.tokens import zigzag_or_contiguous
 
 PLACEMENTS = ["-".join(order) for order in itertools.permutations(AXES)] + ["head_first", "context_first"]
 CONFIGS = [

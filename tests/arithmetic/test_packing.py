@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from benchmarks.packing import cost_of_ours, cost_of_padded_zigzag, draw_mix
 from megatron_loong.config import PACK_LAYOUTS, LoongConfig
+from megatron_loong.layout.packing import packed_layout, paired_layouts
+from megatron_loong.layout.sharding import layout_of, token_positions
 from megatron_loong.schedule.tiles import Mask, held_segments, tiles
-from megatron_loong.sequence.packing import packed_layout, paired_layouts
-from megatron_loong.sequence.sharding import layout_of, token_positions
 
 REPOSITORY = Path(__file__).parents[2]
 

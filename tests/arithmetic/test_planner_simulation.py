@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from megatron_loong.config import LoongConfig, divisors
+from megatron_loong.layout.tokens import zigzag_or_contiguous
 from megatron_loong.planner import programs
 from megatron_loong.planner.bound import computing_bound, pass_bound
 from megatron_loong.planner.hardware import Curve, Hardware
@@ -21,7 +22,6 @@ from megatron_loong.planner.traffic import AttentionShape, attention_bytes
 from megatron_loong.schedule.routes import OWN, Place
 from megatron_loong.schedule.steps import ring_schedule
 from megatron_loong.schedule.tiles import Mask
-from megatron_loong.topology.tokens import zigzag_or_contiguous
 from tests.arithmetic.test_schedule import peer_rank
 
 LAYOUTS = [

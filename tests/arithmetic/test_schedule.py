@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_loong.config import LoongConfig, divisors
+from megatron_loong.layout.packing import packed_layout
+from megatron_loong.layout.tokens import TokenLayout, zigzag_or_contiguous
 from megatron_loong.schedule.rows import original_rows, union
 from megatron_loong.schedule.steps import Hop, Schedule, Step, ring_schedule
 from megatron_loong.schedule.tiles import Mask, Tile
-from megatron_loong.sequence.packing import packed_layout
-from megatron_loong.topology.tokens import TokenLayout, zigzag_or_contiguous
 
 #: Blocks of a few rows are cut as long ones are in use; or none are.
 CUTS = {"long blocks": 4, "short blocks": LoongConfig.least_rows_to_cut}

@@ -13,8 +13,8 @@ pytest.importorskip("megatron.core")
 from megatron_loong.config import AXES, LoongConfig
 from megatron_loong.integration import compat, install, place_this_process, runtime, uninstall
 from megatron_loong.integration.placement import MARK, give_back_rank, launcher_rank, placement_in_effect, take_rank
-from megatron_loong.topology.layout import coordinates_of, group_members
-from megatron_loong.topology.placement import permuted_ranks
+from megatron_loong.layout.placement import permuted_ranks
+from megatron_loong.layout.ranks import coordinates_of, group_members
 
 PLACEMENTS = ["-".join(order) for order in itertools.permutations(AXES)]
 CONTEXT_FIRST = {

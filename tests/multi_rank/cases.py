@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron_loong import LoongConfig, attention_2d, build_groups, shard_sequence, unshard_sequence
 from megatron_loong.attention.options import AttentionOptions
+from megatron_loong.comm.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from megatron_loong.comm.ledger import count_bytes
-from megatron_loong.topology.groups import COMMUNICATORS, GroupHandle, LoongGroups
 from tests.dense import dense_with_gradients
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -319,8 +319,8 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
     import signal
     import time
 
+    from megatron_loong.comm.errors import CommunicationError
     from megatron_loong.kernels.registry import choose_kernel
-    from megatron_loong.topology.errors import CommunicationError
 
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
@@ -356,8 +356,8 @@ def lose_a_peer_before(rank: int, config: LoongConfig, timeout_s: float) -> str:
     import datetime
     import signal
 
-    from megatron_loong.sequence.sharding import gather_lengths
-    from megatron_loong.topology.errors import CommunicationError
+    from megatron_loong.comm.errors import CommunicationError
+    from megatron_loong.comm.sequence import gather_lengths
 
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     if rank == 2:

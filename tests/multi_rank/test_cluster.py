@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Message
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology.groups import build_groups
+from megatron_loong.comm.groups import build_groups
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from megatron_loong.attention.heads import latent_is_smaller
 from megatron_loong.config import AXES, LoongConfig, divisors
+from megatron_loong.layout.tokens import zigzag_or_contiguous
 from megatron_loong.schedule.steps import ring_schedule
 from megatron_loong.schedule.tiles import Mask
-from megatron_loong.topology.tokens import zigzag_or_contiguous
 from tests.multi_rank import mask_cases
 from tests.multi_rank.mask_cases import Case
 from tests.multi_rank.pool import WorkerPool

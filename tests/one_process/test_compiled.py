@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_loong import LoongConfig, attention_2d, build_groups
-from megatron_loong.topology.groups import groups_by_number
+from megatron_loong.comm.groups import groups_by_number
 
 
 def qkv(length=16, dtype=torch.float64):

@@ -16,6 +16,7 @@ from benchmarks.gpu import kernels as gpu_kernels
 from benchmarks.gpu.outcome import CannotRunError, Run
 from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, attention_2d, shard_sequence
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import CAUSAL, FULL
 from megatron_loong.kernels import fp8, registry
 from megatron_loong.kernels.flash_attn import FlashAttn3Kernel
@@ -23,7 +24,6 @@ from megatron_loong.kernels.fp8 import E4M3_MAX, FlashAttn3Fp8Kernel, FlashAttn4
 from megatron_loong.kernels.interface import TileRules
 from megatron_loong.kernels.reference import ReferenceKernel
 from megatron_loong.kernels.registry import KERNELS, choose_kernel, explain
-from megatron_loong.topology.groups import LoongGroups
 from tests.dense import dense_with_gradients
 from tests.one_process import fp8_stand_in
 from tests.one_process.host_reads import READS

@@ -13,9 +13,9 @@ from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, LoongGroups, attention_2d, token_positions
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Message, Pending
+from megatron_loong.layout.sharding import layout_of
 from megatron_loong.schedule.steps import Hop, ring_schedule
 from megatron_loong.schedule.tiles import Mask
-from megatron_loong.sequence.sharding import layout_of
 
 HEADS, KV_HEADS, WIDTH = 4, 1, 8
 Sent = list[tuple[str, bool, int, int]]

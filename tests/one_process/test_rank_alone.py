@@ -24,8 +24,8 @@ from benchmarks.rivals import ring_alone
 from benchmarks.rivals.interface import Shape
 from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.kernels.registry import KERNELS
-from megatron_loong.topology.groups import LoongGroups
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape(128, 8, 4, 16, torch.bfloat16)

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.simulate import simulate
 from megatron_loong import LoongConfig, attention_2d, shard_sequence, token_positions
+from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.comm.ledger import count_bytes
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Message
-from megatron_loong.topology.groups import LoongGroups
 from tests.dense import dense_with_gradients
 
 SEQ_LEN = 64

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_loong.comm.errors import CommunicationError
+from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Direct, Message, Staged, transport_for
-from megatron_loong.topology.errors import CommunicationError
-from megatron_loong.topology.groups import GroupHandle
 
 GROUP: Any = object()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

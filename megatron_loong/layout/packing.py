@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology.tokens import Run, TokenLayout, joined, starts_of
+from megatron_loong.layout.tokens import Run, TokenLayout, joined, starts_of
 
 #: The most loaded ring rank may do this much more causal attention than the mean, or more documents are cut.
 BALANCE_AIM = 1.05

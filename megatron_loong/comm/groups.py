@@ -19,9 +19,9 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch.distributed.constants import default_pg_timeout
 
+from megatron_loong.comm.errors import collective
 from megatron_loong.config import LoongConfig
-from megatron_loong.topology.errors import collective
-from megatron_loong.topology.layout import (
+from megatron_loong.layout.ranks import (
     Coordinates,
     coordinates_of,
     group_members,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_loong.config import LoongConfig, divisors
-from megatron_loong.topology.layout import coordinates_of, group_members, logical_rank_of
+from megatron_loong.layout.ranks import coordinates_of, group_members, logical_rank_of
 
 
 def cp_ranks_per_node(cp_global_ranks: Sequence[int], ranks_per_node: int) -> int:
