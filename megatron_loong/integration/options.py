@@ -210,7 +210,7 @@ def merge(sources: Sequence[Source]) -> LoongOptions:
 
     >>> merge([("install()", {"loong_kernel": "reference"}), ("the config", {"loong_placement": "context_first"})])
     ... # doctest: +ELLIPSIS
-    LoongOptions(context_parallel_impl='native', ..., loong_placement='context_first', loong_kernel='reference', ...)
+    LoongOptions(..., loong_placement='context_first', ..., loong_kernel='reference', ...)
     """
     merged: dict[str, tuple[str, Any]] = {}
     for where, fields in sources:

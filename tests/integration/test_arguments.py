@@ -222,7 +222,7 @@ def test_every_parser_of_megatron_has_the_flags_once(
         ("--context-parallel-size 4 --loong-head-parallel-size 3", ValueError),
         ("--context-parallel-size 16 --loong-head-parallel-size 16", ValueError),  # 8 heads
         ("--context-parallel-size 4 --loong-placement sideways", ValueError),
-        ("--context-parallel-size 4 --seq-length 60 --num-experts 4", NotImplementedError),
+        ("--context-parallel-size 4 --seq-length 60 --num-experts 4 --moe-z-loss-coeff 0.001", NotImplementedError),
         ("--context-parallel-size 4 --cp-comm-type a2a", ValueError),
         ("--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2", ValueError),
         ("--context-parallel-size 4 --loong-kernel warp", ValueError),
