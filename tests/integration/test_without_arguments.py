@@ -50,9 +50,9 @@ def test_a_forgotten_context_parallel_size_is_an_error(tmp_path: Path) -> None:
     )
 
 
-def test_the_readme_shows_the_lines_of_the_script() -> None:
-    readme = (ROOT / "README.md").read_text()
-    (snippet,) = re.findall(r"```python\n(from megatron_loong\.integration .*?)```", readme, re.S)
+def test_getting_started_shows_the_lines_of_the_script() -> None:
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    (snippet,) = re.findall(r"```python\n(from megatron_loong\.integration .*?)```", page, re.S)
     _, *lines, config = filter(None, snippet.splitlines())
     assert [line for line in lines if line not in SCRIPT.read_text()] == []
     assert "context_parallel_size=cp" in config

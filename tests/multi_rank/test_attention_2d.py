@@ -107,7 +107,7 @@ ERRORS = {
     "window": "window_size=(-2, 0): each side must be -1",
     "packed without boundaries": "qkv_format='thd' needs cu_seqlens",
     "boundaries that fall": "cu_seqlens must ascend from 0",
-    "dropout": "dropout_p=1.0 must be at least 0 and below 1",
+    "dropout": "dropout_p=1.0 must be a number of at least 0 and below 1",
     "sink of another size": "softmax_offset has shape [3]; it needs one number per query head: [8]",
     "kernel without soft cap": "does not do soft caps on scores; what would work: reference",
     "unknown kernel": "no_such_kernel",
