@@ -20,6 +20,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch.distributed.constants import default_pg_timeout
 
 from megatron_loong.comm.errors import collective
+from megatron_loong.comm.versions import check_versions, versions
 from megatron_loong.config import LoongConfig
 from megatron_loong.layout.ranks import (
     Coordinates,
@@ -167,15 +168,18 @@ def _names_that_members_agree_on(ranks: tuple[int, ...]) -> Iterator[None]:
     torch names such a group after its ranks and a count of groups that differs between processes (up to 2.13 the groups
     that a process is in, later those that it asked for). Members with different counts would wait for each other for
     ever, and a name that comes back after a group was destroyed would find the old group's rendezvous. So the members
-    agree, over the world's store, on a number that none of them has reached, and count from there.
+    agree, over the world's store, on a number that none of them has reached, and count from there. With it each says
+    its versions.
     """
     global _names_used_up_to
     world, store, me = c10d._world, c10d._get_default_store(), dist.get_rank()
     known, count = world.pg_names, world.group_count
     key = f"megatron_loong/{ranks}/{_builds[ranks]}/"
     _builds[ranks] += 1
-    store.set(f"{key}{me}", str(max(len(known), count, _names_used_up_to)))
-    agreed = max(int(store.get(f"{key}{rank}")) for rank in ranks)
+    store.set(f"{key}{me}", f"{max(len(known), count, _names_used_up_to)} {versions()}")
+    said = {rank: store.get(f"{key}{rank}").decode().split(" ", 1) for rank in ranks}
+    check_versions({rank: " ".join(words[1:]) for rank, words in said.items()})
+    agreed = max(int(words[0]) for words in said.values())
     # torch up to 2.13 counts the entries of `known`, later versions have a counter: both are raised to the same number.
     # They are put back afterwards, for groups that the whole world makes are named by them too.
     padding: list[Any] = [object() for _ in range(agreed - len(known))]
@@ -205,7 +209,8 @@ def build_groups(
     coordinates of cp_rank i under `config.placement`.
 
     `timeout` is that of each communicator (default: torch's, 30 minutes). Raises `ValueError` on every rank alike when
-    the ranks do not fit the config, repeat, lie outside the world, or overlap another group.
+    the ranks do not fit the config, repeat, lie outside the world, or overlap another group, or when the ranks run
+    different versions of megatron_loong or torch.
     """
     ranks: tuple[int, ...] = ()
     if not isinstance(config, LoongConfig):
@@ -230,7 +235,10 @@ def build_groups(
     if not local_synchronization and dist.get_world_size() > 1:
         requests = [None] * dist.get_world_size()
         with collective("build_groups", "world of ranks", range(dist.get_world_size())):
-            dist.all_gather_object(requests, (config, ranks, problem))
+            dist.all_gather_object(requests, (config, ranks, problem, versions()))
+        # First, for it may be the cause of what else is wrong. Up to 0.2.0 nobody said a version.
+        check_versions({rank: " ".join(request[3:]) for rank, request in enumerate(requests)})
+        requests = [request[:3] for request in requests]
     _check_requests(requests)
 
     timeout = default_pg_timeout if timeout is None else timeout

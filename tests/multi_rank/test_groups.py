@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 
+import megatron_loong
 from megatron_loong import build_groups
 from megatron_loong.config import LoongConfig
 from tests.multi_rank import cases
@@ -66,3 +67,33 @@ def nodes_counted(rank: int, config: LoongConfig, ranks_per_node: int) -> int:
 def test_every_rank_knows_how_many_nodes_there_are(pool: WorkerPool, config: LoongConfig, ranks_per_node: int) -> None:
     """No communicator has all members: each rank hears of nodes that none of its own peers is on."""
     assert pool.run(nodes_counted, config, ranks_per_node) == [8 // ranks_per_node] * 8
+
+
+def told_with_another_version_on_rank_3(rank: int, what: str, alone: bool) -> tuple[str, int]:
+    """What `build_groups` says, and how many process groups it has made; then the same again with equal versions."""
+    import torch
+    import torch.distributed as dist
+
+    module = {"megatron_loong": megatron_loong, "torch": torch}[what]
+    version = "9.9.9" if rank == 3 else str(module.__version__)
+    table = dist.distributed_c10d._world.pg_map
+    before, told = len(table), "nothing"
+    with mock.patch.object(module, "__version__", version):
+        try:
+            build_groups(LoongConfig(8, 2, 2), range(8), local_synchronization=alone)
+        except ValueError as error:
+            told = str(error)
+    made = len(table) - before
+    build_groups(LoongConfig(8, 2, 2), range(8), local_synchronization=alone).destroy()
+    return told, made
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["world", "members-alone"])
+@pytest.mark.parametrize("what", ["megatron_loong", "torch"])
+def test_different_versions_are_refused_before_any_group(pool: WorkerPool, what: str, alone: bool) -> None:
+    told, made = zip(*pool.run(told_with_another_version_on_rank_3, what, alone), strict=True)
+    assert len(set(told)) == 1 and made == (0,) * 8, (told, made)
+    different, common = told[0].split("; ")[:2]
+    assert f"{what} 9.9.9" in different and different.endswith(" on rank 3"), told[0]
+    assert f"megatron_loong {megatron_loong.__version__}, torch " in common, told[0]
+    assert "9.9.9" not in common and "on the other 7 (rank 0 among them)" in common, told[0]
