@@ -14,7 +14,7 @@ from megatron_loong.launch import command as command_line
 
 _WITHOUT_TORCH = (
     f"torch is not installed in {sys.executable}; install it with `pip install torch`, or take the Python that has it "
-    "(plan, memory, sbatch and patch need none)"
+    "(plan, memory, sbatch, postmortem and patch need none)"
 )
 
 

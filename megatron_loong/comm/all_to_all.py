@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_loong.comm import ledger
+from megatron_loong.comm import flight, ledger
 from megatron_loong.comm.errors import collective
 from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.transport import Pending, transport_for
@@ -28,9 +28,11 @@ def all_to_all(
     """
     assert handle.process_group is not None and send.is_contiguous() and send.numel() == sum(send_lengths)
     width = send.element_size()
-    ledger.record(handle.name, (send.numel() - send_lengths[handle.rank]) * width)
+    name, sent_bytes = f"{handle.name} group", (send.numel() - send_lengths[handle.rank]) * width
+    ledger.record(handle.name, sent_bytes)
+    operations = [flight.begin("all-to-all", what, name, handle.global_ranks, None, sent_bytes)]
     received = torch.empty(sum(receive_lengths), dtype=send.dtype, device=send.device)
-    errors = functools.partial(collective, f"all-to-all of {what}", f"{handle.name} group", handle.global_ranks)
+    errors = functools.partial(collective, f"all-to-all of {what}", name, handle.global_ranks, operations)
     with errors():
         # As bytes, so that the backend need not know the dtype.
         pending = transport_for(handle, send.device).all_to_all(
@@ -45,8 +47,10 @@ def all_to_all(
 
     def wait() -> torch.Tensor:
         pending, received = under_way.pop()
+        flight.wait(operations)
         with errors():
             pending()
+        flight.done(operations)
         return received
 
     return wait

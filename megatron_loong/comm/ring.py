@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_loong.comm import ledger
+from megatron_loong.comm import flight, ledger
 from megatron_loong.comm.errors import collective
 from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.transport import Message, Pending, Transport, transport_for
@@ -36,15 +36,19 @@ class Ring:
         return [self._begin(transport, [message]) for message in messages]
 
     def _begin(self, transport: Transport, messages: Sequence[Message]) -> Pending[None]:
-        ranks = self.handle.global_ranks
+        name, ranks = f"{self.handle.name} ring", self.handle.global_ranks
         steps = ", ".join(dict.fromkeys(x.what for x in messages))
         ends = " and ".join(f"rank {ranks[x.peer]} ({'sending' if x.send else 'receiving'})" for x in messages)
+        operations = []
+        for x in messages:
+            size = x.block.numel() * x.block.element_size()
+            if x.send:
+                ledger.record(self.handle.name, size)
+            way = "send" if x.send else "receive"
+            operations.append(flight.begin(way, x.what, name, ranks, ranks[x.peer], size))
         # The message names both, the peer of this hop and all of the ring: a peer that only waits for a lost rank
         # looks lost itself from here.
-        errors = functools.partial(collective, f"{steps}: the hop with {ends}", f"{self.handle.name} ring", ranks)
-        for message in messages:
-            if message.send:
-                ledger.record(self.handle.name, message.block.numel() * message.block.element_size())
+        errors = functools.partial(collective, f"{steps}: the hop with {ends}", name, ranks, operations)
         with errors():
             begun = [transport.post(messages)]
 
@@ -52,7 +56,9 @@ class Ring:
             # A batch is waited for by each of its messages, but a second wait() of a gloo work would block until the
             # timeout. Popping it also frees its blocks.
             while begun:
+                flight.wait(operations)
                 with errors():
                     begun.pop()()
+                flight.done(operations)
 
         return wait

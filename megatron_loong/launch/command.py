@@ -32,6 +32,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("megatron_loong.launch.plan:main", "choose the flags for a model, a cluster and a sequence length"),
     "doctor": ("megatron_loong.integration.doctor:main", "what is installed, which kernels serve, whether flags fit"),
     "sbatch": ("megatron_loong.launch.slurm:main", "write a Slurm batch script"),
+    "postmortem": ("megatron_loong.launch.postmortem:main", "which rank was gone or late when communication failed"),
     "patch": ("megatron_loong.launch.patch:main", "put the flag into a Megatron-LM tree, or take it out"),
     "memory": ("megatron_loong.planner.memory_table:main", "the longest sequence that fits, switch by switch"),
 }

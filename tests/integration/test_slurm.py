@@ -159,12 +159,21 @@ def status_of(run_dir: Path) -> dict[str, object]:
 
 
 def test_a_job_that_ends_well_says_done_and_keeps_the_record(submit) -> None:
-    process, run_dir = submit('echo "rank $RANK of $WORLD_SIZE: $*"', "--lr", "1e-3")
+    process, run_dir = submit(
+        'echo "rank $RANK of $WORLD_SIZE: $*"; touch "$LOONG_FLIGHT_FOLDER/loong_flight.$RANK"', "--lr", "1e-3"
+    )
     assert process.wait(60) == 0
     assert status_of(run_dir)["status"] == "done"
     assert (run_dir / "rank1.log").read_text() == "rank 1 of 2: --lr 1e-3\n"
     kept = {path.name for path in run_dir.iterdir()}
-    assert {"job.sbatch", "arguments.txt", "code_version.txt", "environment.txt", "doctor.json"} <= kept
+    assert {
+        "job.sbatch",
+        "arguments.txt",
+        "code_version.txt",
+        "environment.txt",
+        "doctor.json",
+        "loong_flight.1",
+    } <= kept
     assert "MASTER_ADDR=localhost" in (run_dir / "environment.txt").read_text()
 
 

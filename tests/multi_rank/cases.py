@@ -313,7 +313,7 @@ def fails_on_rank_one(rank: int) -> float:
     return 1 / (1 - rank)
 
 
-def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> str:
+def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float, flight_folder: str) -> str:
     """Rank 2 dies or hangs at its second tile; the others report what they were told and after how long."""
     import datetime
     import signal
@@ -322,6 +322,7 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
     from megatron_loong.comm.errors import CommunicationError
     from megatron_loong.kernels.registry import choose_kernel
 
+    os.environ["LOONG_FLIGHT_FOLDER"] = flight_folder
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     inputs = random_inputs(1, 32, 4, 4, 8, torch.float64)
     kernel, calls = choose_kernel(AttentionOptions().request(*inputs[:3], groups.config.head_parallel_size)), 0
@@ -351,7 +352,7 @@ def lose_a_peer(rank: int, config: LoongConfig, how: str, timeout_s: float) -> s
     return "no error"
 
 
-def lose_a_peer_before(rank: int, config: LoongConfig, timeout_s: float) -> str:
+def lose_a_peer_before(rank: int, config: LoongConfig, timeout_s: float, flight_folder: str) -> str:
     """Rank 2 dies, and the others ask each other for lengths."""
     import datetime
     import signal
@@ -359,6 +360,7 @@ def lose_a_peer_before(rank: int, config: LoongConfig, timeout_s: float) -> str:
     from megatron_loong.comm.errors import CommunicationError
     from megatron_loong.comm.sequence import gather_lengths
 
+    os.environ["LOONG_FLIGHT_FOLDER"] = flight_folder
     groups = build_groups(config, range(4), timeout=datetime.timedelta(seconds=timeout_s))
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)

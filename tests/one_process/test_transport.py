@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_loong.comm.errors import CommunicationError
+from megatron_loong.comm import flight
+from megatron_loong.comm.errors import CommunicationError, collective
 from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Direct, Message, Staged, transport_for
@@ -102,7 +106,7 @@ def test_gloo_waits_as_long_as_the_group_says() -> None:
     assert work.waits == [(timedelta(seconds=7),)]
 
 
-def test_a_message_that_cannot_be_posted_is_named() -> None:
+def test_a_message_that_cannot_be_posted_is_named_and_left_on_record(tmp_path: Path) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("connection closed")
 
@@ -110,9 +114,40 @@ def test_a_message_that_cannot_be_posted_is_named() -> None:
         mock.patch.object(dist, "get_backend_config", lambda group: "cpu:gloo"),
         mock.patch.object(dist, "isend", lambda *args, **kwargs: FakeWork()),
         mock.patch.object(dist, "irecv", refuse),
-        pytest.raises(CommunicationError, match=r"back: the hop with rank 1 \(receiving\).*connection closed"),
+        mock.patch.dict(os.environ, {"LOONG_FLIGHT_FOLDER": str(tmp_path)}),
+        pytest.raises(
+            CommunicationError, match=r"back: the hop with rank 1 \(receiving\).*rank0.json.*connection closed"
+        ),
     ):
         exchange(ring_of_two(GROUP))
+    (path,) = tmp_path.iterdir()
+    sent, refused = json.loads(path.read_text())["operations"][-2:]
+    assert (sent["operation"], sent["waited"]) == ("send", None)
+    assert (refused["operation"], refused["what"], refused["peer"], refused["done"]) == ("receive", "back", 1, None)
+    assert refused["waited"] >= refused["posted"]
+
+
+def test_an_error_stays_what_it_was_where_no_record_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        mock.patch.dict(os.environ, {"LOONG_FLIGHT_FOLDER": str(tmp_path / "file")}),
+        pytest.raises(CommunicationError, match=r"within the group's timeout\. Cause: lost$"),
+        collective("gathering", "head group", [0, 1]),
+    ):
+        raise RuntimeError("lost")
+
+
+@pytest.mark.parametrize(
+    ("logs", "folder"),
+    [("logs/none_x", "logs/none_x/attempt_1"), ("torchelastic_x/none_y", "loong_flight"), (None, "loong_flight")],
+)
+def test_records_go_where_torchrun_was_told_to_log(logs: str | None, folder: str) -> None:
+    known = {
+        "LOONG_FLIGHT_FOLDER": "",
+        "TORCHELASTIC_ERROR_FILE": f"/tmp/{logs}/attempt_1/3/error.json" if logs else "",
+    }
+    with mock.patch.dict(os.environ, known):
+        assert str(flight.folder()).removeprefix("/tmp/") == folder
 
 
 class StagedOnCpu(Staged):
