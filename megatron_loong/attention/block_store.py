@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from megatron_loong.attention.blocks import Block, Form
 from megatron_loong.attention.merge import Part, PartialSum
 from megatron_loong.comm.ring import Ring
 from megatron_loong.comm.transport import Message, Pending
@@ -15,15 +16,91 @@ from megatron_loong.schedule.rotation import Moving
 from megatron_loong.schedule.rows import Rows, row_count, slice_within
 from megatron_loong.schedule.steps import Hop, Step
 
+
+# A hop is one message, so all tensors of a block lie in one buffer of bytes: first all rows of k, then all rows of v.
+# Kernels read views of it, and nothing is packed or unpacked on the way.
+@dataclass(frozen=True)
+class Form:
+    """What one row of a block holds, tensor by tensor: (shape, dtype), wider dtypes first so that all are aligned."""
+
+    parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    @classmethod
+    def of(cls, *parts: tuple[Iterable[int], torch.dtype]) -> Form:
+        """From shapes and dtypes."""
+        form = cls(tuple((tuple(shape), dtype) for shape, dtype in parts))
+        widths = [dtype.itemsize for _, dtype in form.parts]
+        assert widths == sorted(widths, reverse=True), f"{form} is not aligned"
+        return form
+
+    @classmethod
+    def like(cls, *tensors: torch.Tensor) -> Form:
+        """The form of rows of these tensors [s, ...]."""
+        return cls.of(*((x.shape[1:], x.dtype) for x in tensors))
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Bytes of a row, by tensor."""
+        return [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts]
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return sum(self.widths)
+
+    def buffer(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Uninitialised bytes for so many rows."""
+        return torch.empty(rows * self.row_bytes, dtype=torch.uint8, device=device)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a form in one buffer, tensor after tensor."""
+
+    form: Form
+    flat: torch.Tensor
+    """uint8."""
+
+    @classmethod
+    def copy_of(cls, *tensors: torch.Tensor) -> Block:
+        """A block with copies of tensors [s, ...]."""
+        form = Form.like(*tensors)
+        block = cls(form, form.buffer(tensors[0].shape[0], tensors[0].device))
+        for part, x in zip(block.parts, tensors, strict=True):
+            part.copy_(x)
+        return block
+
+    @property
+    def rows(self) -> int:
+        """Number of rows s."""
+        return self.flat.numel() // self.form.row_bytes
+
+    @cached_property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Views [s, ...] of the tensors."""
+        rows = self.rows
+        return tuple(
+            piece.view(dtype).view(rows, *shape)
+            for piece, (shape, dtype) in zip(self._pieces, self.form.parts, strict=True)
+        )
+
+    def chosen(self, held: Rows, wanted: Rows) -> torch.Tensor:
+        """The buffer of the rows `wanted` out of this block, which holds `held`; a copy unless it wants all."""
+        if wanted == held:
+            return self.flat
+        places = [slice_within(held, run) for run in wanted]
+        rows = [piece.view(self.rows, width) for piece, width in zip(self._pieces, self.form.widths, strict=True)]
+        return torch.cat([x[place].reshape(-1) for x in rows for place in places])
+
+    @property
+    def _pieces(self) -> tuple[torch.Tensor, ...]:
+        rows = self.rows
+        return self.flat.split([rows * width for width in self.form.widths])
+
+
 Rings = Mapping[str, Ring]
 """`inner`, `outer`, and `inner_dkv`, `outer_dkv` for results of any kind (dK and dV, dQ, partial outputs); none for an
 axis of size 1."""
-
-
-def own_block(rings: Rings, form: Form, rows: int, device: torch.device) -> Block:
-    """An uninitialised block for this rank's data, in memory that the rings can send from."""
-    ring = next(iter(rings.values()), None)
-    return form.empty(rows, device) if ring is None else Block(form, ring.buffer(form.size(rows), device))
 
 
 class _Messages:
@@ -32,10 +109,6 @@ class _Messages:
     def __init__(self, rings: Rings, suffix: str) -> None:
         self._rings, self._suffix = rings, suffix
         self._sent: defaultdict[int, list[Pending[None]]] = defaultdict(list)
-
-    def buffer(self, hop: Hop, form: Form, device: torch.device) -> torch.Tensor:
-        """Where a hop's rows arrive."""
-        return self._rings[hop.ring + self._suffix].buffer(form.size(hop.row_count), device)
 
     def post(
         self, sends: list[tuple[Hop, torch.Tensor]], receives: list[tuple[Hop, torch.Tensor]], what: str
@@ -84,7 +157,7 @@ class BlockStore:
             self._block(step.moving, step.owner)
         if step.sends or step.receives:
             sends = [(hop, self._rows_of(hop)) for hop in step.sends]
-            receives = [(hop, self._messages.buffer(hop, *self._like(hop))) for hop in step.receives]
+            receives = [(hop, self._buffer(hop)) for hop in step.receives]
             for hop, buffer, wait in self._messages.post(sends, receives, "block"):
                 self._arriving[hop.moving, hop.owner] = buffer, wait
         # After posting: where an inner hop is due at once, both ends must have posted it before either waits.
@@ -110,8 +183,9 @@ class BlockStore:
     def _rows_of(self, hop: Hop) -> torch.Tensor:
         return self._block(hop.moving, hop.owner).chosen(self._held[hop.moving, hop.owner], hop.rows)
 
-    def _like(self, hop: Hop) -> tuple[Form, torch.device]:
-        return self._own[hop.moving].form, self._own[hop.moving].flat.device
+    def _buffer(self, hop: Hop) -> torch.Tensor:
+        own = self._own[hop.moving]
+        return own.form.buffer(hop.row_count, own.flat.device)
 
 
 class Returns:
@@ -164,4 +238,4 @@ class Returns:
         return block.flat
 
     def _buffer(self, hop: Hop) -> torch.Tensor:
-        return self._messages.buffer(hop, self._wire, self._home.device)
+        return self._wire.buffer(hop.row_count, self._home.device)

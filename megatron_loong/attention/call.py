@@ -12,8 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_loong.attention import stash
-from megatron_loong.attention.block_store import own_block
-from megatron_loong.attention.blocks import Block, Form
+from megatron_loong.attention.block_store import Block, Form
 from megatron_loong.attention.double_ring import ring_backward, ring_forward
 from megatron_loong.attention.expansion import LatentHeads
 from megatron_loong.attention.merge import sink_gradient
@@ -161,7 +160,8 @@ def backward_pass(
 def _split_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Pending[tuple[torch.Tensor, Block]]:
     """Begin the all-to-all of q, k and v; what it returns waits for q and the KV block of this rank's heads."""
     shares, (q_layout, kv_layout), (q_exchange, kv_exchange) = call.shares, call.layouts, call.exchanges
-    kv = own_block(call.rings, call.kv_form(k, v), call.rows_after_exchange(kv_layout), k.device)
+    form = call.kv_form(k, v)
+    kv = Block(form, form.buffer(call.rows_after_exchange(kv_layout), k.device))
     if q_layout is kv_layout:  # one message a peer for all three
         heads = [shares.query, shares.kv, shares.kv]
         pending = q_exchange.split([q, k, v], heads, "q, k and v", [None, *kv.parts])

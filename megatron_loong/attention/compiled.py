@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.call import backward_pass, forward_pass, shares_of
+from megatron_loong.attention.merge import accumulator_dtype
 from megatron_loong.attention.options import QKV_FORMATS, AttentionOptions, CallArguments
 from megatron_loong.attention.plan import Call
 from megatron_loong.attention.prepare import in_format, prepare, sequence_first

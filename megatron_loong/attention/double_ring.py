@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_loong.attention.block_store import BlockStore, Returns, own_block
-from megatron_loong.attention.blocks import Block, Form
+from megatron_loong.attention.block_store import Block, BlockStore, Form, Returns
 from megatron_loong.attention.merge import OnlineSoftmax, Part, PartialSum, rows_of
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.kernels.interface import TileRules
@@ -38,7 +37,7 @@ def ring_forward(q: torch.Tensor, kv: Block, plan: RingPlan) -> tuple[torch.Tens
         return result.finish(plan.sink)
     own: dict[Moving, Block] = {"kv": kv}
     if "q" in plan.moving(plan.forward):
-        own["q"] = _packed(plan, q)
+        own["q"] = Block.copy_of(q)
     blocks = BlockStore(plan.rings, plan.forward, own, plan.ring_rank)
     returns = _returns(plan, plan.forward, {"q": result}, (result.wide, plan.wire_dtype))
     for index, step in enumerate(plan.forward):
@@ -71,7 +70,7 @@ def ring_backward(
     dq, dkv = (PartialSum(x[0].shape[0], [t.shape[1:] for t in x], q.dtype, q.device) for x in ((q,), kv.parts))
     own: dict[Moving, Block] = {"kv": kv}
     if "q" in plan.moving(plan.backward):
-        own["q"] = _travelling(queries, plan)
+        own["q"] = _travelling(queries)
     blocks = BlockStore(plan.rings, plan.backward, own, plan.ring_rank)
     returns = _returns(plan, plan.backward, {"kv": dkv, "q": dq}, (plan.wire_dtype, plan.wire_dtype))
     for index, step in enumerate(plan.backward):
@@ -138,16 +137,11 @@ def _returns(
     }
 
 
-def _packed(plan: RingPlan, *tensors: torch.Tensor) -> Block:
-    """A copy of tensors [s, ...] that goes round."""
-    return own_block(plan.rings, Form.like(*tensors), tensors[0].shape[0], tensors[0].device).fill(tensors)
-
-
-def _travelling(queries: Queries, plan: RingPlan) -> Block:
+def _travelling(queries: Queries) -> Block:
     """What of the queries travels backward: lse, delta [s, b, h], q and dout."""
     dout, q, out, lse = queries
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    return _packed(plan, lse, delta, q, dout)
+    return Block.copy_of(lse, delta, q, dout)
 
 
 def out_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -181,7 +175,7 @@ def tile_backward(
     dout, q, out, lse = map(_bshd, queries)
     k, v = _bshd(k), _bshd(v)
     dq, dk, dv = plan.kernel.backward(
-        dout, q, *plan.expansion.expand(k, v), out, lse, rules, deterministic=plan.deterministic
+        dout, q, *plan.expansion.expand(k, v), out, lse, rules, deterministic=plan.options.deterministic
     )
     dk, dv = plan.expansion.reduce(dk, dv, k, v)
     return _bshd(dq), _bshd(dk), _bshd(dv)

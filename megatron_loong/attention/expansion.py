@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from megatron_loong.attention.merge import accumulator_dtype
+
 
 class Expansion(Protocol):
     """From rows that travel to the k, v that a kernel takes, and back; both [b, s, heads, d]."""
@@ -43,8 +45,9 @@ class PlainHeads:
         if self._places is None:
             return dk, dv
         places = _index(self._places, dk.device)
+        wide = accumulator_dtype(k.dtype)
         dk, dv = (
-            torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device).index_add_(-2, places, grad.to(_wide(x.dtype)))
+            torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(-2, places, grad.to(wide))
             for x, grad in ((k, dk), (v, dv))
         )
         return dk, dv
@@ -61,7 +64,7 @@ class LatentHeads:
         self._weight = weight
         """[h, d_nope + dv, r]: the up-projection of this rank's heads."""
         self._nope = weight.shape[1] - value_dim
-        self.weight_gradient = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device)
+        self.weight_gradient = torch.zeros(weight.shape, dtype=accumulator_dtype(weight.dtype), device=weight.device)
         """Sum over all rows that were reduced."""
 
     def expand(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +89,3 @@ class LatentHeads:
 def _index(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """int64, made once: making it stops the host until the device has it."""
     return torch.tensor(places, device=device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -9,13 +9,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.kernels import row_ops
 from megatron_loong.kernels.row_ops import Tensors, finite
 from megatron_loong.schedule.parts import waiting_bytes
 
 Part = tuple[slice, Tensors]
 """Some rows of a block, and the tensors that were computed for them."""
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What out, dq, dk and dv are summed in: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class PartialSum:

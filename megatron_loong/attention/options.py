@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.heads import head_shares
+from megatron_loong.attention.merge import accumulator_dtype
 from megatron_loong.config import GRADIENT_WIRES
 from megatron_loong.kernels.interface import AttentionKernel, Dropout, KernelRequest, TileRules
 from megatron_loong.layout.sharding import Boundaries

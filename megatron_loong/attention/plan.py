@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_loong.attention.blocks import Form, accumulator_dtype
+from megatron_loong.attention.block_store import Form
 from megatron_loong.attention.expansion import Expansion, LatentHeads, PlainHeads
 from megatron_loong.attention.head_exchange import HeadExchange
 from megatron_loong.attention.heads import HeadShares
+from megatron_loong.attention.merge import accumulator_dtype
 from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.comm.ring import Ring
@@ -160,11 +161,6 @@ class RingPlan:
     """[h] of this rank's heads."""
     max_logits: torch.Tensor | None
     """[h] float32 of this rank's heads, to be raised to the greatest score of each."""
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether the backward pass must give the same bits every time."""
-        return self.options.deterministic
 
     @property
     def one_call(self) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
-
 from megatron_loong.comm import flight, ledger
 from megatron_loong.comm.errors import collective
 from megatron_loong.comm.groups import GroupHandle
@@ -18,10 +16,6 @@ class Ring:
 
     def __init__(self, handle: GroupHandle) -> None:
         self.handle = handle
-
-    def buffer(self, size: int, device: torch.device) -> torch.Tensor:
-        """Uninitialised uint8 [size]: to receive into, and send on."""
-        return torch.empty(size, dtype=torch.uint8, device=device)
 
     def post(self, messages: Sequence[Message]) -> list[Pending[None]]:
         """Begin all messages of one step, whose blocks are on one device. Returns the wait of each.

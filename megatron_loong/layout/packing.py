@@ -194,13 +194,9 @@ def imbalance(loads: Sequence[float]) -> float:
 
 def _causal_pairs(documents: Sequence[int], run: Run) -> int:
     """(query, key) pairs of the queries of a run that lies in one document."""
-    origin = documents[_document_of(documents, run[0])]
+    origin = documents[bisect_right(documents, run[0]) - 1]
     first, last = run[0] - origin, run[1] - origin
     return (last * (last + 1) - first * (first + 1)) // 2
-
-
-def _document_of(documents: Sequence[int], token: int) -> int:
-    return bisect_right(documents, token) - 1
 
 
 def _dealt(documents: Sequence[int], room: Sequence[int], longest_whole: int) -> list[list[Run]]:

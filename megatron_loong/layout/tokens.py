@@ -61,7 +61,7 @@ class TokenLayout:
     @functools.cached_property
     def rank_tokens(self) -> tuple[int, ...]:
         """`tokens_of` every logical rank."""
-        return tuple(map(_length, self.rank_runs))
+        return tuple(sum(stop - start for start, stop in runs) for runs in self.rank_runs)
 
     def ring_runs(self, ring_rank: int) -> tuple[Run, ...]:
         """The runs that a ring rank holds after the all-to-all, in its order; neighbouring runs are joined.
@@ -110,12 +110,12 @@ def zigzag_or_contiguous(config: LoongConfig, seq_len: int) -> TokenLayout:
     (((0, 2), (7, 10)), ((2, 5), (5, 7)))
     """
     n = config.sequence_multiple
-    chunks = [_slice((0, seq_len), c, n) for c in range(n)]
-    rank_runs = tuple(
-        tuple(chunks[c] for c in _chunks_of(config, rank) if chunks[c][0] < chunks[c][1])
-        for rank in range(config.context_parallel_size)
-    )
-    return TokenLayout((0, seq_len), rank_runs, config.head_parallel_size)
+    chunks = [(c * seq_len // n, (c + 1) * seq_len // n) for c in range(n)]
+    # A causal query costs as many pairs as there are tokens before it, so chunk c costs about c + 1/2. Zigzag gives a
+    # rank the c-th chunk from the front and the c-th from the back, which cost the same together for every c.
+    pairs = zip(chunks, reversed(chunks), strict=True) if config.sequence_layout == "zigzag" else zip(chunks)
+    rank_runs = [tuple(run for run in runs if run[0] < run[1]) for runs in pairs]
+    return TokenLayout((0, seq_len), tuple(rank_runs[: config.context_parallel_size]), config.head_parallel_size)
 
 
 @functools.lru_cache(maxsize=64)
@@ -136,31 +136,6 @@ def rows_layout(config: LoongConfig, rows: int, documents: tuple[int, ...]) -> T
         for runs in one.rank_runs
     )
     return TokenLayout(documents, tuple(rank_runs), config.head_parallel_size)
-
-
-def _chunks_of(config: LoongConfig, logical_rank: int) -> list[int]:
-    """Chunks that a logical rank holds, in local order.
-
-    >>> _chunks_of(LoongConfig(4, 2), 1)
-    [1, 6]
-    """
-    if config.sequence_layout == "contiguous":
-        return [logical_rank]
-    return [logical_rank, 2 * config.context_parallel_size - 1 - logical_rank]
-
-
-def _slice(run: Run, index: int, count: int) -> Run:
-    """Slice `index` of `count` as equal ones.
-
-    >>> [_slice((10, 15), i, 2) for i in range(2)]
-    [(10, 12), (12, 15)]
-    """
-    start, tokens = run[0], run[1] - run[0]
-    return start + index * tokens // count, start + (index + 1) * tokens // count
-
-
-def _length(runs: Iterable[Run]) -> int:
-    return sum(stop - start for start, stop in runs)
 
 
 def joined(runs: Iterable[Run]) -> tuple[Run, ...]:

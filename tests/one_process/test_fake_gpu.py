@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.rivals.interface import Shape
 from megatron_loong import LoongConfig
-from megatron_loong.comm.ring import Ring
+from megatron_loong.attention.block_store import Form
 from megatron_loong.kernels import row_ops, torch_cuda
 from megatron_loong.kernels.registry import KERNELS
 from tests.one_process.host_reads import forget_indices
@@ -85,9 +85,9 @@ def columns_first(function: Any) -> Any:
     return lambda *args: function(*args).mT.contiguous().mT
 
 
-def beside(ring: Ring, numel: int, device: torch.device) -> torch.Tensor:
-    """`Ring.buffer` that starts 8 bytes beside what loads of 16 want."""
-    return torch.empty(numel + 8, dtype=torch.uint8, device=device)[8:]
+def beside(form: Form, rows: int, device: torch.device) -> torch.Tensor:
+    """`Form.buffer` that starts 8 bytes beside what loads of 16 want."""
+    return torch.empty(rows * form.row_bytes + 8, dtype=torch.uint8, device=device)[8:]
 
 
 def merging(change: Any) -> Any:
@@ -102,7 +102,7 @@ FAULTS = {
     "an operand on the host": ("causal", torch_cuda, "operand", on_the_host, "an operand on cpu"),
     "an operand in float64": ("causal", torch_cuda, "operand", wide, "an operand in torch.float64"),
     "an operand by columns": ("causal", torch_cuda, "operand", columns_first, "strides"),
-    "an operand copied": ("causal", Ring, "buffer", lambda _: beside, "an operand is copied"),
+    "an operand copied": ("causal", Form, "buffer", lambda _: beside, "an operand is copied"),
     "sums on the host": ("causal", row_ops, "merge_rows", merging(lambda x: x.cpu()), "two devices|combine"),
     "sums of other rows": ("causal", row_ops, "merge_rows", merging(lambda x: x[1:]), "shapes"),
 }

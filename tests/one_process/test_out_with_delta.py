@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_loong.attention.blocks import accumulator_dtype
 from megatron_loong.attention.double_ring import out_with_delta
+from megatron_loong.attention.merge import accumulator_dtype
 
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
