@@ -105,6 +105,8 @@ class LoongConfig:
             raise ValueError(
                 f"head_parallel_size={hp} does not divide context_parallel_size={cp}; try one of {divisors(cp)}"
             )
+        # The fields say what is in force, not what was asked for, so that equal layouts compare equal. (Frozen, hence
+        # the detour; `dataclasses.replace` keeps the number.)
         if self.inner_ring_size is None:
             object.__setattr__(self, "inner_ring_size", cp // hp)
         w, n = self.inner_ring_size, cp // hp

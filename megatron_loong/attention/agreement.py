@@ -74,6 +74,8 @@ def compare(
     tensors: q, k, v, sequence first. fault: what is wrong with this rank's arguments; raised here, on every rank.
     Collective where it compares; the lengths are those of q and k by logical rank.
     """
+    # Inside a graph that is recorded no collective may run, and its replays could not raise. With too many kinds the
+    # comparison would cost every step a collective that makes the host wait.
     skipped = (len(groups.known_kinds) >= MOST_KINDS and not groups.always_compare) or _is_recorded(tensors[0])
     handles = [groups.handle(name) for name in ("head", "inner", "outer")]
     alone = not any(isinstance(handle.process_group, dist.ProcessGroup) for handle in handles)
@@ -113,12 +115,10 @@ def _is_recorded(q: torch.Tensor) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return str(value.tolist() if isinstance(value, torch.Tensor) else list(value) if _is_row(value) else value)
-
-
-def _is_row(value: Any) -> bool:
-    """Whether a value is compared as a list: boundaries and windows may come as tuples, lists or arrays."""
-    return not isinstance(value, str) and hasattr(value, "__iter__")
+    # Boundaries and windows may come as tuples, lists or arrays: they are compared as lists.
+    if isinstance(value, torch.Tensor):
+        return str(value.tolist())
+    return str(list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else value)
 
 
 def _digest(text: str) -> bytes:

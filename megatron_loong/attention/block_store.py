@@ -115,6 +115,8 @@ class _Messages:
     ) -> list[tuple[Hop, torch.Tensor, Pending[None]]]:
         """Begin the hops of one step. Returns each hop that is received, with its buffer and its wait."""
         arriving = []
+        # All hops of a step on one ring go to it together: with NCCL a send and a receive between the same two ranks
+        # must be one group call, or each may wait for the other.
         for name in ("inner", "outer"):
             ends = [(send, *end) for send, ends in ((True, sends), (False, receives)) for end in ends]
             ends = [(send, hop, buffer) for send, hop, buffer in ends if hop.ring == name]
@@ -152,15 +154,14 @@ class BlockStore:
 
     def post(self, index: int, step: Step) -> None:
         """Post the hops of a step, which its tiles hide."""
-        # Wait for this step's block before posting: its sender has posted it, so no two ranks wait for one another.
-        if (step.moving, step.owner) in self._arriving:
-            self._block(step.moving, step.owner)
+        # No deadlock, by induction over the steps: both ends post a hop in the same step. Before posting, a rank waits
+        # only for blocks that it sends on, which were posted in earlier steps; for what is posted here it waits later.
         if step.sends or step.receives:
             sends = [(hop, self._rows_of(hop)) for hop in step.sends]
             receives = [(hop, self._buffer(hop)) for hop in step.receives]
             for hop, buffer, wait in self._messages.post(sends, receives, "block"):
                 self._arriving[hop.moving, hop.owner] = buffer, wait
-        # After posting: where an inner hop is due at once, both ends must have posted it before either waits.
+        # After posting, because a hop may be due in the very step that posts it (an inner ring of two, short blocks).
         self._messages.finish_sends(index)
 
     def __getitem__(self, step: Step) -> Block:
@@ -169,6 +170,7 @@ class BlockStore:
 
     def drop(self, step: Step) -> None:
         """Free the blocks that are not needed after a step."""
+        # A block that was passed on may still be under way: the wait of its send holds the buffer until the hop is due.
         for owner in step.last_use:
             self._here.pop((step.moving, owner), None)
 
@@ -193,6 +195,9 @@ class Returns:
 
     `home` is the sum for the rank's own block, to which others' parts are added as they arrive; `wire` the form in
     which sums travel.
+
+    Results use communicators of their own. NCCL carries out the messages of one communicator in the order in which they
+    were posted, so on those of the blocks the next block would wait behind results that are due later.
     """
 
     def __init__(self, rings: Rings, steps: Sequence[Step], home: PartialSum, wire: Form, ring_rank: int) -> None:
@@ -218,8 +223,10 @@ class Returns:
         for hop, buffer, wait in self._arriving.pop(index, ()):
             wait()
             part, start, rows = Block(self._wire, buffer), 0, self._rows[hop.owner]
+            # A sum that arrives before anything was computed for its block, for the same rows and unrounded, need not
+            # be added to anything: its buffer becomes the sum here, and is sent on in its turn.
             if hop.owner not in self._sums and hop.rows == rows and self._sum(hop.owner).begin(part.parts):
-                self._begun[hop.owner] = part  # what is computed here is added to it, and it is sent on
+                self._begun[hop.owner] = part
                 continue
             for run in hop.rows:
                 stop = start + run[1] - run[0]
@@ -232,6 +239,8 @@ class Returns:
         return self._sums[owner]
 
     def _outgoing(self, hop: Hop) -> torch.Tensor:
+        # Writing rounds to the communication dtype. The wide sum is dropped at once: until the hop is due its rounded
+        # copy is all that this rank has of it.
         block = self._begun.pop(hop.owner, None) or Block(self._wire, self._buffer(hop))
         self._sum(hop.owner).write(block.parts)
         del self._sums[hop.owner]

@@ -44,7 +44,9 @@ class Attention2D(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         *saved, sink, up_weight = ctx.saved_tensors
         shares = shares_of(saved, ctx.kv_form)
-        # Unless the graph is retained, `shares` must be all that holds these tensors: `backward_pass` frees them.
+        # `saved`, the context and `shares` hold the same tensors. `backward_pass` frees each part of the heads as it
+        # is done with it, and that frees memory only if `shares` alone is left. (With a retained graph the context
+        # keeps them.)
         saved.clear()
         ctx.maybe_clear_saved_tensors()
         return *backward_pass(dout, shares, sink, up_weight, ctx.call), None
@@ -68,6 +70,9 @@ def forward_pass(
     call: Call,
 ) -> tuple[torch.Tensor, list[Share]]:
     """The output for this rank's tokens; and the shares, which the backward pass needs."""
+    # A checkpoint that replays this call may have kept the ring's result, or also what both all-to-alls gave. Then only
+    # what is missing is computed again: nothing, the all-to-alls, or everything. What comes of it is offered to a stash
+    # in any case, because checkpoints may be nested.
     parts = call.parts
     shapes = (tuple(x.shape) for x in (q, k, v))
     signature = (*shapes, call.options.mask, call.rules.dropout, call.head_parts)
@@ -101,6 +106,9 @@ def _exchange_and_attend(
     known: list[tuple[torch.Tensor, torch.Tensor] | None],
 ) -> tuple[torch.Tensor, list[Share]]:
     """As `forward_pass`; known: out and lse of each part, where a checkpoint kept them and the ring need not run."""
+    # A pipeline of two stages: the all-to-all of the next part is posted before the ring of this one, and this one's
+    # output is sent back while the next ring runs. All outputs are awaited after the last ring, and each part's heads
+    # are written where they belong in one tensor of all heads.
     parts, q_exchange = call.parts, call.exchanges[0]
     into = [q.new_empty(*q.shape[:3], call.value_dim)] if len(parts) > 1 else None
     shares: list[Share] = []
@@ -138,6 +146,7 @@ def backward_pass(
         (dout_share,) = arriving()
         if i + 1 < len(parts):  # this part's ring hides it
             arriving = q_exchange.split([dout], [parts[i + 1].shares.query], "the output's gradient")
+        # Popped, so that these names alone hold the part: the `del` below frees it.
         q_share, kv, out_share, lse = shares.pop(0)
         plan = part.plan(sink, up_weight, part.moving_backward(Form.like(q_share), kv.form))
         grads = list(ring_backward(dout_share, q_share, kv, out_share, lse, plan))
@@ -159,6 +168,8 @@ def backward_pass(
 
 def _split_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Pending[tuple[torch.Tensor, Block]]:
     """Begin the all-to-all of q, k and v; what it returns waits for q and the KV block of this rank's heads."""
+    # k and v are received straight into views of the KV block that will go round the ring, and kernels read the same
+    # views: nothing is copied between the all-to-all and the first hop.
     shares, (q_layout, kv_layout), (q_exchange, kv_exchange) = call.shares, call.layouts, call.exchanges
     form = call.kv_form(k, v)
     kv = Block(form, form.buffer(call.rows_after_exchange(kv_layout), k.device))

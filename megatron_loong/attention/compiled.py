@@ -104,6 +104,8 @@ def _call(
 
 def _apart(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Dense, and no two of them in one buffer: what an operator may return."""
+    # The compiler plans memory by results, so no two of an operator's results may share a buffer, as a kernel's dk and
+    # dv may, or without a head group q and the part of it that is saved.
     found: dict[int, torch.Tensor] = {}
     results = []
     for x in tensors:
@@ -192,7 +194,6 @@ def _attention_backward(
     call = _call((q, k, v), sink, cu_seqlens, (groups, words, numbers, seq_len, kv_seq_len))
     with torch.no_grad():
         grads = backward_pass(dout, shares_of(saved, call.parts[0].kv_form(k, v)), sink, None, call)
-    # A ring sums dk and dv in one buffer, and wide inputs keep it.
     return _apart(*(x for x in grads if x is not None))
 
 
@@ -204,6 +205,7 @@ def _(dout, saved, sink, cu_seqlens, q_shape, k_shape, v_shape, *asked):
 
 def _set_up(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
     q, k, v, sink, cu_seqlens, *asked = inputs
+    # Where the operator left q and out empty, because they are the operator's own input and result, put them back.
     out, *saved = output
     if not saved[0].numel():
         saved[0], saved[2] = q, out

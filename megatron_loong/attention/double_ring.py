@@ -16,6 +16,7 @@ from megatron_loong.attention.merge import OnlineSoftmax, Part, PartialSum, rows
 from megatron_loong.attention.plan import RingPlan
 from megatron_loong.kernels.interface import TileRules
 from megatron_loong.kernels.max_logit import raise_to_max_logits_
+from megatron_loong.kernels.row_ops import Tensors
 from megatron_loong.schedule.packs import Pack
 from megatron_loong.schedule.rotation import Moving
 from megatron_loong.schedule.steps import Step
@@ -29,6 +30,8 @@ def ring_forward(q: torch.Tensor, kv: Block, plan: RingPlan) -> tuple[torch.Tens
     [s, b, h] in float32 (float64); a row that no key is visible to has out 0 and lse -inf.
     """
     result = OnlineSoftmax(q, plan.value_dim)
+    # Without a ring, and with one tile, the kernel's result is the answer: the sum hands a single part of all rows on
+    # as it is, and only a sink is merged in.
     if plan.one_call:
         k, v = kv.parts
         (tile,) = plan.forward[0].tiles
@@ -43,13 +46,15 @@ def ring_forward(q: torch.Tensor, kv: Block, plan: RingPlan) -> tuple[torch.Tens
     for index, step in enumerate(plan.forward):
         blocks.post(index, step)  # hops that the tiles of this step hide
         tiles = plan.calls_of(step, batch=q.shape[1])
+        # A softmax over keys that come block by block: each tile gives out and lse of its keys alone, and lse says how
+        # much its out weighs in the whole. So blocks may come in any order, and every rank has another one.
         if step.moving == "kv":
             for tile in tiles:
                 result.add(tile.q, _attend(tile, step, q, kv, blocks, plan))
         else:  # the output of queries that are only visiting returns to their rank
             visiting = [(tile.q, _attend(tile, step, q, kv, blocks, plan)) for tile in tiles]
             returns["q"].exchange(index, step, visiting)
-            visiting.clear()
+            visiting.clear()  # what was sent on is freed now, not when the next step's tiles are done
         blocks.drop(step)
     return result.finish(plan.sink)
 
@@ -62,6 +67,8 @@ def ring_backward(
     KV goes round again, or the queries do, with what their gradient needs. The gradient of what moves returns on
     communicators of its own, in ring_size - 1 hops (`schedule.routes.own_last_order`).
     """
+    # Each tile needs only the global lse to know its weights, so tiles are independent, in any order: dq of a tile is a
+    # part of the sum for its rows, dk and dv are parts of the sums for its keys.
     queries = dout, q, out, lse
     if plan.one_call:  # nothing to add up, and so nothing to widen
         k, v = kv.parts
@@ -77,19 +84,16 @@ def ring_backward(
         blocks.post(index, step)  # hops that the tiles of this step hide
         tiles = plan.calls_of(step, batch=q.shape[1])
         grads = [_gradients(tile, step, queries, kv, blocks, plan) for tile in tiles]
-        # Of queries or of keys and values: one part returns to the owner of the block, the other is summed here.
+        # Gradients of the side that moves return to the owner of the block, those of the other side are summed here.
+        # The returned ones come first, so that their hop is on its way while the others are summed.
         returned, kept = (1, 0) if step.moving == "kv" else (0, 1)
         returns[step.moving].exchange(index, step, [pair[returned] for pair in grads])
         for pair in grads:
             (dq, dkv)[kept].add(*pair[kept])
-        grads.clear()  # before the next blocks take memory
+        grads.clear()  # or a step's gradients would live on while the next step's tiles are computed
         blocks.drop(step)
     (dq_rows,), (dk, dv) = dq.result(dout.dtype), dkv.result(dout.dtype)
     return dq_rows, dk, dv
-
-
-Queries = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""dout, q, out [s, b, h, ...] and lse [s, b, h] of the same rows."""
 
 
 def _attend(
@@ -104,13 +108,17 @@ def _attend(
 
 
 def _gradients(
-    tile: Tile | Pack, step: Step, queries: Queries, kv: Block, blocks: BlockStore, plan: RingPlan
+    tile: Tile | Pack, step: Step, queries: Tensors, kv: Block, blocks: BlockStore, plan: RingPlan
 ) -> tuple[Part, Part]:
-    """Rows of one tile with dq, and rows with dk and dv, all [s, b, heads, d]; waits for the step's block."""
+    """Rows of one tile with dq, and rows with dk and dv, all [s, b, heads, d]; waits for the step's block.
+
+    queries: dout, q, out [s, b, h, ...] and lse [s, b, h] of this rank.
+    """
     rules = plan.rules_of(tile, step, queries[0].device)
     if step.moving == "kv":
         kv = blocks[step]
     k, v = rows_of(kv.parts, tile.kv)
+    # Own queries are here whole. Visiting ones have come without `out`, but with the row sums for which it is needed.
     if step.moving == "kv" or step.owner == plan.ring_rank:
         dout, q, out, lse = rows_of(queries, tile.q)
     else:
@@ -137,7 +145,7 @@ def _returns(
     }
 
 
-def _travelling(queries: Queries) -> Block:
+def _travelling(queries: Tensors) -> Block:
     """What of the queries travels backward: lse, delta [s, b, h], q and dout."""
     dout, q, out, lse = queries
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
@@ -149,6 +157,8 @@ def out_with_delta(dout: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 
     Kernels ask for out only to form delta. That spares a third of the bytes of (q, out, dout).
     """
+    # out = dout * delta / |dout|^2 has the right row sum. Dividing dout by its largest element first keeps the square
+    # from overflow and underflow.
     unit = dout.to(delta.dtype, copy=True)  # widened first: a pass over two dtypes takes a CPU ten times as long
     largest = torch.maximum(unit.amax(-1, keepdim=True), unit.amin(-1, keepdim=True).neg_())
     largest.clamp_min_(torch.finfo(delta.dtype).tiny)
@@ -169,7 +179,7 @@ def tile_forward(
 
 
 def tile_backward(
-    queries: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor, rules: TileRules, plan: RingPlan
+    queries: Tensors, k: torch.Tensor, v: torch.Tensor, rules: TileRules, plan: RingPlan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [s, b, heads, d] of rows of the same layout."""
     dout, q, out, lse = map(_bshd, queries)

@@ -28,6 +28,8 @@ class PlainHeads:
     """The block as it is, or, where the kernel's own rule does not fit, one KV head per query head."""
 
     def __init__(self, places: tuple[int, ...] | None) -> None:
+        # A kernel has query head i read KV head i // (h // g). Where a rank's query heads begin or end in the middle of
+        # a KV head's readers that would be wrong; with a copy of its KV head for each query head it is right.
         self._places = places
         """`HeadShares.kv_of_query`."""
 
@@ -69,6 +71,8 @@ class LatentHeads:
 
     def expand(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latent and k_rope -> k [b, s, h, d_nope + d_rope], v [b, s, h, dv]."""
+        # Expanded for one tile at a time, and forgotten after it: keys and values of all heads never exist for more
+        # than a tile, and the backward pass expands them again.
         up = torch.einsum("bsr,her->bshe", k.squeeze(2), self._weight)
         rope = v.expand(-1, -1, up.shape[2], -1)
         return torch.cat([up[..., : self._nope], rope], -1), up[..., self._nope :]

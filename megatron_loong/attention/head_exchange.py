@@ -67,7 +67,8 @@ class HeadExchange:
         )
         pending = all_to_all(send, given, lengths, self.handle, what)
         order = _order(self.layout, self.ring_rank, send.device)
-        forms = [(x.shape, x.dtype) for x in tensors]  # not the tensors: their memory may go
+        # `finish` must not refer to the tensors: they are packed, and the caller may free them while messages travel.
+        forms = [(x.shape, x.dtype) for x in tensors]
 
         def finish() -> list[torch.Tensor]:
             parts = row.columns_of(pending().view(sum(tokens), row.widths[me]), me)
@@ -108,6 +109,8 @@ class HeadExchange:
         pending = all_to_all(send, given, lengths, self.handle, what)
 
         def finish() -> list[torch.Tensor]:
+            # Into a tensor of all heads goes one part of the heads after another, so nothing may be summed there: with
+            # parts every KV head has one reader (`HeadShares.most_parts`).
             received = pending()
             results = []
             for index, ((shape, dtype), heads) in enumerate(zip(forms, shares, strict=True)):
@@ -151,6 +154,8 @@ def _row_of(tensors: Sequence[torch.Tensor], shares: Sequence[Shares]) -> _Row:
 @functools.lru_cache(maxsize=256)
 def _row(head_sizes: tuple[int, ...], shares: tuple[Shares, ...]) -> _Row:
     """head_sizes: elements that one token has of a head of each tensor."""
+    # Where q, k and v have the same shares for every peer, a token's row is alike for all, and one strided copy packs a
+    # tensor for all peers. Uneven heads, or a KV head that goes to two peers, take a copy for each peer.
     peers = zip(*shares, strict=True)
     starts = [
         tuple(starts_of(n * len(heads) for n, heads in zip(head_sizes, of_peer, strict=True))) for of_peer in peers

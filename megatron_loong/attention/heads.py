@@ -27,6 +27,8 @@ class HeadShares:
         usual rule, query head i reads KV head i // (h // g)."""
         query, kv = self.query[head_rank], self.kv[head_rank]
         places = tuple(head // self.group_size - kv.start for head in query)
+        # Kernels repeat each KV head equally often. A share that begins or ends in the middle of a KV head's readers
+        # has them unequally often.
         each, rest = divmod(len(query), len(kv))
         if not rest and places == tuple(i // each for i in range(len(query))):
             return None
@@ -35,6 +37,8 @@ class HeadShares:
     @functools.cached_property
     def most_parts(self) -> int:
         """Into how many parts with KV heads of their own the shares can be cut; 1 unless all ranks' are alike."""
+        # Of a KV head that two ranks hold, one may have it in the first part and the other in the second. But the parts
+        # of the gradient are written one beside the other, not summed.
         each = len(self.kv[0])
         alike = self.kv == tuple(range(i * each, (i + 1) * each) for i in range(len(self.kv)))
         return each if alike else 1

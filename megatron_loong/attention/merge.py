@@ -58,6 +58,8 @@ class PartialSum:
 
     def add(self, rows: slice, tensors: Tensors) -> None:
         """Take in a part. It is kept, not copied: nobody else may write to it."""
+        # Adding a part at once would read and write the whole sum for it. So parts wait, as far as memory allows, and
+        # one pass reads each of them and writes the sum once.
         size = (rows.stop - rows.start) * self._row_size * tensors[-1].itemsize  # lse is next to nothing
         most = waiting_bytes(self._rows * self._row_size * self.wide.itemsize)
         if self._waiting and self._waiting_bytes + size > most:
@@ -73,12 +75,15 @@ class PartialSum:
             ((rows, tensors),) = self._waiting
             if rows == slice(0, self._rows) and tensors[-1].dtype == dtype:
                 return tensors
+        # The sum so far is updated in place if it is already in the dtype that is wanted; else the last pass rounds.
         into = self._sum if self._sum is not None and dtype == self.wide else self._empty(dtype)
         self.write(into)
         return into
 
     def write(self, into: Tensors) -> None:
         """Write the sum into tensors of any dtype, and forget what came."""
+        # Rows of the sum that no waiting part touches are left alone in place, copied into another tensor, and cleared
+        # if nothing has come for them at all.
         whole = slice(0, self._rows)
         for rows, parts in _by_rows(self._waiting, whole):
             target = rows_of(into, rows)
@@ -117,6 +122,8 @@ class OnlineSoftmax(PartialSum):
         sink [h] gives every row one more score that has no value (softmax off by one: sink = 0): a part with out = 0.
         A row that saw no key keeps out = 0 under a sink of -inf, which adds nothing.
         """
+        # One more part that attends to the sink alone: its lse is the sink's score. It joins the last pass over memory,
+        # and being expanded from [h] takes none itself.
         if sink is not None:
             lse_shape, out_shape = ((self._rows, *x) for x in self.row_shapes)
             part = sink.to(self.wide).expand(lse_shape), sink.new_zeros(out_shape[-1]).expand(out_shape)
@@ -148,6 +155,8 @@ def _by_rows(parts: Sequence[Part], whole: slice) -> Iterator[tuple[slice, list[
     if all(rows == whole for rows, _ in parts):
         yield whole, [tensors for _, tensors in parts]
         return
+    # A sweep over the rows. `beginning` has the parts that are still ahead, the next one last; `present` those that
+    # cover the current run, as indices, because the sum is to be in the order in which parts came, in any sweep.
     cuts = sorted({whole.start, whole.stop, *(cut for rows, _ in parts for cut in (rows.start, rows.stop))})
     beginning = sorted(range(len(parts)), key=lambda i: -parts[i][0].start)
     present: list[int] = []
@@ -169,5 +178,7 @@ def rows_of(tensors: Tensors, rows: slice, first: int = 0) -> Tensors:
 
 def sink_gradient(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
     """Gradient [h] of `sink` from these rows: dout, out [s, b, h, d], lse [s, b, h], both with the sink."""
+    # The sink's softmax weight is exp(sink - lse). It has no value, so its score's gradient is weight * (0 - delta).
+    # `finite` is for rows without a key under a sink of -inf: -inf less an lse of -inf would be NaN.
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     return -((sink.to(lse.dtype) - finite(lse)).exp() * delta).sum((0, 1)).to(sink.dtype)

@@ -85,6 +85,8 @@ class AttentionOptions:
 
         Where ranks get different numbers of heads, it is about the first rank, which gets most.
         """
+        # A rank whose heads do not follow the kernel's rule gives each query head a copy of its KV head
+        # (`expansion.PlainHeads`). All ranks must choose one kernel, so if one does, the request is made for that.
         shares, mask = head_shares(q.shape[2], k.shape[2], head_parallel_size), self.mask
         usual_rule = all(shares.kv_of_query(rank) is None for rank in range(head_parallel_size))
         query_heads = len(shares.query[0])

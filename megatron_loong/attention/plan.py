@@ -113,7 +113,9 @@ class Call:
             config.inner_ring_size,
             least_rows_to_cut=config.least_rows_to_cut,
         )
-        # Gradients that are rounded to travel go straight to the first rank of a ring: rounded once, not once a hop.
+        # A sum that goes from rank to rank is rounded to the communication dtype at every hop. So narrow gradients go
+        # straight to the first rank of each ring, which sums them in float32: each part is rounded once for each ring
+        # that it crosses. Wide ones lose nothing on the way and take the chain, in which every rank sends one sum.
         narrow = self.wire_dtype.itemsize < torch.float32.itemsize
         dropout = self.rules.dropout and replace(self.rules.dropout, first_head=heads.start)
         expansion: Expansion = PlainHeads(self.shares.kv_of_query(self.head_rank))
@@ -165,6 +167,8 @@ class RingPlan:
     @property
     def one_call(self) -> bool:
         """Whether one call of the kernel, on all rows and keys, is the whole attention: nothing to merge or add up."""
+        # More than one step is a ring; more than one tile a mask or a pack that no single window describes. And the
+        # kernel must take the tile as it is, not cut in two (`squared`).
         if len(self.forward) != 1:
             return False
         tiles = self.forward[0].tiles
@@ -188,6 +192,7 @@ class RingPlan:
 
     def packs(self, batch: int) -> bool:
         """Whether the kernel takes many documents at once, and nothing depends on the places of a tile."""
+        # Dropout and QK-clip are worked out tile by tile, each tile being of one document.
         independent = self.rules.dropout is None and self.max_logits is None
         return independent and batch == 1 and getattr(self.kernel, "packs", False)
 

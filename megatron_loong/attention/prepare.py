@@ -24,6 +24,8 @@ def prepare(
     qkv: Tensors, groups: LoongGroups, options: AttentionOptions, arguments: CallArguments
 ) -> tuple[Tensors, Call]:
     """q, k, v sequence first, and all else that the call needs. Errors are those of `attention_2d`."""
+    # Drawn before the ranks compare their arguments: generators that differ are an error in the first call, and not
+    # masks that differ from rank to rank.
     if options.dropout_p and arguments.dropout_seed is None:
         arguments = arguments._replace(dropout_seed=int(torch.randint(2**62, ())))
     qkv, held = _checked_on_all_ranks(qkv, groups, options, arguments)
@@ -129,6 +131,8 @@ def _layouts(
         assert held is not None
         seq_len, keys = (sum(side) for side in zip(*held, strict=True))
         kv_seq_len = keys if kv_seq_len is None else kv_seq_len
+    # If the ranks compared, each of them knows all lengths and checks them all, so that all raise or none does. Else a
+    # rank can look at its own alone.
     layouts = layouts_of(config, seq_len, arguments.cu_seqlens, kv_seq_len, arguments.cu_seqlens_kv)
     for rank, counts in enumerate(held) if held is not None else [(groups.logical_rank, mine)]:
         for name, count, layout in zip(("q", "k and v"), counts, layouts, strict=True):

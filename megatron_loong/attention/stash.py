@@ -90,6 +90,7 @@ class Stash:
 
     def next(self, signature: tuple[Any, ...]) -> Kept | None:
         """The next entry; None from the second replay on. `RuntimeError` when the first run went another way."""
+        # Entries are dropped when they are handed out, so only the first replay finds any.
         if self._replays > 1:
             return None
         recorded, restore = self._entries.pop() if self._entries else (None, None)
@@ -103,6 +104,7 @@ class Stash:
 
     def add(self, signature: tuple[Any, ...], tensors: Tensors) -> None:
         """Keep one entry: the tensors of a `Kept`."""
+        # What `park` returns is all that is kept: if it has them on the host, their device memory can be freed.
         self._entries.append((signature, self._park(tensors)))
 
 
@@ -113,6 +115,8 @@ def take(*signature: Any) -> Kept | None:
     """
     if _thread.level == "nothing":
         return None
+    # Nested checkpoints: every stash that replays must move on by one entry, whichever entry is used. The innermost is
+    # the last of the stack.
     kept = None
     for stash, mode in _thread.stack:
         if mode == "replay":

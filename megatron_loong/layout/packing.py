@@ -52,6 +52,8 @@ def packed_layout(config: LoongConfig, documents: tuple[int, ...]) -> TokenLayou
     if config.pack_layout == "contiguous":
         return TokenLayout(documents, tuple(_cut([(0, total)], rank_tokens)), hp)
     room = [sum(rank_tokens[r * hp : (r + 1) * hp]) for r in range(ring)]
+    # Which length to cut from depends on all documents, so it is tried: from "all whole" down in halves, until
+    # attention is balanced. Each further try cuts more documents, and cut documents cost communication.
     best: tuple[float, list[list[Run]]] | None = None
     longest_whole = max(room)
     while best is None or (best[0] > BALANCE_AIM and longest_whole):
@@ -100,6 +102,8 @@ def padded_layout(config: LoongConfig, lengths: tuple[int, ...], documents: tupl
     >>> layout.documents, layout.padding
     ((0, 3, 4, 8), frozenset({1}))
     """
+    # Tokens and padding of a document live together, where the documents with padding put them. For attention they are
+    # two documents, of which the second attends to nothing.
     ends, padding = [0], []
     for index, ((start, stop), (a, b)) in enumerate(
         zip(itertools.pairwise(documents), itertools.pairwise(lengths), strict=True)
@@ -201,6 +205,10 @@ def _causal_pairs(documents: Sequence[int], run: Run) -> int:
 
 def _dealt(documents: Sequence[int], room: Sequence[int], longest_whole: int) -> list[list[Run]]:
     """Runs by ring rank: documents over `longest_whole` in zigzag, the others whole where there is room."""
+    # Tokens are shared out exactly, so that nothing is padded; attention only as evenly as documents allow. Long ones
+    # come first, in zigzag, which gives every rank the same of both. Then short ones, the longest first, each to the
+    # rank with the least attention so far that has room: the usual greedy rule for equal loads. What fitted nowhere
+    # whole fills the room that is left, the largest first.
     ring = len(room)
     left = list(room)
     pieces: list[list[Run]] = [[] for _ in room]
@@ -220,6 +228,7 @@ def _dealt(documents: Sequence[int], room: Sequence[int], longest_whole: int) ->
             continue
         cuts = [start + i * (stop - start) // (2 * ring) for i in range(2 * ring + 1)]
         for i in range(2 * ring):
+            # Chunks are rounded differently in each document, so the last ones may find a rank full.
             rank = min(i, 2 * ring - 1 - i)
             fits = min(cuts[i + 1] - cuts[i], left[rank])
             place(rank, cuts[i], cuts[i] + fits)
@@ -227,6 +236,7 @@ def _dealt(documents: Sequence[int], room: Sequence[int], longest_whole: int) ->
     least_loaded = [(load[rank], rank) for rank in range(ring)]
     heapq.heapify(least_loaded)
     for start, stop in sorted(short, key=lambda run: run[0] - run[1]):
+        # Ranks that are too full for this document may have room for a shorter one: they are put back afterwards.
         passed = []
         while least_loaded and left[least_loaded[0][1]] < stop - start:
             passed.append(heapq.heappop(least_loaded))

@@ -49,6 +49,7 @@ def largest_inner_ring_size(
     >>> largest_inner_ring_size(16, 2, "context_first", cp_ranks_in_node=4)
     4
     """
+    # A group's ranks are numbered node by node, so two of them share a node if they divide to the same number.
     for w in reversed(divisors(context_parallel_size // head_parallel_size)):
         config = LoongConfig(context_parallel_size, head_parallel_size, w, placement)
         rings = group_members(config, "inner")

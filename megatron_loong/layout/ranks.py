@@ -15,11 +15,6 @@ class Coordinates(NamedTuple):
     inner: int
 
 
-def _axis_sizes(config: LoongConfig) -> dict[str, int]:
-    assert config.inner_ring_size is not None
-    return {"head": config.head_parallel_size, "outer": config.outer_ring_size, "inner": config.inner_ring_size}
-
-
 def coordinates_of(config: LoongConfig, cp_rank: int) -> Coordinates:
     """Coordinates of `cp_rank` (its index among the ranks given to `build_groups`) under the placement.
 
@@ -33,23 +28,12 @@ def coordinates_of(config: LoongConfig, cp_rank: int) -> Coordinates:
     if not 0 <= cp_rank < config.context_parallel_size:
         raise ValueError(f"cp_rank={cp_rank} is outside range({config.context_parallel_size})")
     # A number with mixed bases: the fastest-varying axis is its last digit.
-    sizes, place = _axis_sizes(config), {}
+    assert config.inner_ring_size is not None
+    sizes = {"head": config.head_parallel_size, "outer": config.outer_ring_size, "inner": config.inner_ring_size}
+    place = {}
     for axis in config.axis_order:
         cp_rank, place[axis] = divmod(cp_rank, sizes[axis])
     return Coordinates(**place)
-
-
-def cp_rank_of(config: LoongConfig, coordinates: Coordinates) -> int:
-    """The inverse of `coordinates_of`.
-
-    >>> cp_rank_of(LoongConfig(8, 2, 2, "context_first"), Coordinates(head=1, outer=0, inner=1))
-    5
-    """
-    sizes, rank, stride = _axis_sizes(config), 0, 1
-    for axis in config.axis_order:
-        rank += getattr(coordinates, axis) * stride
-        stride *= sizes[axis]
-    return rank
 
 
 def ring_rank_of(config: LoongConfig, coordinates: Coordinates) -> int:

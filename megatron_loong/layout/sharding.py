@@ -77,6 +77,8 @@ def layouts_of(
 
     Raises `ValueError` as `layout_of` and `paired_layouts`.
     """
+    # Self-attention must get one object, not two equal ones: callers see by `is` that q, k and v may go through in one
+    # message.
     kv_seq_len = seq_len if kv_seq_len is None else kv_seq_len
     if cu_seqlens_kv is None and (kv_seq_len == seq_len or cu_seqlens is None):
         layout = layout_of(config, seq_len, cu_seqlens)
@@ -127,6 +129,7 @@ def _layout_of_rows(config: LoongConfig, seq_len: int, begins: torch.Tensor) -> 
             f"cu_seqlens of bool must be [b, S] with a place for each of the {seq_len} tokens, the rows of a batch "
             f"joined into one sequence (q.reshape(1, -1, h, d)); got {list(begins.shape)}"
         )
+    # The rows of a batch as one sequence: every row begins a document, whatever the mask says of its first token.
     rows, length = begins.shape
     inside = [] if begins.device.type == "meta" else begins.flatten().nonzero().flatten().tolist()
     documents = sorted({*inside, *range(0, seq_len + 1, length)})

@@ -75,6 +75,8 @@ class TokenLayout:
     def ring_order(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """By ring rank: (head, index into that rank's runs) of every run that its head group holds, in the order in
         which it holds them after the all-to-all: that of the sequence."""
+        # The ranks of a head group hold neighbouring chunks. After the all-to-all each of them has all tokens of the
+        # group, and in the order of the sequence these are few and long runs: two in zigzag, whatever the group's size.
         hp = self.head_parallel_size
         return tuple(
             tuple(

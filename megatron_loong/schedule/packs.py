@@ -49,6 +49,8 @@ def packed(tiles: Sequence[Tile]) -> list[Tile | Pack]:
 def _fits(window: Window, tile: Tile) -> bool:
     """Whether a window does to a tile what its own does: each side is the same, or both reach beyond the tile."""
     rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+    # Counted from the bottom right, no key is more than keys - 1 places before a row, or rows - 1 after it: a bound
+    # beyond that bounds nothing.
     return all(
         mine == other or (_beyond(mine, reach) and _beyond(other, reach))
         for mine, other, reach in zip(tile.window, window, (keys - 1, rows - 1), strict=True)

@@ -85,21 +85,11 @@ def own_last_order(outer_ring_size: int, inner_ring_size: int) -> list[Place]:
     >>> [tuple(place) for place in own_last_order(2, 2)]
     [(0, 1), (1, 1), (1, 0), (0, 0)]
     """
+    # The entry rank of round j is at inner place 0. The results of the others of its ring have reached it by the time
+    # it adds its own part. The owner is the entry rank of its own ring, and adds up those of the outer ring too.
     places = [Place(j, i) for j in range(outer_ring_size) for i in (*range(1, inner_ring_size), 0)]
     places.remove(OWN)
     return [*places, OWN]
-
-
-def kv_visit_order(ring_rank: int, ring_size: int, inner_ring_size: int) -> list[int]:
-    """Ring ranks whose KV this rank attends to in the forward pass, in order, its own first.
-
-    >>> kv_visit_order(0, ring_size=4, inner_ring_size=1)   # one ring
-    [0, 3, 2, 1]
-    >>> kv_visit_order(0, ring_size=4, inner_ring_size=2)   # two rings of two
-    [0, 1, 2, 3]
-    """
-    order = forward_order(ring_size // inner_ring_size, inner_ring_size)
-    return [place.owner(ring_rank, ring_size, inner_ring_size) for place in order]
 
 
 class Edge(NamedTuple):
@@ -171,6 +161,8 @@ class Routes:
         far = 2 * (q_rank - kv_rank) > self.ring_size
         if self.share != "all" and far != (self.share == "far"):
             return None
+        # A document of which one rank holds everything is looked at with that rank's own block alone: in a pack of many
+        # short documents that leaves almost nothing to look at for all other pairs.
         q, kv = self._held if ring_rank == owner else self._shared
         return q[q_rank], kv[kv_rank]
 
@@ -233,6 +225,7 @@ class Routes:
         former and sends one of the latter, unless it is passed over.
         """
         # Blocks that travel whole take the same hops if they have the same length, so these are worked out once.
+        # Causal zigzag and full attention have such blocks: one computation then serves all owners.
         key = backward, self.block_rows(owner) if self.whole_blocks else owner
         if key not in self._known_edges:
             self._known_edges[key] = self._make_edges(owner, backward)
@@ -254,6 +247,7 @@ class Routes:
                 target = chain[0] if self.direct_returns or k + 2 == len(chain) else chain[k + 2]
                 back.append(Edge(place, target, gathered[k], step[place], step[place] + 1))
 
+        # First inside each inner ring, from its entry rank on; then along the outer ring, between entry ranks.
         rounds = self._rounds(owner)
         for chain in rounds:
             needs = [self._need(place, owner) for place in chain[1:]]
@@ -311,6 +305,7 @@ class Routes:
         step 0, half of the own block. Where own blocks are too short to be halved, the entry rank passes the block on
         one step later instead: the outer hop, the slower one, then has a step to hide in, and the inner hop has none.
         """
+        # Posted while the sender attends to the block, a hop has the tiles of that step to hide in.
         if not self.own_last(backward) or sender.inner:
             return step[sender]
         if self.inner_ring_size == 1:

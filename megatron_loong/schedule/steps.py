@@ -99,6 +99,8 @@ def ring_schedule(
     queries. Every rank then computes about half of the ring's blocks (LightSeq, DISTFLASHATTN, arXiv 2310.03294,
     section 3.2).
     """
+    # Queries of ring rank i see the keys of ranks 0 to i, so the last rank would have all blocks to attend to, and the
+    # first one. Where the rank of the queries is more than half a ring after that of the keys, the latter computes.
     contiguous = all(len(q.ring_runs(rank)) <= 1 for rank in range(q.ring_size))
     if contiguous and q is kv and q.ring_size > 2 and mask == Mask(right=0) and len(q.documents) == 2:
         near = Routes(q, kv, mask, inner_ring_size, "kv", direct_returns, least_rows_to_cut, "near")
@@ -118,6 +120,8 @@ def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple
     last_use: defaultdict[int, list[int]] = defaultdict(list)
 
     def add(kind: str, edge: Edge, owner: int, other: Place) -> None:
+        # A hop changes one coordinate. Both of its ends find the same message, seen from either side, because both read
+        # it from the owner's edges, with the same steps to post it and to have it.
         ring = "outer" if edge.sender.inner == edge.receiver.inner else "inner"
         peer = divmod(routes.place_rank(other, owner), routes.inner_ring_size)[ring == "inner"]
         hop = Hop(ring, peer, routes.moving, owner, edge.rows, edge.due + first)
@@ -126,6 +130,7 @@ def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple
     # Seen from this rank, step `index` is that of the owner for whose block this rank stands at `place`. Of the hops of
     # that block, those that begin or end at `place` are this rank's.
     blocks: list[Step] = []
+    # Every rank visits the places in the same order, so the blocks that ranks attend to in one step are all different.
     for index, place in enumerate(routes.order(backward)):
         owner = place.owner(ring_rank, routes.ring_size, routes.inner_ring_size)
         there, back = routes.edges(owner, backward)
@@ -144,6 +149,7 @@ def _steps(routes: Routes, ring_rank: int, backward: bool, ahead: bool) -> tuple
                 add("return_sends", edge, owner, edge.receiver)
             elif edge.receiver == place:
                 add("return_receives", edge, owner, edge.sender)
+        # A block is dropped after its last reader here: a tile, or a hop, whose message keeps the buffer from then on.
         last_use[used + first].append(owner)
         tiles = [_placed(tile, routes.moving, rows) for tile in routes.tiles(ring_rank, owner)] if rows else []
         blocks.append(Step(routes.moving, owner, rows, tuple(tiles), return_rows=return_rows))
@@ -173,7 +179,8 @@ def _interleaved(first: Iterable[Step], second: Iterable[Step]) -> tuple[Step, .
     def turn(hops: Iterable[Hop], offset: int) -> tuple[Hop, ...]:
         return tuple(hop._replace(due=2 * hop.due + offset) for hop in hops)
 
-    # Step i of the two lists becomes steps 2i and 2i + 1. Blocks are due before either computes, results after both.
+    # Step i of the two lists becomes steps 2i and 2i + 1, the first of which posts the blocks of both kinds: each then
+    # has the tiles of two steps to hide in. Blocks are due at an even step, results of a kind at the next of its own.
     steps: list[Step] = []
     for a, b in zip(first, second, strict=True):
         sends, receives = turn((*a.sends, *b.sends), 0), turn((*a.receives, *b.receives), 0)

@@ -66,6 +66,8 @@ class Mask:
         >>> Mask(right=0).pairs(3, 3), Mask(left=1, right=0).pairs(3, 3), Mask().pairs(2, 5)
         (6, 5, 10)
         """
+        # Row i stands at key i + shift. It sees the keys below i + shift + right + 1, but not those below
+        # i + shift - left: a difference of two sums.
         shift = kv_len - q_len
         upper = 0 if self.right is None else _clipped_sum(q_len, shift + self.right + 1, kv_len)
         lower = 0 if self.left is None else _clipped_sum(q_len, shift - self.left, kv_len)
@@ -74,12 +76,16 @@ class Mask:
 
 def _clipped_sum(rows: int, first: int, cap: int) -> int:
     """Sum over i < rows of min(max(first + i, 0), cap)."""
+    # Of the rows some give 0, the next ones grow by one each (an arithmetic series), and the rest give `cap`.
     below = min(max(-first, 0), rows)
     growing = min(max(cap - first, below), rows)
     count = growing - below
     return count * (first + below) + count * (count - 1) // 2 + (rows - growing) * cap
 
 
+# FlashAttention counts a window from the bottom right: of n keys, row i of m sees key j where
+#     i + n - m - left <= j <= i + n - m + right.
+# So one mask is another window in a tile of another shape, and -1 says that a side has no bound in this tile.
 class Tile(NamedTuple):
     """One attention call: rows of the local q, rows of the visited block, and the window between them."""
 
@@ -95,6 +101,7 @@ def squared(tile: Tile) -> list[Tile]:
     >>> squared(Tile(slice(0, 2), slice(0, 6), CAUSAL))[0]
     Tile(q=slice(0, 2, None), kv=slice(0, 4, None), window=(-1, -1))
     """
+    # For kernels that count a causal window from the top left: they agree with the others on squares alone.
     rows, keys = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
     if tile.window != CAUSAL or rows == keys:
         return [tile]
@@ -134,6 +141,8 @@ def _cut(tile: Tile, share: float, least_rows: int) -> tuple[list[Tile], list[Ti
     if rows < least_rows:
         return [], [tile]
     if tile.window == CAUSAL and rows == keys > 1:
+        # Cut by rows a triangle leaves a causal part with more keys than rows, which many kernels do not take
+        # (`squared`). Cut in three, every part is a square.
         # The square below the diagonal has half of the pairs, each of the two triangles a quarter.
         middle, key = tile.q.start + rows // 2, tile.kv.start + rows // 2
         above = Tile(slice(tile.q.start, middle), slice(tile.kv.start, key), CAUSAL)
@@ -178,6 +187,8 @@ def held_segments(layout: TokenLayout, ring_rank: int) -> Held:
 
     Raises `ValueError` for a layout in which the pieces of one document are not neighbours, or not in order.
     """
+    # Pieces of a document that are neighbours here, in order, are one stretch of rows: so what a query sees of them is
+    # one interval of rows, which is what tiles are made from.
     held: Held = {}
     local, last = 0, None
     for start, stop in layout.ring_runs(ring_rank):
@@ -227,6 +238,8 @@ def tiles(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Ma
 
 def seen_rows(q: TokenLayout, kv: TokenLayout, q_held: Held, kv_held: Held, mask: Mask) -> Iterator[Run]:
     """Runs of the block `kv_held` of which a rank holding `q_held` sees every row: what `tiles` reads, found faster."""
+    # The queries of a segment follow one another, so what they see together is one interval: from where the first one
+    # begins to see to where the last one ceases to. Tiles, which say what each row sees, need not be built for it.
     left, right = (math.inf if x is None else x for x in (mask.left, mask.right))
     for document, q_segments in q_held.items():
         if document not in kv_held:
@@ -328,6 +341,8 @@ class _Band(NamedTuple):
 
 def _merged(stretches: list[_Stretch]) -> list[Tile]:
     """Neighbouring stretches joined where one window describes both: fewer and larger kernel calls."""
+    # Greedy: a stretch joins the band before it if any candidate describes all of their rows. A causal zigzag block is
+    # one call this way, though what its rows see is cut wherever a chunk begins.
     bands: list[tuple[_Band, list[_Stretch]]] = []
     for x in stretches:
         if bands and bands[-1][0].last + 1 == x.first:

@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from megatron_loong.config import AXES, CAUSAL, FULL, LoongConfig, divisors
-from megatron_loong.layout.ranks import coordinates_of, cp_rank_of, group_members, logical_rank_of
+from megatron_loong.layout.ranks import coordinates_of, group_members, logical_rank_of
 from megatron_loong.layout.sharding import token_positions
 from megatron_loong.layout.tokens import zigzag_or_contiguous
-from megatron_loong.schedule.routes import forward_order, kv_visit_order, own_last_order
+from megatron_loong.schedule.routes import forward_order, own_last_order
 from megatron_loong.schedule.steps import ring_schedule
 from megatron_loong.schedule.tiles import Mask, held_segments, tiles
 
@@ -29,8 +29,7 @@ RINGS = [(n, w) for n in (1, 2, 3, 4, 6, 8, 12) for w in divisors(n)]
 def test_coordinates_are_a_bijection() -> None:
     for config in CONFIGS:
         places = [coordinates_of(config, rank) for rank in range(config.context_parallel_size)]
-        assert len(set(places)) == len(places)
-        assert [cp_rank_of(config, place) for place in places] == list(range(len(places))), config
+        assert len(set(places)) == len(places), config
         assert sorted(logical_rank_of(config, p) for p in places) == list(range(len(places)))
 
 
@@ -97,7 +96,6 @@ def test_every_owner_is_visited_once_and_blocks_come_from_neighbours(n: int, w: 
                 for hop in sent:
                     assert hop.rows == ((0, 4),)
                     assert hop.peer == ((i + 1) % w if hop.ring == "inner" else (o + 1) % outer)
-    assert kv_visit_order(0, n, w)[0] == 0
 
 
 def test_tiles_off_the_diagonal_cost_the_same_in_zigzag() -> None:
