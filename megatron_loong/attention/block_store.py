@@ -197,7 +197,7 @@ class Returns:
     which sums travel.
 
     Results use communicators of their own. NCCL carries out the messages of one communicator in the order in which they
-    were posted, so on those of the blocks the next block would wait behind results that are due later.
+    were posted, so on those of the blocks a block would wait behind the results that were posted before it.
     """
 
     def __init__(self, rings: Rings, steps: Sequence[Step], home: PartialSum, wire: Form, ring_rank: int) -> None:

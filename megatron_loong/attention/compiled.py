@@ -104,8 +104,8 @@ def _call(
 
 def _apart(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Dense, and no two of them in one buffer: what an operator may return."""
-    # The compiler plans memory by results, so no two of an operator's results may share a buffer, as a kernel's dk and
-    # dv may, or without a head group q and the part of it that is saved.
+    # The compiler plans memory by results, so no two of an operator's results may share a buffer, as the dk and dv of a
+    # kernel may.
     found: dict[int, torch.Tensor] = {}
     results = []
     for x in tensors:

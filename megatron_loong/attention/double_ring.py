@@ -67,8 +67,8 @@ def ring_backward(
     KV goes round again, or the queries do, with what their gradient needs. The gradient of what moves returns on
     communicators of its own, in ring_size - 1 hops (`schedule.routes.own_last_order`).
     """
-    # Each tile needs only the global lse to know its weights, so tiles are independent, in any order: dq of a tile is a
-    # part of the sum for its rows, dk and dv are parts of the sums for its keys.
+    # Given the lse and out of all keys, tiles are independent, in any order: dq of a tile is a part of the sum for its
+    # rows, dk and dv are parts of the sums for its keys.
     queries = dout, q, out, lse
     if plan.one_call:  # nothing to add up, and so nothing to widen
         k, v = kv.parts
@@ -88,9 +88,8 @@ def ring_backward(
         # The returned ones come first, so that their hop is on its way while the others are summed.
         returned, kept = (1, 0) if step.moving == "kv" else (0, 1)
         returns[step.moving].exchange(index, step, [pair[returned] for pair in grads])
-        for pair in grads:
-            (dq, dkv)[kept].add(*pair[kept])
-        grads.clear()  # or a step's gradients would live on while the next step's tiles are computed
+        while grads:  # popped: a name left on a tile's gradients would keep them through the next step's tiles
+            (dq, dkv)[kept].add(*grads.pop(0)[kept])
         blocks.drop(step)
     (dq_rows,), (dk, dv) = dq.result(dout.dtype), dkv.result(dout.dtype)
     return dq_rows, dk, dv
@@ -132,6 +131,8 @@ def _returns(
     plan: RingPlan, steps: Sequence[Step], home: Mapping[Moving, PartialSum], wire_dtypes: Sequence[torch.dtype]
 ) -> dict[Moving, Returns]:
     """For each kind of block that has results to return: where they are summed, and how they travel."""
+    # By tensor: dk and dv, or dq alone, travel in the communication dtype; a partial output as (lse, out), of which lse
+    # stays wide, because it is the exponent of a weight.
     return {
         moving: Returns(
             plan.rings,

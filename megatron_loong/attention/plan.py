@@ -92,6 +92,8 @@ class Call:
         """Which side moves in the backward pass, given the forms of q and of k and v after the all-to-all."""
         if self.groups.config.ring_size == 1:
             return "kv"  # nothing does
+        # The members of a ring have the same heads, so all of them choose alike. Another ring, with a head more or
+        # less, may choose otherwise.
         ((batch, heads, head_dim), dtype), ((_, kv_heads, k_dim), _), ((_, _, v_dim), _) = *q.parts, *kv.parts
         rows = backward_rows(
             (batch * heads, head_dim, self.value_dim),

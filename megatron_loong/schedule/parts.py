@@ -38,9 +38,10 @@ def parts_of_heads(most: int, queries: Queries) -> int:
 def waiting_bytes(sum_bytes: int) -> float:
     """Bytes of parts that are kept before they are added to a float32 sum of `sum_bytes`, in one pass over memory.
 
-    2.25 sums are 4.5 bfloat16 parts of all rows. Adding n parts in p passes moves, in bytes an element, 2n to read them,
-    4 for the first sum, 8 (p - 2) for those between, and 6 for the last pass, which writes bfloat16; one pass alone
-    2n + 2. For n = 8 that is 74 with a pass for each part, 42 with passes of two, 34 of three, 26 of four, 18 of eight.
+    2.25 sums are 4.5 bfloat16 parts of all rows. Adding n parts in p passes moves, in bytes an element, 2n to read
+    them, 4 for the first sum, 8 (p - 2) for those between, and 6 for the last pass, which writes bfloat16; one pass
+    alone 2n + 2. For n = 8 that is 74 with a pass for each part, 42 with passes of two, 34 of three, 26 of four, 18 of
+    eight.
     At most 1 GiB, because where blocks are larger than that, kernels take so long that the passes hardly matter.
 
     >>> waiting_bytes(2**28) / 2**28, waiting_bytes(2**31) / 2**31

@@ -141,7 +141,7 @@ def _cut(tile: Tile, share: float, least_rows: int) -> tuple[list[Tile], list[Ti
     if rows < least_rows:
         return [], [tile]
     if tile.window == CAUSAL and rows == keys > 1:
-        # Cut by rows a triangle leaves a causal part with more keys than rows, which many kernels do not take
+        # Cut by rows a triangle leaves a causal part with more keys than rows, which some kernels do not take
         # (`squared`). Cut in three, every part is a square.
         # The square below the diagonal has half of the pairs, each of the two triangles a quarter.
         middle, key = tile.q.start + rows // 2, tile.kv.start + rows // 2
