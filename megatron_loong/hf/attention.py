@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+import megatron_loong.hf.compat as compat
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.comm.groups import LoongGroups
-from megatron_loong.hf import compat
 from megatron_loong.hf.batch import batch_of
 from megatron_loong.hf.masks import Pattern, pattern_of
 

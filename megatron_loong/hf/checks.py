@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_loong.hf import compat
+import megatron_loong.hf.compat as compat
 
 
 def check_model(model: Any, base: Any) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+import megatron_loong.hf.compat as compat
+import megatron_loong.hf.memory as memory
 from megatron_loong.comm.groups import LoongGroups, build_groups
 from megatron_loong.config import LoongConfig
-from megatron_loong.hf import compat, memory
 from megatron_loong.hf.attention import register
 from megatron_loong.hf.checks import check_model
 from megatron_loong.hf.loss import causal_loss

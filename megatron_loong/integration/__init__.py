@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_loong.integration.options import LoongOptions
 
+# Inside this package, `import megatron_loong.integration.x as x`: `from megatron_loong.integration import x` would
+# import what this file imports, and close a circle.
 if TYPE_CHECKING:
     from megatron_loong.integration.data_hooks import slice_packed_batch
     from megatron_loong.integration.hooks import install, place_this_process, uninstall

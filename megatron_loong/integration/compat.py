@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import signatures
+import megatron_loong.integration.signatures as signatures
 
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module"
 _MODELS = ("gpt.gpt_model", "mamba.mamba_model", "hybrid.hybrid_model")

@@ -16,11 +16,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
+import megatron_loong.integration.compat as compat
+import megatron_loong.integration.runtime as runtime
 from megatron_loong.attention.attention_2d import attention_2d
 from megatron_loong.attention.options import AttentionOptions
 from megatron_loong.attention.stash import Level, keeping
 from megatron_loong.comm.groups import LoongGroups
-from megatron_loong.integration import compat, runtime
 from megatron_loong.integration.checks import (
     check_options,
     refuse_beside_contiguous,

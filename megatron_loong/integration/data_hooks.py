@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+import megatron_loong.integration.lengths as lengths
+import megatron_loong.integration.loss as loss
+import megatron_loong.integration.packed as packed
+import megatron_loong.integration.reset_mask as reset_mask
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import lengths, loss, packed, reset_mask
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.runtime import Runtime, active
 from megatron_loong.layout.sharding import documents_of

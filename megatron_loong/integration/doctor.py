@@ -15,8 +15,8 @@ import subprocess
 from typing import Any
 
 import megatron_loong
+import megatron_loong.integration.zero as zero
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import zero
 from megatron_loong.integration.arguments import add_loong_arguments, refuse_misspelt
 from megatron_loong.integration.checks import check_kernel_name, check_options
 from megatron_loong.integration.compat import TESTED_VERSIONS, find_megatron, is_tested, seams

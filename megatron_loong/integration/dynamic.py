@@ -10,28 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_loong.config import LoongConfig
 from megatron_loong.integration.packed import layout_config
-
-if TYPE_CHECKING:
-    from megatron_loong.integration.runtime import Runtime
-
-
-class Members(NamedTuple):
-    """The ranks that share one micro-batch, as one of them sees them."""
-
-    global_ranks: tuple[int, ...]
-    rank: int
-    """This process's place among them."""
-
-    @property
-    def size(self) -> int:
-        """Megatron's `local_cp_size`."""
-        return len(self.global_ranks)
+from megatron_loong.integration.runtime import Members, Runtime
 
 
 class OneRank:

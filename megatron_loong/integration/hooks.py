@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import os
@@ -11,25 +12,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_loong.integration import (
-    arguments,
-    compat,
-    data_hooks,
-    dynamic,
-    hybrid_loop,
-    lengths,
-    multimodal,
-    placement,
-    reset_mask,
-    rotary,
-    runtime,
-    zero,
-)
+import megatron_loong.integration.arguments as arguments
+import megatron_loong.integration.compat as compat
+import megatron_loong.integration.data_hooks as data_hooks
+import megatron_loong.integration.dynamic as dynamic
+import megatron_loong.integration.hybrid_loop as hybrid_loop
+import megatron_loong.integration.lengths as lengths
+import megatron_loong.integration.multimodal as multimodal
+import megatron_loong.integration.placement as placement
+import megatron_loong.integration.reset_mask as reset_mask
+import megatron_loong.integration.rotary as rotary
+import megatron_loong.integration.runtime as runtime
+import megatron_loong.integration.zero as zero
 from megatron_loong.integration.checks import check_args, check_options, check_parts
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.integration.dataset_helpers import compile_if_missing
 from megatron_loong.integration.memory_options import check_tiled
-from megatron_loong.integration.options import LoongOptions, fields_of
+from megatron_loong.integration.options import FIELDS, LoongOptions, fields_of, fields_of_attributes
 from megatron_loong.integration.recompute import checkpoint_function, te_checkpoint
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.integration.spec import refuse_forgotten_size, swapped_submodules
@@ -127,10 +126,55 @@ def _hook_add_megatron_arguments(state: Runtime, original: Callable[..., Any]) -
         parser = original(*args, **kwargs)
         arguments.add_loong_arguments(parser)
         arguments.mend_help(parser)
-        arguments.listen(parser, state.on_parsed)
+        arguments.listen(parser, functools.partial(on_parsed, state))
         return parser
 
     return add_megatron_arguments
+
+
+def on_parsed(state: Runtime, args: argparse.Namespace) -> None:
+    """Check what can be checked before anything starts, and take the rank that the placement gives."""
+    state.parsed = args
+    if getattr(args, "yaml_cfg", None) and fields_of_attributes(args):
+        raise ValueError(
+            "Megatron ignores flags when --yaml-cfg is given, so --context-parallel-impl and --loong-... would be "
+            f"ignored too; write them ({', '.join(FIELDS)}) at the top level of that file"
+        )
+    chosen = state.options(args=args)
+    if getattr(args, "yaml_cfg", None):
+        return
+    check_args(chosen, args, final=False)
+    state.zero_in_effect = zero.apply(chosen, args, int(os.environ.get("WORLD_SIZE", "1")))
+    if not chosen.loong:
+        return
+    lengths.let_megatron_accept(args)
+    heads = None if getattr(args, "use_checkpoint_args", False) else getattr(args, "num_attention_heads", None)
+    plan = state.plan_placement(
+        chosen,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        tp=args.tensor_model_parallel_size,
+        cp=args.context_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        num_attention_heads=heads,
+        order=compat.rank_order(args),
+    )
+    if plan is not None:
+        refuse_with_placement(chosen, args)
+        placement.take_rank(os.environ, *plan)
+
+
+def refuse_with_placement(chosen: LoongOptions, args: object) -> None:
+    """Raise `NotImplementedError` for what takes a rank for a place, or orders ranks in a way not planned for."""
+    reason = None
+    if compat.uses_weight_rematerialization(args):
+        reason = "--gtp-weight-remat-size above 1 adds an axis of ranks"
+    if getattr(args, "async_save", False):
+        reason = "--async-save takes the rank for a GPU number"  # dist_checkpointing: rank % device_count
+    if reason:
+        raise NotImplementedError(
+            f"{reason} and does not work with --loong-placement {chosen.loong_placement} yet; "
+            "supported: --loong-placement head_first"
+        )
 
 
 def _hook_initialize(state: Runtime, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +235,7 @@ def _hook_attention_init(state: Runtime, original: Callable[..., None]) -> Calla
         state.recompute.note(chosen)
         original(self, config, swapped_submodules(state, self, config, submodules), *args, **kwargs)
         if chosen.loong and chosen.loong_mla_latent and getattr(config, "multi_latent_attention", False):
-            from megatron_loong.integration import latent  # imports Megatron
+            import megatron_loong.integration.latent as latent  # imports Megatron
 
             latent.check_latent(self)
             latent.attach_before_first_use(self, self.core_attention.groups.config)

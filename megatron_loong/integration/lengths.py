@@ -12,14 +12,12 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megatron_loong.integration.low_precision import asked, rows_multiple
-
-if TYPE_CHECKING:
-    from megatron_loong.integration.runtime import Runtime
+from megatron_loong.integration.runtime import Runtime
 
 #: Of a batch: what describes it and has no sequence dimension.
 METADATA = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_loong.integration import compat
+import megatron_loong.integration.compat as compat
 
 
 def asked(holder: object) -> str | None:

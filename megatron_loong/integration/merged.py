@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+import megatron_loong.integration.lengths as lengths
+import megatron_loong.integration.packed as packed
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import lengths, packed
 from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.core_attention import LoongCoreAttention
 from megatron_loong.integration.runtime import Runtime

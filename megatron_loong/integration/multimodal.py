@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+import megatron_loong.integration.lengths as lengths
+import megatron_loong.integration.packed as packed
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import lengths, packed
 from megatron_loong.integration.merged import (
     Cut,
     Parts,

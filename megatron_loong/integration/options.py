@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import megatron_loong.integration.memory_options as memory_options
 from megatron_loong.config import GRADIENT_WIRES, PACK_LAYOUTS, SEQUENCE_LAYOUTS, LoongConfig, placement_axes
-from megatron_loong.integration import memory_options
 from megatron_loong.layout.placement import largest_head_parallel_size, largest_inner_ring_size
 from megatron_loong.planner.choose import Job, choose_layout
 

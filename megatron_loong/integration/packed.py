@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
+import megatron_loong.integration.lengths as lengths
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import lengths
 from megatron_loong.integration.checks import refuse_beside_packs
+from megatron_loong.integration.runtime import Runtime
 from megatron_loong.layout.packing import checked_boundaries, without_empty
 from megatron_loong.layout.sharding import documents_of, token_positions
-
-if TYPE_CHECKING:
-    from megatron_loong.integration.runtime import Runtime
 
 #: Base tensor -> its version, and (offset, length) of a view of it -> boundaries. Megatron hands views around.
 _read: Any = WeakTensorKeyDictionary()

@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-if TYPE_CHECKING:
-    from megatron_loong.integration.runtime import Runtime
+from megatron_loong.integration.runtime import Runtime
 
 
 def starts_of_documents(batch: dict[str, Any]) -> torch.Tensor:

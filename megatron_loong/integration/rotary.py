@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_loong.integration import dynamic, packed
+import megatron_loong.integration.dynamic as dynamic
+import megatron_loong.integration.packed as packed
 from megatron_loong.integration.runtime import Runtime
 
 

@@ -7,20 +7,20 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
+import megatron_loong.integration.compat as compat
+import megatron_loong.integration.placement as placement
 from megatron_loong.comm.groups import LoongGroups
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration import compat, lengths, placement, zero
-from megatron_loong.integration.checks import check_args, check_heads, check_options
+from megatron_loong.integration.checks import check_heads, check_options
 from megatron_loong.integration.groups import GroupCache
 from megatron_loong.integration.job import job_of
 from megatron_loong.integration.options import (
-    FIELDS,
     LoongOptions,
     Source,
     fields_of_attributes,
@@ -32,8 +32,18 @@ from megatron_loong.integration.options import (
 from megatron_loong.integration.recompute import RecomputeState
 from megatron_loong.layout.placement import cp_ranks_per_node, permuted_ranks
 
-if TYPE_CHECKING:
-    from megatron_loong.integration.dynamic import Members
+
+class Members(NamedTuple):
+    """The ranks that share one micro-batch, as one of them sees them."""
+
+    global_ranks: tuple[int, ...]
+    rank: int
+    """This process's place among them."""
+
+    @property
+    def size(self) -> int:
+        """Megatron's `local_cp_size`."""
+        return len(self.global_ranks)
 
 
 class Runtime:
@@ -84,37 +94,7 @@ class Runtime:
             sources.append(("the TransformerConfig", fields_of_attributes(config)))
         return merge(sources)
 
-    # ---- the command line ----
-
-    def on_parsed(self, args: argparse.Namespace) -> None:
-        """Check what can be checked before anything starts, and take the rank that the placement gives."""
-        self.parsed = args
-        if getattr(args, "yaml_cfg", None) and fields_of_attributes(args):
-            raise ValueError(
-                "Megatron ignores flags when --yaml-cfg is given, so --context-parallel-impl and --loong-... would be "
-                f"ignored too; write them ({', '.join(FIELDS)}) at the top level of that file"
-            )
-        chosen = self.options(args=args)
-        if getattr(args, "yaml_cfg", None):
-            return
-        check_args(chosen, args, final=False)
-        self.zero_in_effect = zero.apply(chosen, args, int(os.environ.get("WORLD_SIZE", "1")))
-        if not chosen.loong:
-            return
-        lengths.let_megatron_accept(args)
-        heads = None if getattr(args, "use_checkpoint_args", False) else getattr(args, "num_attention_heads", None)
-        plan = self.plan_placement(
-            chosen,
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            tp=args.tensor_model_parallel_size,
-            cp=args.context_parallel_size,
-            pp=args.pipeline_model_parallel_size,
-            num_attention_heads=heads,
-            order=compat.rank_order(args),
-        )
-        if plan is not None:
-            refuse_with_placement(chosen, args)
-            placement.take_rank(os.environ, *plan)
+    # ---- layout and groups ----
 
     def plan_placement(
         self,
@@ -150,8 +130,6 @@ class Runtime:
         mine = placement.launcher_rank(os.environ)
         group, config = next((g, c) for g, c in zip(groups, configs, strict=True) if mine in g)
         return permuted_ranks([group], config)[mine], config
-
-    # ---- layout and groups ----
 
     def _resolve(
         self, chosen: LoongOptions, cp_ranks: Sequence[int], heads: int | None, world_size: int
@@ -260,20 +238,6 @@ class Runtime:
         self.groups.release(also_local=True)
         if not dist.is_initialized():
             placement.give_back_rank(os.environ)
-
-
-def refuse_with_placement(chosen: LoongOptions, args: object) -> None:
-    """Raise `NotImplementedError` for what takes a rank for a place, or orders ranks in a way not planned for."""
-    reason = None
-    if compat.uses_weight_rematerialization(args):
-        reason = "--gtp-weight-remat-size above 1 adds an axis of ranks"
-    if getattr(args, "async_save", False):
-        reason = "--async-save takes the rank for a GPU number"  # dist_checkpointing: rank % device_count
-    if reason:
-        raise NotImplementedError(
-            f"{reason} and does not work with --loong-placement {chosen.loong_placement} yet; "
-            "supported: --loong-placement head_first"
-        )
 
 
 _active: Runtime | None = None

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from megatron_loong.integration import compat
+import megatron_loong.integration.compat as compat
 from megatron_loong.integration.arguments import add_loong_arguments
 from megatron_loong.planner.flags import CONNECTIONS, connections
 
@@ -97,7 +97,7 @@ def _as_rank_0(words: Sequence[str], world_size: int, ranks_per_node: int) -> It
 @contextlib.contextmanager
 def _installed() -> Iterator[None]:
     """The plugin in Megatron, so that its flags are known and its checks run."""
-    from megatron_loong.integration import hooks  # imports Megatron, which may be missing where doctor runs
+    import megatron_loong.integration.hooks as hooks  # imports Megatron, which may be missing where doctor runs
 
     was_installed = hooks.is_installed()
     hooks.install()

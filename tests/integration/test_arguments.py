@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import types
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_loong.integration import LoongOptions, compat, install, runtime, uninstall
+from megatron_loong.integration import LoongOptions, compat, hooks, install, runtime, uninstall
 from megatron_loong.integration.arguments import add_loong_arguments, listen, mend_help
 from megatron_loong.integration.checks import check_options
 from megatron_loong.integration.options import FIELDS, merge, ranks_per_node, resolve
@@ -284,7 +285,7 @@ def test_flags_beside_a_yaml_config_would_be_ignored_and_are_refused() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--yaml-cfg")
     add_loong_arguments(parser)
-    listen(parser, runtime.active().on_parsed)
+    listen(parser, functools.partial(hooks.on_parsed, runtime.active()))
     with pytest.raises(ValueError, match="Megatron ignores flags when --yaml-cfg is given"):
         parser.parse_args("--yaml-cfg model.yaml --context-parallel-impl loong".split())
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_loong.config import AXES, LoongConfig
-from megatron_loong.integration import compat, install, place_this_process, runtime, uninstall
+from megatron_loong.integration import compat, hooks, install, place_this_process, runtime, uninstall
 from megatron_loong.integration.placement import MARK, give_back_rank, launcher_rank, placement_in_effect, take_rank
 from megatron_loong.layout.placement import permuted_ranks
 from megatron_loong.layout.ranks import coordinates_of, group_members
@@ -147,4 +147,4 @@ def test_the_rank_is_taken_while_megatron_parses_its_arguments(monkeypatch: pyte
 def test_what_orders_ranks_in_a_way_not_planned_for_is_refused() -> None:
     args = types.SimpleNamespace(gtp_weight_remat_size=2)
     with pytest.raises(NotImplementedError, match="--gtp-weight-remat-size above 1"):
-        runtime.refuse_with_placement(runtime.LoongOptions(loong_placement="context_first"), args)
+        hooks.refuse_with_placement(hooks.LoongOptions(loong_placement="context_first"), args)
