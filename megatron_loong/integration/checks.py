@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from megatron_loong.config import LoongConfig, divisors
 from megatron_loong.integration.low_precision import refuse_low_precision
 from megatron_loong.integration.memory_options import check_recompute, check_tiled
 from megatron_loong.integration.options import LoongOptions
+from megatron_loong.integration.refusals import MESSAGES, refuse_first
 
 
 def check_options(
@@ -89,65 +90,13 @@ def _check_sizes(options: LoongOptions, cp: int, ranks: str) -> None:
         raise ValueError(f"{error} {flags}") from None
 
 
-class Refusal(NamedTuple):
-    """One feature that does not work yet: an attribute of TransformerConfig or of Megatron's args."""
-
-    attribute: str
-    refused: Callable[[Any], bool]
-    flag: str
-    instead: str
-
-
-def _is_set(value: Any) -> bool:
-    return bool(value)
-
-
-_GATED_DELTA_NET = ("gated_delta_net", "gdn")  # the second after 0.19
-
-#: Looked up on the args before anything starts, and on each layer's TransformerConfig. An attribute that the version
-#: at hand lacks is not set.
-REFUSALS = (
-    Refusal(
-        "dynamic_context_parallel",
-        _is_set,
-        "--dynamic-context-parallel",
-        "--hybrid-context-parallel, or one context-parallel size for all batches",
-    ),
-    Refusal("batch_invariant_mode", _is_set, "--batch-invariant-mode", "training without it"),
-    Refusal(
-        "experimental_attention_variant",
-        lambda v: v not in (None, *_GATED_DELTA_NET),
-        "--experimental-attention-variant {value}",
-        "dot-product attention or multi-latent attention",
-    ),
-    Refusal("cache_mla_latents", _is_set, "--cache-mla-latents (absorbed MLA)", "multi-latent attention without it"),
-    # After 0.19 Megatron converts between the layouts of layers; with zigzag for all, nothing. A batch for two layouts
-    # is cut where no hook of ours looks.
-    *(
-        Refusal(name, lambda v: v not in (None, "zigzag"), f"{name}={{value}}", f"zigzag{also}")
-        for name, also in (
-            ("attention_cp_layout", ", and --loong-sequence-layout contiguous for data that cannot be permuted"),
-            ("linear_cp_layout", ""),
-            ("cp_partition_mode", ", and --loong-sequence-layout contiguous for data that cannot be permuted"),
-        )
-    ),
-    Refusal("linear_cp_mode", lambda v: v not in (None, "headwise"), "linear_cp_mode={value}", "headwise"),
-)
-
-
 def refuse(holder: object) -> None:
-    """Raise for the first feature of `REFUSALS` that `holder` (args or a config) asks for, and for unfit fp8.
+    """Raise for the first feature of `REFUSALS["loong"]` that `holder` (args or a config) asks for, and for unfit fp8.
 
     `NotImplementedError`, but `ValueError` for attention in fp8 that nothing would look at.
     """
     refuse_low_precision(holder)
-    for refusal in REFUSALS:
-        value = getattr(holder, refusal.attribute, None)
-        if refusal.refused(value):
-            raise NotImplementedError(
-                f"{refusal.flag.format(value=value)} does not work with --context-parallel-impl loong yet; "
-                f"supported: {refusal.instead} (or --context-parallel-impl native)"
-            )
+    refuse_first("loong", holder)
 
 
 def refuse_construction(config: Any, attention_type: str, unknown: dict[str, Any]) -> None:
@@ -166,34 +115,18 @@ def refuse_construction(config: Any, attention_type: str, unknown: dict[str, Any
 def refuse_inputs(attention_bias: object, unknown: dict[str, Any]) -> None:
     """Raise `NotImplementedError` for what a core attention is called with and does not have."""
     given = sorted(name for name, value in unknown.items() if value is not None)
-    reason = None
     if attention_bias is not None:
-        reason, instead = "an attention bias", "rotary or no position embedding"
-    elif given:
-        reason, instead = f"core attention with {', '.join(given)}", "dot-product attention or multi-latent attention"
-    if reason:
-        raise NotImplementedError(
-            f"{reason} does not work with --context-parallel-impl loong yet; "
-            f"supported: {instead} (or --context-parallel-impl native)"
-        )
+        raise NotImplementedError(MESSAGES["loong"].format("an attention bias", "rotary or no position embedding"))
+    if given:
+        instead = "dot-product attention or multi-latent attention"
+        raise NotImplementedError(MESSAGES["loong"].format(f"core attention with {', '.join(given)}", instead))
 
 
 def refuse_beside_reset(args: Any) -> None:
     """Raise for what `--reset-attention-mask` does not work with: the documents have to be in every stage's batch."""
     if not getattr(args, "reset_attention_mask", False):
         return
-    if getattr(args, "pipeline_model_parallel_size", 1) > 1 or getattr(args, "hybrid_context_parallel", False):
-        raise NotImplementedError(
-            "--reset-attention-mask does not work with --pipeline-model-parallel-size above 1 or "
-            "--hybrid-context-parallel, and --context-parallel-impl loong; supported: "
-            "--dataloader-inter-document-masking (megatron-core 0.19 on)"
-        )
-    if getattr(args, "mtp_num_layers", None):
-        # On one rank it predicts across documents, of which it sees no mask; here it would stop at their ends.
-        raise NotImplementedError(
-            "--reset-attention-mask does not work with --mtp-num-layers and --context-parallel-impl loong; supported: "
-            "--dataloader-inter-document-masking (megatron-core 0.19 on)"
-        )
+    refuse_first("reset", args)
     has_mask = getattr(args, "create_attention_mask_in_dataloader", True)
     if not has_mask and not getattr(args, "reset_position_ids", False):
         raise ValueError(
@@ -202,76 +135,13 @@ def refuse_beside_reset(args: Any) -> None:
         )
 
 
-def refuse_beside_packs(holder: Any, pack_layout: str) -> None:
-    """Raise `NotImplementedError` for what beside attention would misread our layout of a pack.
-
-    `holder`: a TransformerConfig or Megatron's args; None is not checked.
-    """
-    reason = None
-    variant = getattr(holder, "experimental_attention_variant", None)
-    if variant in _GATED_DELTA_NET and pack_layout != "per_document":
-        # Its layers compute TransformerEngine's per-document zigzag themselves.
-        reason, instead = f"--experimental-attention-variant {variant}", "--loong-pack-layout per_document"
-    elif getattr(holder, "mtp_hsm", False):
-        # It rolls hidden states, of which our roll for packs passes no gradient on.
-        reason, instead = "--mtp-hsm", "multi-token prediction without it"
-    elif getattr(holder, "multi_latent_attention", False) and getattr(holder, "apply_rope_fusion", False):
-        reason, instead = "fused rotary embedding in multi-latent attention", "--no-rope-fusion"
-    if reason:
-        raise NotImplementedError(
-            f"{reason} does not work with packed sequences and --context-parallel-impl loong; supported: {instead} "
-            "(or --context-parallel-impl native)"
-        )
-
-
-#: Beside micro-batches that bring ranks of their own: what in Megatron still talks to the static group, and why.
-_BESIDE_HYBRID = (
-    ("multi_latent_attention", "--multi-latent-attention (Megatron itself refuses it there)"),
-    ("mtp_num_layers", "--mtp-num-layers (it shifts tokens over the static group)"),
-    ("num_experts", "--num-experts (its ranks would wait for each other's micro-batches)"),
-    ("num_moe_experts", "num_moe_experts (its ranks would wait for each other's micro-batches)"),
-    ("hybrid_layer_pattern", "--hybrid-layer-pattern (Mamba layers use the static group)"),
-    ("hybrid_override_pattern", "--hybrid-override-pattern (Mamba layers use the static group)"),
-    ("experimental_attention_variant", "--experimental-attention-variant"),
-    ("fp8", "--fp8-format (sequences on one rank have any length, and its products want multiples of 16 tokens)"),
-    ("fp4", "--fp4-format (sequences on one rank have any length, and its products want multiples of 32 tokens)"),
-)
-
-
 def refuse_beside_hybrid(options: LoongOptions, holder: Any) -> None:
     """Raise `NotImplementedError` for what does not work where micro-batches bring ranks of their own.
 
     `holder`: Megatron's args or a TransformerConfig; nothing is checked unless it asks for `hybrid_context_parallel`.
     """
-    if not getattr(holder, "hybrid_context_parallel", False):
-        return
-    reason = instead = None
-    if options.loong_placement not in ("head_first", "head-inner-outer"):
-        reason = f"--loong-placement {options.loong_placement} (it moves the ranks of a short sequence apart)"
-        instead = "--loong-placement head_first"
-    for attribute, why in _BESIDE_HYBRID:
-        if getattr(holder, attribute, None):
-            reason, instead = why, "dense models in bf16 whose layers are dot-product attention"
-    if getattr(holder, "eval_iters", 0):
-        reason = f"--eval-iters {holder.eval_iters} (Megatron schedules no batches of an evaluation)"
-        instead = "--eval-iters 0"
-    if reason:
-        raise NotImplementedError(
-            f"--hybrid-context-parallel does not work with {reason} and --context-parallel-impl loong; "
-            f"supported: {instead}"
-        )
-
-
-#: Beside sequences in contiguous pieces: what in Megatron takes zigzag for granted where no hook reaches.
-_BESIDE_CONTIGUOUS = (
-    ("hybrid_context_parallel", bool, "--hybrid-context-parallel (a document alone is cut as a pack)"),
-    ("mtp_hsm", bool, "--mtp-hsm (it rolls hidden states, of which our roll passes no gradient on)"),
-    (
-        "experimental_attention_variant",
-        lambda v: v in _GATED_DELTA_NET,
-        "--experimental-attention-variant {value} (its layers undo Megatron's zigzag)",
-    ),
-)
+    if getattr(holder, "hybrid_context_parallel", False):
+        refuse_first("hybrid", holder, loong_placement=options.loong_placement)
 
 
 def refuse_beside_contiguous(options: LoongOptions, holder: Any) -> None:
@@ -279,12 +149,8 @@ def refuse_beside_contiguous(options: LoongOptions, holder: Any) -> None:
 
     `holder`: Megatron's args or a TransformerConfig.
     """
-    for attribute, is_on, what in _BESIDE_CONTIGUOUS if options.loong_sequence_layout == "contiguous" else ():
-        if is_on(value := getattr(holder, attribute, None)):
-            raise NotImplementedError(
-                f"--loong-sequence-layout contiguous does not work with {what.format(value=value)}; supported: "
-                "--loong-sequence-layout zigzag there"
-            )
+    if options.loong_sequence_layout == "contiguous":
+        refuse_first("contiguous", holder)
 
 
 def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
@@ -311,7 +177,7 @@ def check_args(options: LoongOptions, args: object, *, final: bool) -> None:
     # Before Megatron has validated its arguments, it is open whether the rotary embedding will be fused.
     packs = ("sft", "dataloader_inter_document_masking", "reset_attention_mask")
     if final and any(getattr(args, name, False) for name in packs):
-        refuse_beside_packs(args, options.loong_pack_layout)
+        refuse_first("packs", args, pack_layout=options.loong_pack_layout)
 
 
 def check_kernel_name(name: str) -> None:

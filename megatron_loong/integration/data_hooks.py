@@ -19,7 +19,7 @@ import megatron_loong.integration.loss as loss
 import megatron_loong.integration.packed as packed
 import megatron_loong.integration.reset_mask as reset_mask
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration.checks import refuse_beside_packs
+from megatron_loong.integration.refusals import refuse_first
 from megatron_loong.integration.runtime import Runtime, active
 from megatron_loong.layout.sharding import documents_of
 
@@ -47,7 +47,7 @@ def slice_batch(state: Runtime, batch: dict[str, Any], cp_group: Any, cu_seqlens
     """This rank's tokens of a packed batch (tensors [1, T, ...]), padded at its end where the ranks need it."""
     config = packed.layout_config(state, cp_group.size())
     assert config is not None  # the hooks ask first
-    refuse_beside_packs(state.args(), config.pack_layout)
+    refuse_first("packs", state.args(), pack_layout=config.pack_layout)
     documents = packed.boundaries_of(cu_seqlens)
     tokens = next((x.shape[1] for key, x in batch.items() if key in lengths.LENGTH_KEYS and x is not None), None)
     if tokens is not None:

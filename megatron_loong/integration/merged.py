@@ -10,8 +10,8 @@ import torch.distributed as dist
 import megatron_loong.integration.lengths as lengths
 import megatron_loong.integration.packed as packed
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration.checks import refuse_beside_packs
 from megatron_loong.integration.core_attention import LoongCoreAttention
+from megatron_loong.integration.refusals import refuse_first
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.layout.sharding import documents_of, token_positions
 from megatron_loong.multimodal.images import ImageDeal
@@ -44,7 +44,7 @@ class Cut:
         self.state, self.config, self.cp_group = state, config, cp_group
         self.documents: tuple[int, ...] | None = None
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            refuse_beside_packs(state.args(), config.pack_layout)
+            refuse_first("packs", state.args(), pack_layout=config.pack_layout)
             padded = packed_seq_params.cu_seqlens_q_padded
             self.documents = packed.boundaries_of(packed_seq_params.cu_seqlens_q if padded is None else padded)
             state.sliced_packs = True

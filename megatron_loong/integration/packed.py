@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import megatron_loong.integration.lengths as lengths
 from megatron_loong.config import LoongConfig
-from megatron_loong.integration.checks import refuse_beside_packs
+from megatron_loong.integration.refusals import refuse_first
 from megatron_loong.integration.runtime import Runtime
 from megatron_loong.layout.packing import checked_boundaries, without_empty
 from megatron_loong.layout.sharding import documents_of, token_positions
@@ -163,7 +163,7 @@ def packed_arguments(
                 f"packed_seq_params.cp_partition_mode={mode!r}, but --loong-pack-layout {layout.pack_layout}: the "
                 f"batch was cut in another way; give --loong-pack-layout {mode}"
             )
-    refuse_beside_packs(config, "dealt" if layout is None else layout.pack_layout)
+    refuse_first("packs", config, pack_layout="dealt" if layout is None else layout.pack_layout)
     (real, documents, compact), (kv_real, kv_documents, _) = (_side(packed_seq_params, side) for side in ("q", "kv"))
     alike, padded = (real, documents) == (kv_real, kv_documents), (real, kv_real) != (documents, kv_documents)
     if padded and not alike and not causal:

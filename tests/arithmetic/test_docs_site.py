@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_loong.integration.refusals import REFUSALS
 from megatron_loong.launch.command import SUBCOMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,3 +131,21 @@ def test_the_memory_page_has_the_figures_of_the_command(capsys: pytest.CaptureFi
     for name in columns[1]:
         one = columns[0][name] if name.startswith(("full recomputation", "+")) and "Selective" not in name else "-"
         assert f"| {name} | {one} | {columns[1][name]} | {columns[2][name]} |" in page, name
+
+
+REFUSED_BESIDE = {
+    "packs": "packed documents beside",
+    "reset": "`--reset-attention-mask` beside",
+    "hybrid": "`--hybrid-context-parallel` beside",
+    "contiguous": "`--loong-sequence-layout contiguous` beside",
+    "loong": "",
+}
+
+
+@pytest.mark.parametrize("beside", REFUSALS)
+def test_the_status_page_names_what_is_refused(beside: str) -> None:
+    """The first word of each row of `REFUSALS`, in the items of the list that tell what it is refused beside."""
+    items = re.findall(r"^- (.*?)[;.]$", (DOCS / "status.md").read_text(), re.DOTALL | re.MULTILINE)
+    told = " ".join(item for item in items if item.startswith(REFUSED_BESIDE[beside]))
+    names = [re.split(r"[ =]", what)[0] for what, *_ in REFUSALS[beside]]
+    assert names and [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", told)] == []
