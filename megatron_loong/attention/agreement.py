@@ -115,10 +115,14 @@ def _is_recorded(q: torch.Tensor) -> bool:
 
 
 def _shown(value: Any) -> str:
-    # Boundaries and windows may come as tuples, lists or arrays: they are compared as lists.
-    if isinstance(value, torch.Tensor):
-        return str(value.tolist())
-    return str(list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else value)
+    return str(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Boundaries and windows may come as tuples, lists, arrays or rows of tensors: they are compared as lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(x) for x in value] if isinstance(value, (tuple, list)) else value
 
 
 def _digest(text: str) -> bytes:

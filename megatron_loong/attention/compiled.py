@@ -43,7 +43,9 @@ def traced(
     unknown_length = arguments.seq_len is None and groups.config.context_parallel_size > 1
     beyond = unknown_length or options.dropout_p or any(x is not None for x in left_out)
     words = isinstance(options.kernel, str) and isinstance(options.gradient_wire, str)
-    if beyond or not words or options.causal not in (True, False) or options.qkv_format not in QKV_FORMATS:
+    switches = options.causal, options.deterministic, options.varying_lengths
+    wrong = any(x not in (True, False) for x in switches) or len(options.window_size or FULL) != 2
+    if beyond or not words or wrong or options.qkv_format not in QKV_FORMATS:
         leave: Any = torch.compiler.disable(outside)
         return leave(q, k, v, groups, options, arguments)
     q, k, v = (sequence_first(x, options.qkv_format) for x in (q, k, v))

@@ -73,7 +73,9 @@ class PartialSum:
         """The sum in `dtype`."""
         if self._sum is None and len(self._waiting) == 1:  # one part of all rows, as it should be: nothing to do
             ((rows, tensors),) = self._waiting
-            if rows == slice(0, self._rows) and tensors[-1].dtype == dtype:
+            # A sink alone is an expanded part: results must have memory of their own for each element.
+            dense = 0 not in tensors[-1].stride()
+            if rows == slice(0, self._rows) and tensors[-1].dtype == dtype and dense:
                 return tensors
         # The sum so far is updated in place if it is already in the dtype that is wanted; else the last pass rounds.
         into = self._sum if self._sum is not None and dtype == self.wide else self._empty(dtype)

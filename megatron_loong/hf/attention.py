@@ -70,6 +70,8 @@ def loong_attention(
     )
     _refuse_local_positions(module, batch.seq_len)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):  # as in PyTorch's own attention: rotary widens q and k, and not v
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     shape, seq_len = q.shape, batch.seq_len
     if batch.begins is not None:
         # Documents may end elsewhere in each row: the rows go through as one sequence, in which they are documents.

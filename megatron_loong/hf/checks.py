@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -36,8 +37,20 @@ def check_model(model: Any, base: Any) -> None:
         reason = f"layers of {', '.join(kinds)}; supported: {' and '.join(_LAYERS)}"
     elif any(isinstance(module, torch.nn.Conv1d) for module in base.modules()):
         reason = f"{type(base).__name__}, whose layers mix tokens outside attention (Conv1d)"
+    elif not _takes_positions_and_loss(base):
+        reason = f"{type(base).__name__}, which counts positions or computes its loss by itself"
+    elif any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
+        reason = f"{type(base).__name__}, whose positions begin after its padding token"
+    elif not compat.MASKS_ARE_ASKED_FOR and model is not base:
+        reason = "PEFT on transformers up to 4.52; upgrade transformers"
     if reason:
         raise NotImplementedError(f"megatron_loong.hf does not work with {reason}")
+
+
+def _takes_positions_and_loss(base: Any) -> bool:
+    """Whether the model uses the positions that it is given, and the loss function that can be replaced."""
+    takes = "position_ids" in inspect.signature(type(base).forward).parameters
+    return takes and "self.loss_function" in inspect.getsource(type(base))
 
 
 #: Kinds of layers whose tokens meet in attention alone.
@@ -56,6 +69,12 @@ def check_trainer_class(trainer_class: type) -> None:
             raise NotImplementedError(
                 f"with_loong does not work with {one.__name__}, which handles whole sequences itself; supported: "
                 "transformers' Trainer, TRL's SFTTrainer, and subclasses that leave the loss to the model"
+            )
+        own = vars(one).get("compute_loss") if library not in ("transformers", "trl") else None
+        if own is not None and "super" not in getattr(getattr(own, "__code__", None), "co_names", ()):
+            raise NotImplementedError(
+                f"with_loong does not work with {one.__name__}.compute_loss, which would see the logits of this rank's "
+                "tokens alone, and labels that are shifted already; leave the loss to the model"
             )
 
 

@@ -128,6 +128,11 @@ def _positions(batch: Mapping[str, Any], seq_len: int) -> torch.Tensor:
     positions = torch.arange(seq_len).unsqueeze(0)
     starts: torch.Tensor | Sequence[int] | None = batch.get("cu_seq_lens_q")
     if starts is None:
+        told = [key for key in _PACKS if batch.get(key) is not None]
+        if told:
+            raise ValueError(
+                f"a batch with {', '.join(told)} needs position_ids or cu_seq_lens_q too: give one of them"
+            )
         return positions
     starts = torch.as_tensor(starts).cpu().flatten().long()
     if int(starts[0]) != 0 or int(starts[-1]) != seq_len or batch["input_ids"].shape[0] != 1:

@@ -39,6 +39,10 @@ def check(base: Any, *, tiled_loss: int, tiled_mlp: int, offload: bool, selectiv
             reason = f"{', '.join(scales)} in the config"
         elif type(head) is not torch.nn.Linear or head.bias is not None:
             reason = f"a head {type(head).__name__} that is no plain Linear without bias"
+        elif head is not getattr(base, "lm_head", getattr(base, "embed_out", head)) or hasattr(
+            config, "unpadded_vocab_size"
+        ):
+            reason = f"{type(base).__name__}, which does more to its logits than the product of the head"
         if reason:
             raise NotImplementedError(f"tiled_loss={tiled_loss} does not work with {reason}; leave it out (0)")
     if tiled_mlp and not _mlps(base):

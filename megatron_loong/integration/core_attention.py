@@ -212,7 +212,13 @@ class LoongCoreAttention(MegatronModule):
             lengths["varying_lengths"] = varying
         else:
             lengths = packed_arguments(
-                packed_seq_params, query.shape[0], cp, causal=causal, config=self.config, state=self.plugin
+                packed_seq_params,
+                query.shape[0],
+                cp,
+                causal=causal,
+                config=self.config,
+                state=self.plugin,
+                pack_layout=groups.config.pack_layout,
             )
             lengths["qkv_format"] = "thd"
             self._say_kernel(*(x.unsqueeze(1) for x in (query, key, value)), varying=True)

@@ -224,12 +224,18 @@ def _hook_mimo_merge(state: Runtime, original: Callable[..., Any]) -> Callable[.
             n = len(embeddings[name])
             numbers[name], at = -numbers_from_one(at + n, here.device)[at:, None], at + n
         at, rows = 0, []
+        rank = self.partition_adapter.cfg.cp_group.rank()
         for name, deal in deals.items():
-            n = sum(deal.rows)
+            n, own = sum(deal.rows), len(deal.images_of(rank))
+            # A blank image has as many rows as any, so that every rank finds the same fault here.
+            if len(embeddings[name]) != max(1, own) * deal.rows[0]:
+                raise ValueError(
+                    f"token {given['special_token_ids'].get(name)} stands at {n} places for {len(deal.rows)} inputs of "
+                    f"{name}, {deal.rows[0]} for each, but its encoder makes {len(embeddings[name]) // max(1, own)} of "
+                    "each"
+                )
             numbers[name], at = numbers_from_one(at + n, here.device)[at:, None], at + n
-            rows.append(
-                embeddings[name][: deal.rows_of(self.partition_adapter.cfg.cp_group.rank())]
-            )  # none of a blank image
+            rows.append(embeddings[name] if own else embeddings[name][:0])  # none of a blank image
         merged = original(self, numbers, given["input_ids"], given["special_token_ids"])
         deal = ImageDeal(*(sum((getattr(d, part) for d in deals.values()), ()) for part in ("rows", "encoders")))
         frozen = not any(is_trained(self.modality_submodules[name]) for name in deals)

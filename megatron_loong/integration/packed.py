@@ -137,13 +137,15 @@ def packed_arguments(
     causal: bool = True,
     config: Any = None,
     state: Runtime | None = None,
+    pack_layout: str = "dealt",
 ) -> dict[str, Any]:
     """What `attention_2d` is given for Megatron's `PackedSeqParams`: cu_seqlens, seq_len, cu_seqlens_kv if it differs.
 
     Where documents are padded, cu_seqlens is both boundaries, so that attention passes over the padding.
 
     `local_tokens`: query tokens of this rank; `config`: the layer's TransformerConfig; `state`: the installed plugin,
-    if it cuts the batches. Waits for the device at the first layer of a micro-batch only. Raises
+    if it cuts the batches; `pack_layout`: that of the groups, where there is no plugin. Waits for the device at the
+    first layer of a micro-batch only. Raises
     `NotImplementedError` for another format than `thd`, for padded documents in cross-attention without causal
     masking, and for what else in the model would misread the layout; `RuntimeError` when our layout is asked for and
     the plugin has cut no packed batch, so that the tokens are not where they should be; `ValueError` for boundaries
@@ -163,7 +165,7 @@ def packed_arguments(
                 f"packed_seq_params.cp_partition_mode={mode!r}, but --loong-pack-layout {layout.pack_layout}: the "
                 f"batch was cut in another way; give --loong-pack-layout {mode}"
             )
-    refuse_first("packs", config, pack_layout="dealt" if layout is None else layout.pack_layout)
+    refuse_first("packs", config, pack_layout=pack_layout if layout is None else layout.pack_layout)
     (real, documents, compact), (kv_real, kv_documents, _) = (_side(packed_seq_params, side) for side in ("q", "kv"))
     alike, padded = (real, documents) == (kv_real, kv_documents), (real, kv_real) != (documents, kv_documents)
     if padded and not alike and not causal:

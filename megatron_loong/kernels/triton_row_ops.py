@@ -62,8 +62,10 @@ def _combine(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    total = tl.zeros((ROWS, WIDTH), WIDE)
-    weights = tl.zeros((ROWS,), WIDE)
+    total = tl.full(
+        (ROWS, WIDTH), 0.0, WIDE
+    )  # not `tl.zeros`, which is itself a kernel: the interpreter may not call one
+    weights = tl.full((ROWS,), 0.0, WIDE)
     # -inf less -inf is NaN, so the greatest score so far is finite: a number below any, until one has been seen.
     top = tl.full((ROWS,), -3.0e38, WIDE)
     total, weights, top = _take(

@@ -63,7 +63,7 @@ def _two_rows(cu_seqlens: Any) -> Any:
     if isinstance(cu_seqlens, torch.Tensor):
         return cu_seqlens.tolist() if cu_seqlens.dim() == 2 and len(cu_seqlens) == 2 else None
     is_row = isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2
-    return cu_seqlens if is_row and all(hasattr(x, "__len__") for x in cu_seqlens) else None
+    return cu_seqlens if is_row and all(hasattr(x, "__len__") and getattr(x, "ndim", 1) for x in cu_seqlens) else None
 
 
 def layouts_of(
@@ -87,6 +87,11 @@ def layouts_of(
         raise ValueError(
             f"kv_seq_len={kv_seq_len} with seq_len={seq_len} and cu_seqlens: give cu_seqlens_kv, the boundaries of the "
             "keys of the same documents"
+        )
+    if _two_rows(cu_seqlens) is not None:
+        raise NotImplementedError(
+            "cu_seqlens of two rows (documents with padding) does not work with cu_seqlens_kv; supported: one row, in "
+            "which padding is a document of its own that has no keys"
         )
     documents = (0, seq_len) if cu_seqlens is None else documents_of(cu_seqlens, seq_len)
     kv_documents = documents_of(cu_seqlens_kv, kv_seq_len, "cu_seqlens_kv")

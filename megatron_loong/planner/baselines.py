@@ -1,4 +1,4 @@
-"""What the same job takes without this package: Megatron's native context parallelism, and PyTorch's FSDP2."""
+"""What the same job takes with others' attention: Megatron's native context parallelism, and PyTorch's FSDP2."""
 
 from __future__ import annotations
 
@@ -62,5 +62,6 @@ def _costed(name: str, candidate: Candidate, method: Method, work: Workload, har
     forward, backward = (
         simulate_pass(candidate.attention, shape, site, backward=b, method=method) for b in (False, True)
     )
-    fits = fit.fits(fit.peak_bytes(candidate, work), hardware)
+    host_bytes = fit.host_bytes(work.model, fit.memory_plan(candidate, work))
+    fits = fit.fits(fit.peak_bytes(candidate, work), hardware, host_bytes)
     return Baseline(name, candidate, step_cost(candidate, work, hardware, (forward, backward)), fits)

@@ -35,7 +35,7 @@ def as_text(outcome: Outcome, work: Workload, hardware: Hardware) -> str:
         "Why",
         *(f"  - {line}" for line in reasons(winner, hardware)),
         "",
-        "The same job without this package",
+        "The same sizes with others' attention (tiles and copies to host memory are this package's here too)",
         *([f"  {_beside(one, cost)}" for one in others] or ["  none of the others can run it with these sizes"]),
         "",
         "Where the time of a step goes",

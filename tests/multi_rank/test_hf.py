@@ -389,3 +389,35 @@ def test_sizes_that_do_not_divide_the_world_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"context_parallel_size=4 does not divide the 1 ranks.*one of \[1\]"):
         parallelize(tiny_llama("eager"), (4, 2))
+
+
+def test_a_model_that_counts_positions_or_takes_its_loss_itself_is_refused() -> None:
+    from transformers import BartConfig, BartForCausalLM, RobertaConfig, RobertaForCausalLM
+
+    from megatron_loong.hf import parallelize
+
+    bart = BartForCausalLM(BartConfig(vocab_size=40, d_model=16, decoder_layers=1, decoder_attention_heads=2))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = RobertaForCausalLM(RobertaConfig(vocab_size=40, is_decoder=True, **sizes))
+    for model in (bart, roberta):
+        model.config.attention_dropout = 0.0
+        with pytest.raises(NotImplementedError, match=f"does not work with {type(model).__name__}"):
+            parallelize(model, (1,))
+
+
+def test_under_autocast_q_and_k_are_narrowed_as_v_is() -> None:
+    from megatron_loong.hf import parallelize, shard_batch
+
+    tokens = torch.randint(0, 40, (1, 16), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = tiny_llama("sdpa").float()
+        batch: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
+        if ours:
+            batch = shard_batch(batch, parallelize(model, (1,)))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)

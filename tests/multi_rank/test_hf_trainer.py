@@ -126,9 +126,16 @@ def test_what_would_train_on_something_else_is_refused_on_every_rank(four: Worke
 
 
 def test_trainers_that_handle_whole_sequences_are_refused() -> None:
-    from transformers import Seq2SeqTrainer
+    from transformers import Seq2SeqTrainer, Trainer
 
     from megatron_loong.hf import with_loong
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+            return model(**inputs).logits.mean()
+
+    with pytest.raises(NotImplementedError, match=r"with_loong does not work with OwnLoss.compute_loss"):
+        with_loong(OwnLoss)
 
     with pytest.raises(NotImplementedError, match="with_loong does not work with Seq2SeqTrainer"):
         with_loong(Seq2SeqTrainer)

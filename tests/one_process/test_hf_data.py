@@ -65,6 +65,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"labels must be \[b, S\] as input_ids",
     ),
+    "a pack by seq_idx alone": (
+        {"input_ids": TOKENS, "seq_idx": torch.zeros_like(TOKENS)},
+        ValueError,
+        "a batch with seq_idx needs position_ids or cu_seq_lens_q too",
+    ),
     "boundaries": (
         {"input_ids": TOKENS, "cu_seq_lens_q": torch.tensor([0, 4])},
         ValueError,

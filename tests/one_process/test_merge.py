@@ -51,3 +51,9 @@ def test_rows_for_which_nothing_came(flushes: bool) -> None:
     torch.testing.assert_close(found_lse, total, atol=1e-14, rtol=0)
     torch.testing.assert_close(grads.result(torch.float64)[0], out.sum(0), atol=1e-14, rtol=0)
     assert (found_lse[:2] == -torch.inf).all() and not found[8:].any()
+
+
+def test_a_sink_alone_is_a_result_with_memory_of_its_own() -> None:
+    out, lse = OnlineSoftmax(torch.empty(4, 1, 2, 8), 8).finish(sink=torch.zeros(2))
+    out += 1  # an expanded part cannot be written to
+    assert out.shape == (4, 1, 2, 8) and (out == 1).all() and not lse.any()
