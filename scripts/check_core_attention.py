@@ -76,19 +76,17 @@ def megatron_on(device: torch.device) -> Iterator[None]:
     from megatron.core import parallel_state, tensor_parallel
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
     with contextlib.ExitStack() as played:
+        played.callback(dist.destroy_process_group)
+        parallel_state.initialize_model_parallel()
+        played.callback(parallel_state.destroy_model_parallel)
         if device.type == "cuda":
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         else:
             tracker = SimpleNamespace(fork=contextlib.nullcontext)
             played.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: device))
             played.enter_context(mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker))
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+        yield
 
 
 def their_layer(dtype: torch.dtype, width: int) -> torch.nn.Module:
