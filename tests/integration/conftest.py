@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.integration import megatron_runs
 
@@ -27,8 +28,15 @@ collect_ignore = [
     "fp8_gpt.py",
     "drawn_gpt.py",
     "cut_packs_gpt.py",
+    "rl_gpt.py",
     "vision_gpt.py",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """A script that is imported like a test would switch on CPU mode for all tests: no GPU, but `is_available`."""
+    if torch.cuda.is_available.__module__ != "torch.cuda":
+        raise pytest.UsageError("CPU mode is on after collecting: name the script that did it in collect_ignore")
 
 
 @pytest.fixture(scope="session")
