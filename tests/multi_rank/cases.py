@@ -289,7 +289,7 @@ def _make_mistake(rank: int, what: str) -> None:
             "window": {"window_size": (-2, 0)},
             "packed without boundaries": {"qkv_format": "thd"},
             "boundaries that fall": {"cu_seqlens": [0, 9, 5, 32]},
-            "dropout": {"dropout_p": 1.0},
+            "dropout": {"dropout_p": 1.0, "dropout_seed": 1},
             "sink of another size": {"softmax_offset": torch.zeros(3)},
             "kernel without soft cap": {"softcap": 10.0, "kernel": "cpu_flash"},
             "unknown kernel": {"kernel": "no_such_kernel"},
