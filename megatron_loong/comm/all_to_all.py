@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
 from megatron_loong.comm import flight, ledger
-from megatron_loong.comm.errors import collective
+from megatron_loong.comm.errors import errors_of
 from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.transport import Pending, transport_for
 
@@ -32,8 +31,7 @@ def all_to_all(
     ledger.record(handle.name, sent_bytes)
     operations = [flight.begin("all-to-all", what, name, handle.global_ranks, None, sent_bytes)]
     received = torch.empty(sum(receive_lengths), dtype=send.dtype, device=send.device)
-    errors = functools.partial(collective, f"all-to-all of {what}", name, handle.global_ranks, operations)
-    with errors():
+    with errors_of(operations):
         # As bytes, so that the backend need not know the dtype.
         pending = transport_for(handle, send.device).all_to_all(
             received.view(torch.uint8),
@@ -48,7 +46,7 @@ def all_to_all(
     def wait() -> torch.Tensor:
         pending, received = under_way.pop()
         flight.wait(operations)
-        with errors():
+        with errors_of(operations):
             pending()
         flight.done(operations)
         return received

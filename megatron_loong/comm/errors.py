@@ -15,15 +15,18 @@ class CommunicationError(RuntimeError):
 
 
 @contextlib.contextmanager
-def collective(
-    what: str, group: str, ranks: Sequence[int], operations: Sequence[flight.Operation] = ()
-) -> Iterator[None]:
-    """Around communication in `group` of global `ranks`: an error of the backend becomes `CommunicationError`.
+def collective(what: str, group: str, ranks: Sequence[int]) -> Iterator[None]:
+    """Around a whole collective in `group` of global `ranks`: an error of the backend becomes `CommunicationError`."""
+    operations = [flight.begin("collective", what, group, ranks)]
+    flight.wait(operations)
+    with errors_of(operations):
+        yield
+    flight.done(operations)
 
-    `operations`: what it belongs to where it is posted in one place and waited for in another; else a whole collective.
-    """
-    whole = () if operations else [flight.begin("collective", what, group, ranks)]
-    flight.wait(whole)
+
+@contextlib.contextmanager
+def errors_of(operations: Sequence[flight.Operation]) -> Iterator[None]:
+    """The same where operations of one group are posted, and again where they are waited for."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -32,8 +35,16 @@ def collective(
         flight.wait(operations)  # for what failed where it was posted
         path = flight.write(error)
         record = f" The last steps of this rank are in {path}; `megatron-loong postmortem` reads them." if path else ""
+        first = operations[0]
         raise CommunicationError(
-            f"{what} in the {group} {list(ranks)} did not complete; one of these processes is gone, or did not get "
-            f"here within the group's timeout.{record} Cause: {error}"
+            f"{_named(operations)} in the {first.group} {list(first.ranks)} did not complete; one of these processes "
+            f"is gone, or did not get here within the group's timeout.{record} Cause: {error}"
         ) from error
-    flight.done(whole)
+
+
+def _named(operations: Sequence[flight.Operation]) -> str:
+    what = ", ".join(dict.fromkeys(x.what for x in operations))
+    if operations[0].peer is None:
+        return f"all-to-all of {what}" if operations[0].operation == "all-to-all" else what
+    ends = (f"rank {x.peer} ({'sending' if x.operation == 'send' else 'receiving'})" for x in operations)
+    return f"{what}: the hop with {' and '.join(ends)}"

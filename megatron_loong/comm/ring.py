@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from megatron_loong.comm import flight, ledger
-from megatron_loong.comm.errors import collective
+from megatron_loong.comm.errors import errors_of
 from megatron_loong.comm.groups import GroupHandle
 from megatron_loong.comm.transport import Message, Pending, Transport, transport_for
 
@@ -31,8 +30,6 @@ class Ring:
 
     def _begin(self, transport: Transport, messages: Sequence[Message]) -> Pending[None]:
         name, ranks = f"{self.handle.name} ring", self.handle.global_ranks
-        steps = ", ".join(dict.fromkeys(x.what for x in messages))
-        ends = " and ".join(f"rank {ranks[x.peer]} ({'sending' if x.send else 'receiving'})" for x in messages)
         operations = []
         for x in messages:
             size = x.block.numel() * x.block.element_size()
@@ -40,10 +37,9 @@ class Ring:
                 ledger.record(self.handle.name, size)
             way = "send" if x.send else "receive"
             operations.append(flight.begin(way, x.what, name, ranks, ranks[x.peer], size))
-        # The message names both, the peer of this hop and all of the ring: a peer that only waits for a lost rank
-        # looks lost itself from here.
-        errors = functools.partial(collective, f"{steps}: the hop with {ends}", name, ranks, operations)
-        with errors():
+        # An error names both, the peer of this hop and all of the ring: a peer that only waits for a lost rank looks
+        # lost itself from here.
+        with errors_of(operations):
             begun = [transport.post(messages)]
 
         def wait() -> None:
@@ -51,7 +47,7 @@ class Ring:
             # timeout. Popping it also frees its blocks.
             while begun:
                 flight.wait(operations)
-                with errors():
+                with errors_of(operations):
                     begun.pop()()
                 flight.done(operations)
 

@@ -80,6 +80,8 @@ class Direct(Transport):
         self._handle = handle
         self._is_gloo = backend == "gloo"
         self.batched = not self._is_gloo
+        # torch sorts the ranks of a group, so its order may differ from that of the coordinates.
+        self._in_order = handle.order == sorted(handle.order)
 
     def post(self, messages: Sequence[Message]) -> Pending[None]:
         """gloo: one message. Other backends: one group call, without which a ring of two could deadlock."""
@@ -104,9 +106,7 @@ class Direct(Transport):
         self, received: torch.Tensor, sent: torch.Tensor, received_lengths: Sequence[int], sent_lengths: Sequence[int]
     ) -> Pending[None]:
         """One call of the backend."""
-        # torch sorts the ranks of a group, so its order may differ from that of the coordinates.
-        order = self._handle.order
-        in_order = order == sorted(order)
+        order, in_order = self._handle.order, self._in_order
         incoming = received if in_order else torch.empty_like(received)
         if not in_order:
             pieces = sent.split(list(sent_lengths))
