@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_loong.comm.groups import LoongGroups
+from megatron_loong.comm.sequence import gathered
 from megatron_loong.config import LoongConfig
 from megatron_loong.hf.checks import check_arguments, check_trainer_class
 from megatron_loong.hf.data import ShardCollator
@@ -117,7 +117,7 @@ class _LoongTrainer:
     ) -> tuple[torch.Tensor, None, None]:
         """The loss of the group's batch, the same on all its ranks. Logits stay where they are, in parts."""
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)  # type: ignore[misc]
-        return self._sum_over_group(loss.clone()) / self._loong_config.context_parallel_size, None, None
+        return self._sum_over_group(loss) / self._loong_config.context_parallel_size, None, None
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the logits of a long sequence are on no rank."""
@@ -129,11 +129,7 @@ class _LoongTrainer:
 
     def _sum_over_group(self, x: torch.Tensor) -> torch.Tensor:
         assert self._loong_groups is not None
-        for axis in ("head", "inner", "outer"):
-            group = self._loong_groups.handle(axis).process_group
-            if group is not None:
-                dist.all_reduce(x, group=group)
-        return x
+        return gathered(x, self._loong_groups, "sums over the group").sum(0)
 
     def _gather_for_metrics(self, x: torch.Tensor, use_gather_object: bool = False) -> torch.Tensor:
         """accelerate's: of all ranks, without the samples that only filled up the last batch.
