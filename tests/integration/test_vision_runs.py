@@ -8,29 +8,17 @@ pretrain_vlm.py is run too; last run with 0.18.2, 0.19.0 and main d98e8a64.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.integration import megatron_runs
-from tests.integration.test_packed_runs import CP2, CP4, packed_script
+from tests.integration.test_packed_runs import CP2, CP4, Case, packed_script
 from tests.integration.test_pretrain_gpt import assert_same_steps
 from tests.nightly import mostly_nightly
 
 PP2, TP2 = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2"
 LENGTH = "--decoder-seq-length 64"
-
-
-@dataclass(frozen=True)
-class Case:
-    """Flags of both runs, and of the run over ranks alone."""
-
-    name: str
-    shared: str
-    loong: str = CP4
-    native_world_size: int = 1
-    always: bool = False
 
 
 MIMO = "--vision-model mimo"
