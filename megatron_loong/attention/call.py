@@ -155,8 +155,8 @@ def backward_pass(
             dsink[heads] = sink_gradient(dout_share, out_share, lse, sink[heads])
         if dweight is not None and isinstance(plan.expansion, LatentHeads):
             dweight[heads] = plan.expansion.weight_gradient.to(dweight.dtype)
-        # Gradients were summed in float32, and are rounded here once. That is the peak of memory: the operands go
-        # before, and each wide gradient as soon as it is rounded.
+        # The sums are in dout's dtype already. A kernel that is called once may give wider gradients, which are rounded
+        # here: the operands go before, and each wide gradient as soon as it is rounded.
         del dout_share, q_share, kv, out_share, lse
         for j, wide in enumerate(grads):
             grads[j] = wide.to(dout.dtype)
